@@ -1,0 +1,40 @@
+# Recipes use relative paths only: the folder's name may hold spaces.
+PYTHON := .venv/bin/python
+TESTS ?= test
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+CHECKED := python test benchmark scripts
+
+.DEFAULT_GOAL := help
+.PHONY: help bootstrap demo test test-all lint format clean distclean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+bootstrap: ## build or update .venv (the targets below do it by themselves)
+	@bash scripts/bootstrap.sh
+
+demo: bootstrap ## stock SGLang against Kairos on real servers, on this machine (DEMO_ARGS=…)
+	@$(PYTHON) benchmark/demo.py $(DEMO_ARGS)
+
+test: lint ## lint, then unit, simulator, end-to-end and fault tests (TESTS=…, PYTEST_ARGS=…)
+	@bash scripts/pytest.sh -m "not slow" $(TESTS) $(PYTEST_ARGS)
+
+test-all: lint ## the same with the slow ones
+	@bash scripts/pytest.sh $(TESTS) $(PYTEST_ARGS)
+
+lint: bootstrap ## ruff and mypy
+	@$(PYTHON) -m ruff check $(CHECKED)
+	@$(PYTHON) -m ruff format --check $(CHECKED)
+	@$(PYTHON) -m mypy
+
+format: bootstrap ## let ruff rewrite what it can
+	@$(PYTHON) -m ruff check --fix $(CHECKED)
+	@$(PYTHON) -m ruff format $(CHECKED)
+
+clean: ## remove out/ and the caches
+	@rm -rf out build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache python/*.egg-info
+	@find $(CHECKED) -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv as well
+	@rm -rf .venv

@@ -1,0 +1,222 @@
+"""What a cluster's parts are called with: its spec, their ports, their command lines."""
+
+from __future__ import annotations
+
+import glob
+import importlib.metadata
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sglang_kairos.cpu import flags as cpu_flags
+from sglang_kairos.cpu import runtime as cpu_runtime
+from sglang_kairos.cpu.zygote import Zygote
+
+ROUTERS = ("kairos", "random", "none")
+# What the cluster decides for each server; given by the user they would break its wiring.
+OWN_FLAGS = ("--port", "--disaggregation-mode", "--disaggregation-bootstrap-port")
+
+
+class ClusterError(RuntimeError):
+    """A cluster that cannot start or has lost a part; the text names the part and its log."""
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """What to start. Every flag list goes behind the cluster's own flags, so it wins.
+
+    `model_path`: empty means a generated tiny model, without a GPU only.
+    `router`: kairos, random (sglang_router's mini load balancer) or none.
+    `launcher`: the module behind ``python -m`` for each server.
+    `kairos`: off, on, or on with these `KairosConfig` settings.
+    `log_dir`: kept when given; otherwise a temporary folder that outlives only a failure.
+    `stop_grace_s`: seconds a part has to end by itself before its group is killed.
+    `zygote`: starts the parts by forking (see `sglang_kairos.cpu.zygote`) instead of anew.
+    """
+
+    prefill: int = 1
+    decode: int = 1
+    host: str = "127.0.0.1"
+    port: int = 0
+    model_path: str = ""
+    router: str = "kairos"
+    launcher: str = "sglang_kairos.launch_server"
+    python: str = sys.executable
+    kairos: bool | Mapping[str, Any] = True
+    server_args: Sequence[str] = ()
+    prefill_args: Sequence[str] = ()
+    decode_args: Sequence[str] = ()
+    router_args: Sequence[str] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    prefill_env: Mapping[str, str] = field(default_factory=dict)
+    decode_env: Mapping[str, str] = field(default_factory=dict)
+    log_dir: Path | None = None
+    ready_timeout_s: float = 600.0
+    stop_grace_s: float = 10.0
+    zygote: Zygote | None = None
+    say: Callable[[str], None] = lambda line: None
+
+    def __post_init__(self) -> None:
+        if self.router not in ROUTERS:
+            raise ClusterError(f"router {self.router!r} is none of {', '.join(ROUTERS)}")
+        if self.prefill < 1 or self.decode < 1:
+            raise ClusterError("needs at least one prefill and one decode server")
+        for word in (*self.server_args, *self.prefill_args, *self.decode_args):
+            if word.split("=", 1)[0] in OWN_FLAGS:
+                raise ClusterError(f"{word}: each server's is chosen by the cluster")
+
+
+@dataclass(frozen=True)
+class PortBlock:
+    """The ports of one server; SGLang derives others from `http` (+233 to +239)."""
+
+    http: int
+
+    @property
+    def nccl(self) -> int:
+        return self.http + 1
+
+    @property
+    def bootstrap(self) -> int:
+        return self.http + 2
+
+
+class PortBook:
+    """Hands out free ports, each once.
+
+    They lie below the ephemeral range, so no outgoing connection takes one meanwhile, and blocks
+    start at multiples of 16: what SGLang derives from one then never meets another's.
+    """
+
+    def __init__(self, low: int = 20_000, high: int = 32_000) -> None:
+        self._bases = list(range(low + -low % 16, high, 16))
+        random.SystemRandom().shuffle(self._bases)
+
+    def take(self) -> PortBlock:
+        """A block that is free now; another program may still take it before its server does."""
+        while self._bases:
+            block = PortBlock(self._bases.pop())
+            if all(port_is_free("", port) for port in (block.http, block.nccl, block.bootstrap)):
+                return block
+        raise ClusterError("no free ports left")
+
+
+def port_is_free(host: str, port: int) -> bool:
+    """Whether a server could listen there now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+class Layout:
+    """The command lines of a spec's parts."""
+
+    def __init__(self, spec: ClusterSpec) -> None:
+        self.spec = spec
+        self.cpu = cpu_runtime.decide().active
+        self.server_host = spec.host if spec.router == "none" else "127.0.0.1"
+        self.router_module = (
+            "sglang_kairos.launch_router"
+            if spec.router == "kairos"
+            else "sglang_router.launch_router"
+        )
+        self.api_key = flag_value(spec.server_args, "--api-key")
+        self._model = spec.model_path or self._tiny_model()
+        self._version = _sglang_version(spec.python) if self.cpu else ""
+
+    def server_argv(self, role: str, index: int, block: PortBlock) -> list[str]:
+        """Arguments of one prefill or decode server."""
+        spec = self.spec
+        role_args = spec.prefill_args if role == "prefill" else spec.decode_args
+        given = [*spec.server_args, *role_args]
+        argv = ["--model-path", self._model, "--host", self.server_host, "--port", str(block.http)]
+        argv += ["--disaggregation-mode", role]
+        if role == "prefill":
+            argv += ["--disaggregation-bootstrap-port", str(block.bootstrap)]
+        # Each rank of a data-parallel server needs a port of its own: it draws them itself.
+        if not flag_value(given, "--dp", "--dp-size", "--data-parallel-size"):
+            argv += ["--nccl-port", str(block.nccl)]
+        if self.cpu:
+            return cpu_flags.with_server_flags(
+                [*argv, *given], version=self._version, fast_start=True
+            )
+        number = index if role == "prefill" else spec.prefill + index
+        return [*argv, *self._gpu_args(number, given), *given]
+
+    def router_argv(
+        self, prefill: Sequence[str], bootstrap: Sequence[int], decode: Sequence[str], port: int
+    ) -> list[str]:
+        """Arguments of the router in front of these servers."""
+        argv = ["--pd-disaggregation", "--host", self.spec.host, "--port", str(port)]
+        for url, bootstrap_port in zip(prefill, bootstrap, strict=True):
+            argv += ["--prefill", url, str(bootstrap_port)]
+        for url in decode:
+            argv += ["--decode", url]
+        if self.spec.router == "random":
+            argv += ["--mini-lb", "--policy", "random"]
+        return [*argv, *self.spec.router_args]
+
+    def _tiny_model(self) -> str:
+        if not self.cpu:
+            raise ClusterError("--model-path is needed: a tiny model is made only without a GPU")
+        from sglang_kairos.cpu.tiny_model import make_tiny_model
+
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return str(make_tiny_model(Path(cache) / "sglang-kairos" / "tiny-model"))
+
+    def _gpu_args(self, number: int, given: Sequence[str]) -> list[str]:
+        """Gives server `number` its own GPUs while they last, then a share of one."""
+        if flag_value(given, "--base-gpu-id"):
+            return []
+        tp = flag_value(given, "--tp", "--tp-size", "--tensor-parallel-size") or "1"
+        pp = flag_value(given, "--pp", "--pp-size", "--pipeline-parallel-size") or "1"
+        wide = int(tp) * int(pp)
+        slots = max(1, _gpu_count() // wide)
+        argv = ["--base-gpu-id", str(number % slots * wide)]
+        sharing = -(-(self.spec.prefill + self.spec.decode) // slots)
+        if sharing > 1 and not flag_value(given, "--mem-fraction-static"):
+            self.spec.say(f"{sharing} servers share each GPU; --mem-fraction-static splits it")
+            argv += ["--mem-fraction-static", f"{0.8 / sharing:.2f}"]
+        return argv
+
+
+def flag_value(argv: Sequence[str], *names: str) -> str:
+    """The last value given to any of these spellings of a flag; empty if it is not there."""
+    found = ""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag, equals, value = word.partition("=")
+        if flag in names:
+            found = value if equals else following
+    return found
+
+
+def reachable(host: str) -> str:
+    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
+
+
+def _sglang_version(python: str) -> str:
+    """SGLang's version in the environment of that interpreter."""
+    try:
+        if python == sys.executable:
+            return importlib.metadata.version("sglang")
+        code = "import importlib.metadata as m; print(m.version('sglang'))"
+        return subprocess.check_output([python, "-c", code], text=True, timeout=60).strip()
+    except (importlib.metadata.PackageNotFoundError, OSError, subprocess.SubprocessError):
+        raise ClusterError(f"SGLang is not installed for {python}") from None
+
+
+def _gpu_count() -> int:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip()])
+    return len(glob.glob("/dev/nvidia[0-9]*"))

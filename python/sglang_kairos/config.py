@@ -1,0 +1,236 @@
+"""Kairos' settings: one dataclass, the same as flag, environment variable and file.
+
+Precedence: flag, then ``KAIROS_*`` environment, then the file named by ``--kairos-config`` (JSON or
+TOML), then the default. The launcher writes the result back into the environment (`to_env`), which
+is how scheduler children, started with ``spawn``, receive it under any launcher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import tomllib
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_kairos.slo import LIMITS_MS, Slo, SloError, SloTable, parse_classes
+
+FILE_FLAG, FILE_ENV = "--kairos-config", "KAIROS_CONFIG"
+
+
+class ConfigError(ValueError):
+    """A setting out of range; the text names the flag, the accepted range and the value."""
+
+
+def _setting(
+    default: Any,
+    help_text: str,
+    *,
+    flag: str = "",
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> Any:
+    return dataclasses.field(
+        default=default, metadata={"help": help_text, "flag": flag, "low": low, "high": high}
+    )
+
+
+@dataclass(frozen=True)
+class KairosConfig:
+    """All settings. Times in milliseconds. Immutable; `dataclasses.replace` makes a variant."""
+
+    enabled: bool = _setting(True, "install Kairos; off is stock SGLang, byte for byte", flag="--kairos")
+    ttft_ms: float = _setting(
+        2000.0,
+        "default TTFT target of a request that names none (ms)",
+        low=LIMITS_MS["ttft_ms"][0],
+        high=LIMITS_MS["ttft_ms"][1],
+    )
+    tpot_ms: float = _setting(
+        100.0,
+        "default TPOT target of a request that names none (ms)",
+        low=LIMITS_MS["tpot_ms"][0],
+        high=LIMITS_MS["tpot_ms"][1],
+    )
+    slo_classes: str = _setting("", "JSON or TOML file of SLO classes: name -> ttft_ms, tpot_ms, weight")
+    strict: bool = _setting(
+        True, "refuse to start when a touched SGLang function is missing or unknown; off only warns"
+    )
+    order: bool = _setting(True, "order waiting prefills by urgency")
+    pause: bool = _setting(True, "pause a chunked prefill at a chunk boundary for a more urgent request")
+    park: bool = _setting(True, "let running decodes with slack sit a step out for ones without")
+    max_wait: float = _setting(
+        10.0,
+        "starvation bound: a request older than this multiple of its TTFT SLO may spend the late share",
+        low=1.0,
+        high=1e6,
+    )
+    late_share: float = _setting(
+        0.1, "share of prefill tokens that requests past the starvation bound may claim", low=0.0, high=1.0
+    )
+    max_paused: int = _setting(8, "most chunked prefills paused at once", low=0, high=1024)
+    max_pause_ms: float = _setting(
+        60_000.0, "a prefill paused this long runs next, whatever its urgency (ms)", low=1.0, high=3_600_000.0
+    )
+    max_itl_ms: float = _setting(
+        2000.0, "a parked request is never silent longer than this (ms)", low=1.0, high=3_600_000.0
+    )
+    margin: float = _setting(
+        0.05, "safety margin added to predicted times, as a fraction", low=0.0, high=10.0
+    )
+    handoff_ms: float = _setting(
+        30.0, "first guess of the hand-off from prefill's end to the first token (ms)", low=0.0, high=60_000.0
+    )
+    chaos_seed: int = _setting(
+        -1, "testing: replace decisions by random legal ones from this seed; -1 is off", low=-1, high=2**31
+    )
+    decision_log: str = _setting("", "append every scheduling decision to this JSONL file")
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value, flag = getattr(self, item.name), flag_of(item)
+            if isinstance(item.default, bool):
+                if not isinstance(value, bool):
+                    raise ConfigError(f"{flag}: must be on or off, got {value!r}")
+            elif isinstance(item.default, int | float):
+                low, high = item.metadata["low"], item.metadata["high"]
+                wrong_kind = isinstance(value, bool) or not isinstance(value, int | float)
+                if wrong_kind or not math.isfinite(value) or not low <= value <= high:
+                    raise ConfigError(f"{flag}: must be between {low:g} and {high:g}, got {value!r}")
+            elif not isinstance(value, str):
+                raise ConfigError(f"{flag}: must be text, got {value!r}")
+
+    def slo_table(self) -> SloTable:
+        """Default SLO and classes; reads the classes file. ConfigError when it is unusable."""
+        default = Slo(self.ttft_ms, self.tpot_ms)
+        if not self.slo_classes:
+            return SloTable(default)
+        try:
+            return SloTable(default, parse_classes(_read_mapping(self.slo_classes), default))
+        except SloError as error:
+            raise ConfigError(f"--kairos-slo-classes {self.slo_classes}: {error}") from None
+
+    def to_env(self, env: MutableMapping[str, str]) -> None:
+        """Write every setting into `env`, so that child processes read the same configuration."""
+        for item in dataclasses.fields(self):
+            env[env_of(item)] = _to_text(getattr(self, item.name))
+        env.pop(FILE_ENV, None)
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> KairosConfig:
+        """The configuration that environment (and the file it names) describe."""
+        return cls.load([], env)[0]
+
+    @classmethod
+    def load(
+        cls, argv: Sequence[str], env: Mapping[str, str] | None = None
+    ) -> tuple[KairosConfig, list[str]]:
+        """Configuration of a command line, and the arguments that are not Kairos' own, in order.
+
+        Raises ConfigError for a bad value, an unreadable file or an unknown ``--kairos…`` flag.
+        """
+        env = os.environ if env is None else env
+        parser = _Parser(add_help=False, allow_abbrev=False)
+        add_flags(parser)
+        given, rest = parser.parse_known_args(list(argv))
+        unknown = [word for word in rest if word.startswith("--kairos")]
+        if unknown:
+            known = ", ".join(flag_of(item) for item in dataclasses.fields(cls))
+            raise ConfigError(f"{unknown[0]}: no such flag; known: {known}")
+        path = given.kairos_config or env.get(FILE_ENV, "")
+        from_file = _read_settings(path) if path else {}
+        values: dict[str, Any] = {}
+        for item in dataclasses.fields(cls):
+            text = getattr(given, item.name)
+            if text is None:
+                text = env.get(env_of(item))
+            if text is not None:
+                values[item.name] = _from_text(item, text)
+            elif item.name in from_file:
+                values[item.name] = from_file[item.name]
+        return cls(**values), rest
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ConfigError(message)
+
+
+def flag_of(item: dataclasses.Field[Any]) -> str:
+    """``--kairos-max-wait`` for `max_wait`; the switch itself is just ``--kairos``."""
+    return item.metadata["flag"] or "--kairos-" + item.name.replace("_", "-")
+
+
+def env_of(item: dataclasses.Field[Any]) -> str:
+    """``KAIROS_MAX_WAIT`` for `max_wait`; ``KAIROS`` for the switch."""
+    return flag_of(item)[2:].replace("-", "_").upper()
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add Kairos' flag group to a parser (values stay text: `KairosConfig.load` checks them)."""
+    group = parser.add_argument_group("Kairos", "SLO-aware scheduling; every flag also as KAIROS_… variable")
+    group.add_argument(FILE_FLAG, default=None, metavar="FILE", help="JSON or TOML file of these settings")
+    for item in dataclasses.fields(KairosConfig):
+        shown = "" if item.default == "" else f" (default: {_to_text(item.default)})"
+        group.add_argument(
+            flag_of(item),
+            dest=item.name,
+            default=None,
+            metavar="on|off" if isinstance(item.default, bool) else item.name.upper(),
+            help=item.metadata["help"].replace("%", "%%") + shown,
+        )
+
+
+def _to_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:.17g}" if isinstance(value, float) else str(value)
+
+
+def _from_text(item: dataclasses.Field[Any], text: str) -> Any:
+    if isinstance(item.default, bool):
+        word = text.strip().lower()
+        if word in ("on", "true", "1", "yes"):
+            return True
+        if word in ("off", "false", "0", "no"):
+            return False
+        raise ConfigError(f"{flag_of(item)}: must be on or off, got {text!r}")
+    if isinstance(item.default, int | float):
+        kind = type(item.default)
+        try:
+            return kind(text)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise ConfigError(f"{flag_of(item)}: must be {what}, got {text!r}") from None
+    return text
+
+
+def _read_mapping(path: str) -> Any:
+    try:
+        data = Path(path).read_bytes()
+        return tomllib.loads(data.decode()) if path.endswith(".toml") else json.loads(data)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON or TOML: {error}") from None
+
+
+def _read_settings(path: str) -> dict[str, Any]:
+    raw = _read_mapping(path)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: must be an object of setting -> value")
+    items = {item.name: item for item in dataclasses.fields(KairosConfig)}
+    settings: dict[str, Any] = {}
+    for key, value in raw.items():
+        name = key.replace("-", "_").removeprefix("kairos_")
+        name = "enabled" if name == "kairos" else name
+        if name not in items:
+            raise ConfigError(f"{path}: unknown setting {key!r}; known: {', '.join(items)}")
+        settings[name] = _from_text(items[name], value) if isinstance(value, str) else value
+        if isinstance(items[name].default, float) and isinstance(settings[name], int):
+            if not isinstance(settings[name], bool):
+                settings[name] = float(settings[name])
+    return settings

@@ -1,0 +1,241 @@
+"""Starts SGLang servers in seconds: one process imports everything once, and forks each server.
+
+Importing SGLang costs about 10 s of CPU in every launcher, scheduler and detokenizer, which is
+nearly all of a tiny model's start-up. `Zygote` pays it once; a server then needs 2 to 4 seconds,
+and its processes share the memory of the imported code. For tests and local clusters without a
+GPU; it starts the same modules with the same arguments as ``python -m`` would.
+
+Differences to know: variables that SGLang reads while being imported must be set when the zygote
+is made, and a server's children inherit what its launcher loaded, plugins included.
+
+    with Zygote() as zygote:
+        server = zygote.start("sglang.launch_server", ["--model-path", ...], log="server.log")
+        ...
+        server.stop()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import IO, Any, NoReturn
+
+from sglang_kairos.cpu import adapt
+
+# What a server imports on its way up; a module this SGLang lacks is skipped.
+PRELOADED = (
+    "sglang.launch_server",
+    "sglang.srt.entrypoints.http_server",
+    "sglang.srt.managers.scheduler",
+    "sglang.srt.managers.detokenizer_manager",
+    "sglang.srt.models.registry",
+    "sglang.srt.disaggregation.mooncake.conn",
+    "sglang.srt.layers.attention.torch_native_backend",
+)
+
+
+@dataclass(frozen=True)
+class ForkedProcess:
+    """A process that the zygote started; it leads its own process group."""
+
+    pid: int
+    zygote: Zygote
+
+    def poll(self) -> int | None:
+        """Its exit status (negative: killed by that signal), or None while it runs."""
+        status: int | None = self.zygote.ask({"do": "poll", "pid": self.pid})["status"]
+        return status
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Waits at most `timeout_s` seconds for it to end; its exit status, or None."""
+        deadline = time.monotonic() + timeout_s
+        while (status := self.poll()) is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal to the process alone; nothing happens if it has ended."""
+        self.zygote.ask({"do": "signal", "pid": self.pid, "signal": number})
+
+    def stop(self, grace_s: float = 15.0) -> None:
+        """Asks it to terminate, then kills what is left of its process group."""
+        self.send_signal(signal.SIGTERM)
+        self.wait(grace_s)
+        self.zygote.ask({"do": "kill_group", "pid": self.pid})
+
+
+class Zygote:
+    """A process that has imported SGLang and forks servers on request. Thread-safe.
+
+    `preload` names modules to import beside `PRELOADED`; `env` is added to its environment.
+    Whatever it started dies with it.
+    """
+
+    def __init__(self, preload: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
+        self._lock = threading.Lock()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "sglang_kairos.cpu.zygote", *PRELOADED, *preload],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, adapt.START_VARIABLE: "fork", **(env or {})},
+            text=True,
+        )
+
+    def start(
+        self,
+        module: str,
+        argv: Sequence[str],
+        *,
+        log: str | os.PathLike[str],
+        env: Mapping[str, str] | None = None,
+    ) -> ForkedProcess:
+        """Runs ``python -m module *argv`` in a fork; stdout and stderr go to the file `log`.
+
+        `env` is added to the zygote's environment. The first call waits for the imports.
+        """
+        order = {"do": "start", "module": module, "argv": list(argv), "env": dict(env or {})}
+        return ForkedProcess(self.ask({**order, "log": os.path.abspath(log)})["pid"], self)
+
+    def ask(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Sends one order and returns the answer. Raises RuntimeError if the zygote has ended."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        with self._lock:
+            try:
+                stdin.write(json.dumps(order) + "\n")
+                stdin.flush()
+                line = stdout.readline()
+            except (BrokenPipeError, ValueError) as error:
+                raise RuntimeError("the zygote has ended") from error
+        if not line:
+            raise RuntimeError(f"the zygote has ended with status {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """Ends the zygote and every process it started."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        with self._lock:
+            stdin.close()
+            try:
+                self._process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            stdout.close()
+
+    def __enter__(self) -> Zygote:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _serve(orders: IO[str], answers: IO[str]) -> None:
+    """Carries out orders until the client closes its end."""
+    statuses: dict[int, int | None] = {}
+    for line in orders:
+        order = json.loads(line)
+        answer: dict[str, Any] = {}
+        if order["do"] == "start":
+            answer["pid"] = pid = _start(order)
+            statuses[pid] = None
+        elif order["do"] == "poll":
+            answer["status"] = _poll(order["pid"], statuses)
+        elif order["do"] == "signal" and _poll(order["pid"], statuses) is None:
+            os.kill(order["pid"], order["signal"])
+        elif order["do"] == "kill_group":
+            _kill_group(order["pid"])
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+    for pid in statuses:
+        _kill_group(pid)
+
+
+def _poll(pid: int, statuses: dict[int, int | None]) -> int | None:
+    if statuses[pid] is None:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            statuses[pid] = os.waitstatus_to_exitcode(status)
+    return statuses[pid]
+
+
+def _kill_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _start(order: dict[str, Any]) -> int:
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    pid = os.fork()
+    if pid == 0:
+        _become(order, log)
+    os.close(log)
+    return pid
+
+
+def _become(order: dict[str, Any], log: int) -> NoReturn:
+    """Turns this fork into ``python -m module *argv``; never returns to the zygote's loop."""
+    status = 1
+    try:
+        os.setsid()
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for source, target in ((nothing, 0), (log, 1), (log, 2)):
+            os.dup2(source, target)
+        os.environ.update(order["env"])
+        # Or every server would draw the same "random" ports and ids.
+        random.seed()
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed()
+        sys.argv = [order["module"], *order["argv"]]
+        runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def main(modules: Sequence[str]) -> None:
+    """The zygote process: imports `modules`, then serves orders from stdin."""
+    # stdout is the answer channel; what the imports print must not get into it.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    orders = os.fdopen(os.dup(0), "r", encoding="utf-8")
+    os.dup2(2, 1)
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            print(f"zygote: {name} not preloaded: {error}", file=sys.stderr)
+    if threading.active_count() > 1:
+        print(f"zygote: forking with threads {threading.enumerate()}", file=sys.stderr)
+    _serve(orders, answers)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,196 @@
+"""The decode side of the glue: order admission, execute a subset of the running batch.
+
+`Scheduler.running_batch` keeps every request at all times, so aborts, retraction, memory budgets and
+idle checks work unmodified. When requests are parked, a throw-away view of the batch (`_subset`)
+executes in its place and the lengths it advanced are written back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from sglang_kairos.engine.state import KairosState, current
+from sglang_kairos.policy.packing import choose_step
+
+
+def pop_preallocated(original: Callable[..., Any], queue: Any, *args: Any, **kwargs: Any) -> Any:
+    """Seam of DecodePreallocQueue.pop_preallocated: reserve KV for the most urgent first."""
+    state = current()
+    if state is not None and state.config.order and len(queue.queue) > 1:
+        _sort_by_deadline(state, queue.queue, lambda entry: entry.req)
+    return original(queue, *args, **kwargs)
+
+
+def get_new_prebuilt_batch(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
+    """Seam of get_new_prebuilt_batch: admit by TTFT slack when slots are short."""
+    state = current()
+    if state is not None and state.config.order and len(scheduler.waiting_queue) > 1:
+        _sort_by_deadline(state, scheduler.waiting_queue, lambda req: req)
+    return original(scheduler, running_batch)
+
+
+def get_next_decode_batch(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
+    """Seam of get_next_disagg_decode_batch_to_run: run the subset instead of the full batch."""
+    state = current()
+    if state is None or not state.config.park:
+        return original(scheduler, running_batch)
+    state.subset, state.deciding = None, True
+    try:
+        plan = original(scheduler, running_batch)
+    finally:
+        state.deciding = False
+    if state.subset is not None and plan.batch_to_run is not None:
+        plan.batch_to_run = state.subset
+    _remember_step(state, plan.batch_to_run)
+    return plan
+
+
+def prepare_for_decode(original: Callable[..., Any], batch: Any) -> None:
+    """Seam of ScheduleBatch.prepare_for_decode: prepare only those chosen to run."""
+    state = current()
+    if state is None or not state.deciding:
+        original(batch)
+        return
+    keep = _choose(state, batch)
+    if len(keep) == len(batch.reqs):
+        original(batch)
+        return
+    subset = _subset(batch, keep)
+    original(subset)
+    _write_back(batch, subset, keep)
+    state.subset = subset
+    state.counters["subset_steps"] += 1
+    state.counters["parked"] += len(batch.reqs) - len(keep)
+
+
+def _sort_by_deadline(state: KairosState, entries: list[Any], req_of: Callable[[Any], Any]) -> None:
+    """Earliest TTFT deadline first; those already late follow, shortest prompt first."""
+    if state.chaos is not None:
+        return
+    now = state.now()
+
+    def key(entry: Any) -> tuple[bool, float]:
+        req = req_of(entry)
+        due = state.promise(req).ttft_due_s
+        late = due <= now
+        return late, float(len(req.origin_input_ids)) if late else due
+
+    order = sorted(range(len(entries)), key=lambda index: key(entries[index]))
+    entries[:] = [entries[index] for index in state.agree(order)]
+
+
+def _choose(state: KairosState, batch: Any) -> list[int]:
+    """Indices of the running requests that decode in this step, ascending."""
+    count = len(batch.reqs)
+    everyone = list(range(count))
+    if count < 2:
+        return everyone
+    blocker = _unsupported(state.scheduler, batch)
+    if blocker:
+        state.log_once(f"park:{blocker}", f"decode packing is off while {blocker}: full batch")
+        state.counters["fallback_steps"] += 1
+        return everyone
+    if state.chaos is not None:
+        return list(state.agree(state.chaos.decode(count)))
+    context = batch.seq_lens_cpu.numpy()
+    promises = [state.promise(req) for req in batch.reqs]
+    tpot = np.array([promise.slo.tpot_ms for promise in promises]) / 1e3
+    margin = 1.0 + state.config.margin
+    decision: list[int] | None = None
+    if float(state.step_time.step_s(count, float(context.sum()))) * margin > float(tpot.min()):
+        decision = _pack(state, batch, promises, tpot, context, margin)
+    agreed = state.agree(decision)
+    return everyone if agreed is None else list(agreed)
+
+
+def _pack(
+    state: KairosState, batch: Any, promises: list[Any], tpot: Any, context: Any, margin: float
+) -> list[int]:
+    now = state.now()
+    inflight = state.scheduler.result_queue if state.scheduler.enable_overlap else ()
+    launched = {req for queued, _ in inflight for req in queued.reqs}
+    slack = np.empty(len(promises))
+    silent = np.empty(len(promises))
+    for index, (req, promise) in enumerate(zip(batch.reqs, promises, strict=True)):
+        if promise.first_token_s is None:
+            promise.first_token_s = req.time_stats.decode_prebuilt_finish_time or now
+        # A token in flight is as good as out: its step has been paid for.
+        emitted = len(req.output_ids) + (req in launched)
+        slack[index] = promise.first_token_s + emitted * tpot[index] - now
+        last = req.time_stats.last_decode_finish_time or promise.first_token_s
+        silent[index] = 0.0 if req in launched else now - last
+    choice = choose_step(
+        slack,
+        tpot,
+        context,
+        silent,
+        lambda size, tokens: state.step_time.step_s(size, tokens) * margin,
+        max_itl_s=state.config.max_itl_ms / 1e3,
+        captured_sizes=state.step_time.captured_sizes,
+    )
+    state.counters[f"steps_{choice.reason}"] += 1
+    return choice.run
+
+
+def _unsupported(scheduler: Any, batch: Any) -> str:
+    """Why this batch cannot run in part, in words; empty when it can."""
+    if not batch.spec_algorithm.is_none():
+        return "speculative decoding is on"
+    if batch.sampling_info.penalizer_orchestrator.is_required:
+        return "a request uses penalties"
+    if any(req.beam_group is not None for req in batch.reqs):
+        return "a request uses beam search"
+    if batch.hisparse_coordinator is not None:
+        return "hisparse is on"
+    if batch.model_config.is_encoder_decoder:
+        return "the model is an encoder-decoder"
+    if getattr(scheduler.req_to_token_pool, "mamba_allocator", None) is not None:
+        return "the model has mamba state"
+    if scheduler.require_mlp_sync:
+        return "DP attention synchronises batches"
+    return ""
+
+
+def _subset(batch: Any, keep: list[int]) -> Any:
+    """A view of `batch` with only the rows in `keep`; `batch` itself is not touched.
+
+    `filter_batch` rebinds fields and never mutates them, so shallow copies are enough.
+    """
+    subset = copy.copy(batch)
+    subset.sampling_info = copy.copy(batch.sampling_info)
+    subset.filter_batch(keep_indices=keep)
+    return subset
+
+
+def _write_back(batch: Any, subset: Any, keep: list[int]) -> None:
+    """Copy the advanced lengths into `batch`: new tensors, an in-flight forward may read the old."""
+    import torch
+
+    rows_cpu = torch.tensor(keep, dtype=torch.int64)
+    rows = rows_cpu.to(batch.seq_lens.device, non_blocking=True)
+    batch.seq_lens = batch.seq_lens.index_copy(0, rows, subset.seq_lens)
+    batch.orig_seq_lens = batch.orig_seq_lens.index_copy(0, rows, subset.orig_seq_lens)
+    batch.seq_lens_cpu = batch.seq_lens_cpu.index_copy(0, rows_cpu, subset.seq_lens_cpu)
+    batch.seq_lens_sum = None
+    batch.out_cache_loc = None
+    # The next input token of every row, parked or not, waits in the future map.
+    batch.input_ids = None
+    batch.forward_mode = subset.forward_mode
+
+
+def _remember_step(state: KairosState, batch: Any) -> None:
+    """Teach the step-time model from the cadence of consecutive decode decisions."""
+    now = state.now()
+    previous = state.last_step
+    if batch is None or not batch.reqs:
+        state.last_step = None
+        return
+    state.last_step = (now, len(batch.reqs), float(batch.seq_lens_cpu.sum()))
+    state.counters["steps"] += 1
+    if previous is not None:
+        started, size, tokens = previous
+        state.step_time.observe(size, tokens, now - started)

@@ -1,0 +1,147 @@
+"""The SLO's way into the server: a middleware in front of SGLang's FastAPI app.
+
+Clients that talk to a server directly (no Kairos router) name their SLO in the body or in headers;
+this puts it where SGLang carries it to its schedulers, and answers a bad value with HTTP 400. It
+imports nothing of SGLang. Requests that say nothing about SLOs pass through as the bytes they were.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Protocol
+
+import orjson
+from starlette.middleware import Middleware
+
+from sglang_kairos.slo import SloError, SloTable
+from sglang_kairos.slo_http import SLO_PATHS, carry, dump, error_body, mentions_slo
+
+logger = logging.getLogger(__name__)
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class HasMiddleware(Protocol):
+    """The part of a Starlette or FastAPI app that `install` touches."""
+
+    user_middleware: list[Any]
+
+
+class SloMiddleware:
+    """Pure ASGI middleware; see the module. Streams the response, buffers the request body once."""
+
+    def __init__(self, app: App, table: SloTable) -> None:
+        self._app = app
+        self._table = table
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = _route_path(scope)
+        if path not in SLO_PATHS or scope.get("method") not in ("POST", "PUT"):
+            await self._app(scope, receive, send)
+            return
+        raw, ended = await _read_body(receive)
+        if ended is not None:
+            # The client left in the middle of its body: whoever is next sees just that.
+            await self._app(scope, _replay(raw, receive, ended), send)
+            return
+        names = [name.decode("latin-1") for name, _ in scope["headers"]]
+        if mentions_slo(raw, names):
+            try:
+                raw, scope = self._carry(raw, path, scope)
+            except SloError as error:
+                await _answer_400(send, error_body(path, 400, str(error), param=error.field))
+                return
+            except ValueError as error:
+                await _answer_400(send, error_body(path, 400, str(error)))
+                return
+        await self._app(scope, _replay(raw, receive, None), send)
+
+    def _carry(self, raw: bytes, path: str, scope: Scope) -> tuple[bytes, Scope]:
+        """The body to pass on and its scope. SloError for a bad value; malformed JSON stays."""
+        try:
+            body = orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            return raw, scope
+        if not isinstance(body, dict):
+            return raw, scope
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        if not carry(body, path, headers, self._table).changed:
+            return raw, scope
+        changed = dump(body)
+        kept = [
+            (name, value)
+            for name, value in scope["headers"]
+            if name not in (b"content-length", b"transfer-encoding")
+        ]
+        kept.append((b"content-length", str(len(changed)).encode()))
+        return changed, {**scope, "headers": kept}
+
+
+def install(app: HasMiddleware, table: SloTable) -> None:
+    """Put the middleware into a FastAPI app that has not served yet, as the innermost one.
+
+    Innermost: after API-key checks (a stranger learns nothing) and after SGLang's own request
+    decompression (the body is plain JSON). Does nothing when it is already there.
+    """
+    if any(item.cls is SloMiddleware for item in app.user_middleware):
+        return
+    app.user_middleware.append(Middleware(SloMiddleware, table=table))
+
+
+def _route_path(scope: Scope) -> str:
+    if scope["type"] != "http":
+        return ""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "").rstrip("/")
+    return path[len(root) :] if root and path.startswith(root + "/") else path
+
+
+async def _read_body(receive: Receive) -> tuple[bytes, Message | None]:
+    """The whole body, and the message that ended it early (None: it is complete)."""
+    chunks: list[bytes] = []
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return b"".join(chunks), message
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks), None
+
+
+def _replay(raw: bytes, receive: Receive, ended: Message | None) -> Receive:
+    """A `receive` that hands out the buffered body once, then `ended` or the real thing."""
+    body: bytes | None = raw
+    end = ended
+
+    async def replay() -> Message:
+        nonlocal body, end
+        if body is not None:
+            message: Message = {
+                "type": "http.request",
+                "body": body,
+                "more_body": end is not None,
+            }
+            body = None  # the app has its own reference: ours would keep the bytes for its lifetime
+            return message
+        if end is not None:
+            last, end = end, None
+            return last
+        return await receive()
+
+    return replay
+
+
+async def _answer_400(send: Send, content: bytes) -> None:
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(content)).encode()),
+    ]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": content})

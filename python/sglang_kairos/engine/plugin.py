@@ -1,0 +1,101 @@
+"""Entry point of SGLang's plugin framework: `install` runs early in every SGLang process.
+
+Upstream logs and swallows whatever a plugin raises. Kairos must not serve half-installed, so every
+failure here becomes `SystemExit`, which upstream lets through.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from sglang_kairos.config import ConfigError, KairosConfig
+from sglang_kairos.engine.on_import import when_imported
+from sglang_kairos.engine.seams import SEAMS, Seam, check_sources, way_out
+
+logger = logging.getLogger(__name__)
+
+HTTP_MODULE = "sglang.srt.entrypoints.http_server"
+SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
+
+
+@functools.cache
+def active_config() -> KairosConfig:
+    """This process' configuration, read once from the environment."""
+    return KairosConfig.from_env()
+
+
+def installed_sglang() -> str:
+    """Version of the SGLang distribution, or a phrase when there is none."""
+    try:
+        return f"v{importlib.metadata.version('sglang')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "a source tree without a version"
+
+
+def install() -> None:
+    """Wrap the seams that matter in this process. Called by ``sglang.srt.plugins.load_plugins``."""
+    try:
+        config = active_config()
+        config.slo_table()
+    except ConfigError as error:
+        raise SystemExit(f"Kairos refuses to start: {error}") from None
+    if not config.enabled:
+        return
+    problems = check_sources(SEAMS)
+    if problems and config.strict:
+        raise SystemExit(way_out(problems, installed_sglang()))
+    for problem in problems:
+        logger.warning("Kairos runs without a seam (--kairos-strict off): %s", problem)
+    broken = {problem.split(": ")[0] for problem in problems}
+    usable = [seam for seam in SEAMS if seam.target not in broken]
+    if SCHEDULER_MODULE in sys.modules:
+        _wrap([seam for seam in usable if seam.process == "scheduler"], config.strict)
+    http = [seam for seam in usable if seam.process == "http"]
+    when_imported(HTTP_MODULE, lambda: _wrap(http, config.strict))
+
+
+def _resolve(path: str) -> Any:
+    module, _, qualname = path.partition(":")
+    found: Any = importlib.import_module(module)
+    for name in qualname.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _tree_seams() -> Any:
+    """``sglang.srt.kairos_seams`` of a patched tree, or None on a stock wheel."""
+    if importlib.util.find_spec("sglang.srt.kairos_seams") is None:
+        return None
+    return importlib.import_module("sglang.srt.kairos_seams")
+
+
+def _wrap(seams: Iterable[Seam], strict: bool) -> None:
+    """Install handlers: into a patched tree's own seams where it announces them, else by hooks."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    tree = _tree_seams()
+    stock: dict[str, Any] = {}
+    for seam in seams:
+        handler: Callable[..., Any] = _resolve(seam.handler)
+        if tree is not None and seam.target in tree.PATCHED:
+            tree.install(seam.target, handler)
+        else:
+            stock[seam.target] = _resolve(seam.target)
+            HookRegistry.register(seam.target.replace(":", "."), handler, HookType.AROUND)
+    HookRegistry.apply_hooks()
+    missing = [
+        f"{target}: SGLang's hook registry did not wrap it"
+        for target, function in stock.items()
+        if _resolve(target) is function
+    ]
+    if missing and strict:
+        raise SystemExit(way_out(missing, installed_sglang()))
+    for problem in missing:
+        logger.warning("Kairos runs without a seam (--kairos-strict off): %s", problem)

@@ -1,0 +1,22 @@
+"""How an SLO gets from an HTTP request into SGLang: an ASGI middleware in front of its app."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang_kairos.engine.http_slo import SloMiddleware
+from sglang_kairos.engine.plugin import active_config
+
+
+def run_http_server(original: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """Seam of SGLang's HTTP server start: put the SLO middleware in front, then serve."""
+    if getattr(server_args, "tokenizer_worker_num", 1) > 1:
+        raise SystemExit(
+            "Kairos does not support --tokenizer-worker-num > 1: those worker processes load no "
+            "plugins, so SLOs would be dropped silently. Use 1, or start with --kairos off."
+        )
+    from sglang.srt.entrypoints.http_server import app
+
+    app.add_middleware(SloMiddleware, table=active_config().slo_table())
+    return original(server_args, *args, **kwargs)

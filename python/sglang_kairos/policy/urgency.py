@@ -1,0 +1,220 @@
+"""Which prefill goes next: as many first tokens on time as possible, nobody waiting for ever.
+
+Times are seconds, deadlines relative to now (negative = passed), all arrays 1-D of one length n.
+
+On-time set (Moore 1968, the Moore-Hodgson algorithm): walk the jobs by deadline, add up their work,
+and whenever the sum passes a deadline drop the longest job so far. No other set of jobs has more
+members on time. With weights the job with the least weight per second goes first: a heuristic, the
+weighted problem is NP-hard (Karp 1972); equal weights give Moore-Hodgson exactly.
+
+Order: starving requests by deadline, then the on-time set by deadline (EDF: feasible if anything
+is), then the late ones shortest first (SPT: least mean delay). Ties fall to the lower index.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = Sequence[float] | NDArray[np.float64]
+Mask = Sequence[bool] | NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class UrgencyOrder:
+    """`order`: all indices, most urgent first. `on_time`: how many meet their deadline in it."""
+
+    order: list[int]
+    on_time: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillQueue:
+    """Everything with prefill work left, one entry per request in each array.
+
+    `tokens` left to compute (prefix cache excluded), `work_s` the time predicted for them;
+    `partial` marks half-done chunked prefills, `starving` those entitled to go first now.
+    """
+
+    work_s: Floats
+    deadline_s: Floats
+    tokens: Sequence[int] | NDArray[np.int64]
+    partial: Mask
+    weight: Floats | None = None
+    starving: Mask | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPlan:
+    """One step. `order`: waiting indices to offer, those that run first. `slot`: the partial in the
+    chunk slot (-1: none runs), `chunk_limit`: tokens it may take (None: no cap). `on_time`: requests
+    predicted to meet their deadline. `hold`: waiting indices that must not be offered."""
+
+    order: list[int]
+    slot: int
+    chunk_limit: int | None
+    on_time: int
+    hold: list[int]
+
+
+def moore_hodgson(
+    work_s: Floats, deadline_s: Floats, weight: Floats | None = None
+) -> NDArray[np.bool_]:
+    """Mask of the jobs that end on time when run in deadline order and all others dropped."""
+    work, deadline = np.asarray(work_s, float), np.asarray(deadline_s, float)
+    on_time = work <= deadline  # a job that cannot make it alone must not push others out
+    jobs = np.flatnonzero(on_time)
+    jobs = jobs[np.argsort(deadline[jobs], kind="stable")]
+    end = np.cumsum(work[jobs])
+    overflow = np.flatnonzero(end > deadline[jobs])
+    if overflow.size == 0:
+        return on_time
+    first = int(overflow[0])
+    key = -work if weight is None else np.asarray(weight, float) / np.maximum(work, 1e-12)
+    keys, works, dues = key[jobs].tolist(), work[jobs].tolist(), deadline[jobs].tolist()
+    heap = [(keys[position], -position) for position in range(first)]
+    heapq.heapify(heap)
+    total = float(end[first - 1]) if first else 0.0
+    for position in range(first, len(works)):
+        total += works[position]
+        heapq.heappush(heap, (keys[position], -position))
+        while total > dues[position] and heap:
+            dropped = -heapq.heappop(heap)[1]
+            total -= works[dropped]
+            on_time[jobs[dropped]] = False
+    return on_time
+
+
+def urgency_order(
+    work_s: Floats,
+    deadline_s: Floats,
+    weight: Floats | None = None,
+    starving: Mask | None = None,
+) -> UrgencyOrder:
+    """All indices in the order to run them; see the module's text for the rule."""
+    work, deadline = np.asarray(work_s, float), np.asarray(deadline_s, float)
+    first = np.zeros(len(work), bool) if starving is None else np.asarray(starving, bool)
+    head = np.flatnonzero(first)
+    head = head[np.argsort(deadline[head], kind="stable")]
+    end = np.cumsum(work[head])
+    rest = np.flatnonzero(~first)
+    ahead = float(end[-1]) if head.size else 0.0
+    weights = None if weight is None else np.asarray(weight, float)[rest]
+    keeps = moore_hodgson(work[rest], deadline[rest] - ahead, weights)
+    good, late = rest[keeps], rest[~keeps]
+    good = good[np.argsort(deadline[good], kind="stable")]
+    late = late[np.lexsort((deadline[late], work[late]))]
+    met = int(np.count_nonzero(end <= deadline[head])) + good.size
+    return UrgencyOrder([*head.tolist(), *good.tolist(), *late.tolist()], met)
+
+
+def plan_prefill(
+    queue: PrefillQueue,
+    *,
+    chunk_tokens: int,
+    current: int,
+    free_tokens: int,
+    max_paused: int,
+    page_size: int = 1,
+    forced: int = -1,
+) -> PrefillPlan:
+    """What runs in the next step of at most `chunk_tokens` (>= `page_size`) tokens.
+
+    The urgency order is walked with that budget. A waiting request that fits is admitted. One that
+    does not fit starts as a new chunked prefill with what is left if the chunk slot is free, at
+    most `max_paused` partials then sit paused and, beside paused ones, all their tokens and its own
+    fit `free_tokens`; if it may not, the most urgent partial runs in its place, as only that
+    unblocks it. A partial gets all that is left or nothing: an eighth of the chunk is the least
+    worth rereading its prefix for. `current` (-1: none) cannot be paused when `max_paused` is 0.
+    `forced` (-1: none) is a partial that runs now, uncapped.
+    """
+    tokens = np.asarray(queue.tokens, np.int64).tolist()
+    partial = np.asarray(queue.partial, bool).tolist()
+    urgency = urgency_order(queue.work_s, queue.deadline_s, queue.weight, queue.starving)
+    partials = [index for index in urgency.order if partial[index]]
+    candidates = [current] if max_paused == 0 and current >= 0 else partials
+    must_run = len(partials) > max_paused
+    committed = sum(tokens[index] for index in partials)
+    least = min(max(page_size, chunk_tokens // 8), chunk_tokens)
+    left, slot, limit = chunk_tokens, -1, None
+    unfinished = skipped = False  # slot taken beyond this step; a partial found too little left
+    admitted: list[int] = []
+    waiting: list[int] = []
+    hold: list[int] = []
+
+    def pages(count: int) -> int:
+        return -(-count // page_size) * page_size
+
+    def take_slot(index: int) -> bool:
+        nonlocal left, slot, limit, unfinished, skipped
+        room = left // page_size * page_size
+        if room < min(least // page_size * page_size, tokens[index]):
+            skipped = True
+            return False
+        slot, limit, unfinished = index, None if left == chunk_tokens else room, tokens[index] > room
+        left -= min(pages(tokens[index]), room)
+        return True
+
+    def may_chunk(index: int) -> bool:
+        paused = len(partials) - (slot >= 0)
+        return (
+            not (unfinished or skipped)
+            and left >= page_size
+            and paused <= max_paused
+            and (paused == 0 or committed + tokens[index] <= free_tokens)
+        )
+
+    if forced >= 0:
+        take_slot(forced)
+    for at, index in enumerate(urgency.order):
+        if left == 0:
+            waiting += [i for i in urgency.order[at:] if not partial[i]]
+            break
+        if partial[index]:
+            if slot < 0 and not unfinished and index in candidates:
+                take_slot(index)
+            continue
+        while True:
+            reserve = min(least, pages(tokens[candidates[0]])) if must_run and slot < 0 else 0
+            if pages(tokens[index]) <= left - reserve:
+                left -= pages(tokens[index])
+                committed += tokens[index]
+                admitted.append(index)
+            elif may_chunk(index):
+                left, unfinished = left % page_size, True
+                admitted.append(index)
+            elif slot < 0 and candidates and not (unfinished or skipped):
+                if take_slot(candidates[0]):
+                    continue
+                hold.append(index)
+            else:
+                (waiting if left < page_size else hold).append(index)
+            break
+    return PrefillPlan(admitted + waiting, slot, limit, urgency.on_time, hold)
+
+
+class LateShare:
+    """Token bucket of the starvation bound: starving requests get at most `share` of all tokens.
+
+    Over any run, spent <= share * earned + the largest single spend. Savings stop at
+    `burst_tokens`, so a quiet hour does not buy a starving burst.
+    """
+
+    def __init__(self, share: float, burst_tokens: float = 8192.0) -> None:
+        self._share, self._burst, self._balance = share, burst_tokens, 0.0
+
+    def earn(self, tokens: float) -> None:
+        """`tokens` prefill tokens were executed, whoever's."""
+        self._balance = min(self._burst, self._balance + self._share * tokens)
+
+    def may_spend(self) -> bool:
+        """Whether a starving request may go first now."""
+        return self._share > 0.0 and self._balance >= 0.0
+
+    def spend(self, tokens: float) -> None:
+        """`tokens` were executed for a request that went first because it was starving."""
+        self._balance -= tokens

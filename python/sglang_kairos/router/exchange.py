@@ -1,0 +1,223 @@
+"""One request on one pair: the same body to both servers, prefill's answer drained, decode's kept.
+
+A prefill server answers when its KV has been taken over, with one token nobody needs; its errors
+matter. With ``stream`` they come as status 200 and an event, so the beginning is kept and read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import orjson
+
+from sglang_kairos.router.fleet import DecodeServer, PrefillServer, Server, is_unreachable
+
+_KEEP_BYTES = 256 * 1024
+_ABORT_TIMEOUT_S = 5.0
+_PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d{1,9})')
+
+# Hop-by-hop headers, those that this router answers for, and those that would undo the pairing.
+_NOT_FORWARDED = frozenset(
+    """accept-encoding connection content-length expect host keep-alive proxy-authenticate
+    proxy-authorization proxy-connection te trailer transfer-encoding upgrade
+    x-override-bootstrap-host x-override-bootstrap-port x-override-bootstrap-room
+    x-slo-ttft-ms x-slo-tpot-ms x-slo-class x-dynamo-slo-ttft-ms""".split()
+)
+_NOT_RETURNED = frozenset(
+    """connection date keep-alive proxy-connection server te trailer transfer-encoding
+    upgrade""".split()
+)
+
+
+class ServerFailed(Exception):
+    """A server could not be reached or broke off before it answered anything."""
+
+    def __init__(self, server: Server, cause: BaseException) -> None:
+        super().__init__(f"{server.role} server {server.url}: {cause!r}")
+        self.server = server
+        self.cause = cause
+
+    @property
+    def retryable(self) -> bool:
+        """Whether another attempt makes sense; a request that ran out of time has had its."""
+        return not isinstance(self.cause, TimeoutError) or is_unreachable(self.cause)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillError:
+    """Prefill's refusal, as it goes to the client."""
+
+    status: int
+    content_type: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeHead:
+    """Decode's status and headers, and the first bytes of its body (empty: the body is)."""
+
+    response: aiohttp.ClientResponse
+    first: bytes
+
+
+class Exchange:
+    """Both legs of one attempt. `close` always, and `abort` instead if nobody wants the answer."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        prefill: PrefillServer,
+        decode: DecodeServer,
+        path: str,
+        payload: bytes,
+        headers: list[tuple[str, str]],
+        rids: list[str],
+    ) -> None:
+        self.prefill = prefill
+        self.decode = decode
+        self.prefilled_s: float | None = None
+        self.prompt_tokens = 0
+        self._session = session
+        self._path = path
+        self._payload = payload
+        self._headers = headers
+        self._rids = rids
+        self._responses: dict[str, aiohttp.ClientResponse] = {}
+
+    async def run_prefill(self, on_done: Callable[[], None]) -> PrefillError | None:
+        """Send, and drain the answer; `on_done` when the prompt is prefilled. ServerFailed."""
+        try:
+            response = await self._post(self.prefill)
+            kept = bytearray()
+            async for chunk in response.content.iter_any():
+                if len(kept) < _KEEP_BYTES:
+                    kept += chunk[: _KEEP_BYTES - len(kept)]
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerFailed(self.prefill, error) from error
+        failure = _prefill_error(response, bytes(kept))
+        if failure is None:
+            self.prefilled_s = time.monotonic()
+            counted = _PROMPT_TOKENS.search(kept)
+            self.prompt_tokens = int(counted[1]) if counted else 0
+            on_done()
+        return failure
+
+    async def run_decode(self) -> DecodeHead:
+        """Send, and wait for the first bytes of the answer. ServerFailed."""
+        try:
+            response = await self._post(self.decode)
+            return DecodeHead(response, await response.content.readany())
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerFailed(self.decode, error) from error
+
+    async def abort(self) -> None:
+        """Stop both servers working on it: close the connections and name the ids, if known.
+
+        Closing alone is enough, but SGLang looks for a closed connection only every few seconds.
+        """
+        self.close()
+        bodies = [orjson.dumps({"rid": rid}) for rid in self._rids]
+        servers: list[PrefillServer | DecodeServer]
+        servers = [self.decode] if self.prefilled_s else [self.decode, self.prefill]
+        await asyncio.gather(*(self._abort_one(s, body) for s in servers for body in bodies))
+
+    def close(self) -> None:
+        """Drop connections whose answer has not been read to the end."""
+        for response in self._responses.values():
+            response.close()
+
+    async def _post(self, server: PrefillServer | DecodeServer) -> aiohttp.ClientResponse:
+        response = await self._session.post(
+            server.url + self._path,
+            data=self._payload,
+            headers=self._headers,
+            skip_auto_headers=("Content-Type", "User-Agent", "Accept"),
+            allow_redirects=False,
+        )
+        self._responses[server.role] = response
+        return response
+
+    async def _abort_one(self, server: PrefillServer | DecodeServer, body: bytes) -> None:
+        kept = [header for header in self._headers if header[0] == "authorization"]
+        try:
+            async with self._session.post(
+                server.url + "/abort_request",
+                data=body,
+                headers=[("content-type", "application/json"), *kept],
+                timeout=aiohttp.ClientTimeout(total=_ABORT_TIMEOUT_S),
+            ) as response:
+                await response.read()
+        except (aiohttp.ClientError, OSError):
+            pass  # gone: then so is the request
+
+
+def forwarded(raw: list[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
+    """The client's end-to-end headers for the servers, without those the router answers for."""
+    named = {
+        word.strip().lower()
+        for key, value in raw
+        if key == b"connection"
+        for word in value.decode("latin-1").split(",")
+    }
+    headers = [
+        (name, value.decode("latin-1"))
+        for name, value in ((key.decode("latin-1"), value) for key, value in raw)
+        if name not in _NOT_FORWARDED and name not in named
+    ]
+    headers.append(("accept-encoding", "identity"))
+    return headers
+
+
+def returned(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """A server's headers for the client."""
+    return [
+        (key.lower().encode("latin-1"), value.encode("latin-1", "replace"))
+        for key, value in headers.items()
+        if key.lower() not in _NOT_RETURNED
+    ]
+
+
+def _prefill_error(response: aiohttp.ClientResponse, body: bytes) -> PrefillError | None:
+    content_type = response.headers.get("content-type", "application/json")
+    if response.status != 200:
+        return PrefillError(response.status, content_type, body)
+    if not content_type.startswith("text/event-stream"):
+        return None
+    for line in body.split(b"\n"):
+        if not line.startswith(b"data:") or (b'"error"' not in line and b'"abort"' not in line):
+            continue
+        try:
+            event = orjson.loads(line[5:])
+        except orjson.JSONDecodeError:
+            continue
+        error = _event_error(event)
+        if error is not None:
+            code = error.get("code")
+            status = code if isinstance(code, int) and 400 <= code <= 599 else 500
+            return PrefillError(status, "application/json", orjson.dumps({"error": error}))
+    return None
+
+
+def _event_error(event: Any) -> dict[str, Any] | None:
+    """The error an event of a stream reports, in OpenAI's shape."""
+    if not isinstance(event, dict):
+        return None
+    error = event.get("error")
+    if isinstance(error, dict):
+        return error
+    meta = event.get("meta_info")
+    reason = meta.get("finish_reason") if isinstance(meta, dict) else None
+    if isinstance(reason, dict) and reason.get("type") == "abort":
+        return {
+            "message": str(reason.get("message") or "aborted by the prefill server"),
+            "type": str(reason.get("err_type") or "InternalServerError"),
+            "param": None,
+            "code": reason.get("status_code") or 500,
+        }
+    return None

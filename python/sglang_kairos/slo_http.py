@@ -1,0 +1,168 @@
+"""How an SLO sits in an HTTP request body: found, checked, and put where SGLang carries it.
+
+Shared by the router and by the middleware in the server (`engine/http_slo.py`), so that both accept
+and refuse the same requests. No SGLang import.
+
+SGLang takes ``custom_params`` to its schedulers from ``sampling_params.custom_params`` for
+/generate (`sampling_params` absent, an object, or a list with one object per prompt) and from the
+top-level ``custom_params`` for /v1/completions and /v1/chat/completions. The key inside is
+`slo.WIRE_KEY`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from sglang_kairos.slo import (
+    BODY_FIELDS,
+    CLASS_HEADERS,
+    LIMITS_MS,
+    TPOT_HEADERS,
+    TTFT_HEADERS,
+    WIRE_KEY,
+    RequestSlo,
+    SloError,
+    SloTable,
+    from_wire,
+    request_slo,
+    to_wire,
+)
+
+GENERATE = "/generate"
+SLO_PATHS = frozenset({GENERATE, "/v1/completions", "/v1/chat/completions"})
+SLO_HEADERS = frozenset((*TTFT_HEADERS, *TPOT_HEADERS, *CLASS_HEADERS))
+
+_KEYS = tuple(f'"{key}"'.encode() for key in (*BODY_FIELDS, WIRE_KEY))
+# A key may be spelt with \u escapes; its letters and underscore all lie in U+005F..U+007A.
+_ESCAPES = (b"\\u005", b"\\u006", b"\\u007")
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What `carry` did: the tightest SLO of the request, and whether the body was changed."""
+
+    slo: RequestSlo
+    changed: bool
+
+
+def mentions_slo(raw: bytes, header_names: Iterable[str]) -> bool:
+    """Whether a body or its headers (lower-case names) can say anything about an SLO.
+
+    Cheap and never wrong by a False: it decides whether the JSON is parsed at all.
+    """
+    if not SLO_HEADERS.isdisjoint(header_names):
+        return True
+    return any(key in raw for key in _KEYS) or any(key in raw for key in _ESCAPES)
+
+
+def carry(
+    body: dict[str, Any],
+    path: str,
+    headers: Mapping[str, str],
+    table: SloTable,
+    *,
+    age_ms: float = 0.0,
+    always: bool = False,
+) -> Carried:
+    """Move the SLO of a request to where SGLang carries it; changes `body` in place.
+
+    `age_ms` (milliseconds) is what the request has spent here; it is added to the age of an SLO
+    that is already on the wire, which otherwise stays as it is and wins over the body's own fields.
+    With `always`, a request that asks for nothing still carries its age, and the next server's
+    default SLO fills the rest. Raises SloError for any value out of range.
+    """
+    asked = request_slo(body, headers, table)
+    wire = to_wire(asked, age_ms) if asked else {"age_ms": round(age_ms, 3)} if always else None
+    changed = False
+    for name in BODY_FIELDS:
+        changed |= body.pop(name, None) is not None
+    found: list[RequestSlo] = []
+    for holder, place in _holders(body, path, wire is not None):
+        params = holder.get("custom_params")
+        if params is None:
+            existing = None
+        elif isinstance(params, dict):
+            existing = params.get(WIRE_KEY)
+        elif wire is None:
+            continue
+        else:
+            raise SloError(place, "must be an object")
+        chosen = wire if existing is None else _checked(existing, table, age_ms)
+        if chosen is None:
+            continue
+        found.append(from_wire(chosen, table))
+        if chosen != existing:
+            holder["custom_params"] = {**(params or {}), WIRE_KEY: chosen}
+            changed = True
+    if not found:
+        found.append(RequestSlo(asked or table.default, age_ms))
+    return Carried(min(found, key=lambda item: item.slo.ttft_ms - item.age_ms), changed)
+
+
+def _holders(
+    body: dict[str, Any], path: str, create: bool
+) -> list[tuple[dict[str, Any], str]]:
+    """The objects of a body that own a ``custom_params``, each with the name of that field.
+
+    A malformed ``sampling_params`` has none: SGLang answers it with its own error.
+    """
+    if path != GENERATE:
+        return [(body, "custom_params")]
+    params = body.get("sampling_params")
+    if params is None and create:
+        params = body["sampling_params"] = {}
+    if isinstance(params, dict):
+        return [(params, "sampling_params.custom_params")]
+    if isinstance(params, list):
+        return [
+            (item, f"sampling_params[{index}].custom_params")
+            for index, item in enumerate(params)
+            if isinstance(item, dict)
+        ]
+    return []
+
+
+def _checked(wire: Any, table: SloTable, age_ms: float) -> dict[str, Any]:
+    """A wire SLO made canonical: known keys only, checked, older by `age_ms`.
+
+    Unknown keys go because SGLang's schedulers decode ``custom_params`` with a strict type, and a
+    value nested too deep there is not answered with an error.
+    """
+    parsed = from_wire(wire, table)
+    full = to_wire(parsed.slo, min(parsed.age_ms + age_ms, LIMITS_MS["age_ms"][1]))
+    return {
+        key: value
+        for key, value in full.items()
+        if wire.get(key) is not None or (key == "age_ms" and age_ms > 0.0)
+    }
+
+
+def dump(body: Any) -> bytes:
+    """`body` as JSON. ValueError when it is nested deeper than JSON is ever written for us."""
+    try:
+        return orjson.dumps(body)
+    except TypeError:
+        # orjson reads 1024 levels but writes 254.
+        try:
+            return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+        except RecursionError:
+            raise ValueError("the body is nested too deep") from None
+
+
+def error_body(
+    path: str, status: int, message: str, kind: str = "BadRequestError", param: str | None = None
+) -> bytes:
+    """An error as the clients of `path` read it.
+
+    ``{"error": {"message", "type", "param", "code"}}`` everywhere; SGLang's own OpenAI endpoints
+    put the same four at the top level (``"object": "error"``), so those paths answer both ways.
+    """
+    error: dict[str, Any] = {"message": message, "type": kind, "param": param, "code": status}
+    if path.startswith("/v1/"):
+        return orjson.dumps({"object": "error", **error, "error": error})
+    return orjson.dumps({"error": error})

@@ -1,0 +1,1 @@
+"""Tools around a running cluster: traces, an open-loop driver, reports."""

@@ -1,0 +1,288 @@
+"""Reports on runs: a text table, JSON, a picture; and SGLang's own benchmark in the same terms."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from sglang_kairos.tools.replay import OK, Outcome, Result, load
+
+# Heading, digits after the point, factor from the metric's unit to the shown one.
+COLUMNS: dict[str, tuple[str, int, float]] = {
+    "ttft_attainment": ("TTFT met %", 1, 100.0),
+    "tpot_attainment": ("TPOT met %", 1, 100.0),
+    "e2e_attainment": ("both met %", 1, 100.0),
+    "goodput_rps": ("goodput req/s", 2, 1.0),
+    "decode_tokens_per_s": ("tokens/s", 0, 1.0),
+    "ttft_p50_ms": ("TTFT p50 s", 2, 1e-3),
+    "ttft_p99_ms": ("TTFT p99 s", 2, 1e-3),
+    "tpot_p99_ms": ("TPOT p99 ms", 0, 1.0),
+    "longest_wait_ms": ("longest wait s", 1, 1e-3),
+    "sent": ("sent", 0, 1.0),
+    "failed": ("failed", 0, 1.0),
+}
+ATTAINMENTS = ("ttft_attainment", "tpot_attainment", "e2e_attainment")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one policy."""
+
+    policy: str
+    result: Result
+
+    def row(self) -> dict[str, Any]:
+        """The JSON object of this run: its policy and its `Metrics`."""
+        return {"policy": self.policy, **asdict(self.result.metrics)}
+
+
+def by_policy(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Runs grouped, in order of first appearance."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.policy, []).append(run)
+    return groups
+
+
+def table(runs: Sequence[Run], title: str = "") -> str:
+    """One line per policy; with repeats the mean and, below it, the lowest and highest."""
+    header = ["policy", *(heading for heading, _, _ in COLUMNS.values())]
+    lines: list[list[str]] = []
+    for policy, group in by_policy(runs).items():
+        rows = [run.row() for run in group]
+        name = policy if len(rows) == 1 else f"{policy} (mean of {len(rows)})"
+        lines.append([name, *(_cell(rows, key, mean) for key in COLUMNS)])
+        if len(rows) > 1:
+            lines.append(["  lowest", *(_cell(rows, key, min) for key in COLUMNS)])
+            lines.append(["  highest", *(_cell(rows, key, max) for key in COLUMNS)])
+    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
+
+    def laid_out(line: list[str]) -> str:
+        first = line[0].ljust(widths[0])
+        return "  ".join([first, *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    body = [laid_out(header), rule, *map(laid_out, lines)]
+    return "\n".join([title, *body] if title else body)
+
+
+def _cell(rows: Sequence[Mapping[str, Any]], key: str, reduce: Any) -> str:
+    _, digits, factor = COLUMNS[key]
+    values = [row[key] for row in rows if row[key] is not None]
+    return f"{reduce(values) * factor:.{digits}f}" if values else "-"
+
+
+def write_json(path: Path, runs: Sequence[Run], setup: Mapping[str, Any] | None = None) -> None:
+    """Writes ``{"runs": [...]}``, with what was run under ``setup``."""
+    report: dict[str, Any] = {"runs": [run.row() for run in runs]}
+    if setup:
+        report["setup"] = dict(setup)
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def write_png(path: Path, runs: Sequence[Run], title: str) -> None:
+    """Draws attainment per policy, the TTFT distributions, and who pays by prompt length."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = by_policy(runs)
+    colours = dict(zip(groups, _colours(list(groups)), strict=True))
+    figure, (bars, curves, payers) = plt.subplots(1, 3, figsize=(17, 5.2), layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    _draw_attainment(bars, groups, colours)
+    _draw_ttft(curves, groups, colours)
+    _draw_payers(payers, groups, colours)
+    for axes in (bars, curves, payers):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _colours(policies: list[str]) -> list[str]:
+    greys = iter(("#9aa5b1", "#6f8fb5", "#c2a15f", "#8a7fb0", "#7fae9b", "#b08f8f") * 4)
+    return ["#d1495b" if policy == "kairos" else next(greys) for policy in policies]
+
+
+def _draw_attainment(axes: Any, groups: Mapping[str, list[Run]], colours: dict[str, str]) -> None:
+    width = 0.82 / len(groups)
+    for place, (policy, group) in enumerate(groups.items()):
+        rows = [run.row() for run in group]
+        heights = [100 * mean(row[key] for row in rows) for key in ATTAINMENTS]
+        at = np.arange(len(ATTAINMENTS)) - 0.41 + width * (place + 0.5)
+        drawn = axes.bar(at, heights, width * 0.94, color=colours[policy], label=policy)
+        axes.bar_label(drawn, fmt="%.0f", padding=2, fontsize=9)
+        if len(rows) > 1:
+            lows = [100 * min(row[key] for row in rows) for key in ATTAINMENTS]
+            highs = [100 * max(row[key] for row in rows) for key in ATTAINMENTS]
+            axes.vlines(at, lows, highs, color="#333333", linewidth=1.2)
+    axes.set_xticks(range(len(ATTAINMENTS)), ["TTFT", "TPOT", "both"])
+    axes.set_ylim(0, 112)
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_ylabel("requests that met their target, % of sent")
+    axes.set_title("SLO attainment")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4, fontsize=9, frameon=False)
+
+
+def _draw_ttft(axes: Any, groups: Mapping[str, list[Run]], colours: dict[str, str]) -> None:
+    targets = {o.ttft_slo_ms for group in groups.values() for run in group for o in _all(run)}
+    for policy, group in groups.items():
+        outcomes = [outcome for run in group for outcome in _all(run)]
+        ttfts = np.sort([outcome.ttft_ms / 1e3 for outcome in outcomes if outcome.ok])
+        share = 100 * np.arange(1, len(ttfts) + 1) / max(1, len(outcomes))
+        axes.step(ttfts, share, where="post", color=colours[policy], label=policy, linewidth=1.8)
+    if len(targets) == 1:
+        target = targets.pop() / 1e3
+        axes.axvline(target, color="#333333", linestyle="--", linewidth=1)
+        axes.annotate(f" target {target:g} s", (target, 3), fontsize=9)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_ylim(0, 102)
+    axes.set_xlabel("time to first token, s")
+    axes.set_ylabel("requests answered within, % of sent")
+    axes.set_title("TTFT distribution")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", fontsize=9, frameon=False)
+
+
+def _draw_payers(axes: Any, groups: Mapping[str, list[Run]], colours: dict[str, str]) -> None:
+    labels: list[str] = []
+    for policy, group in groups.items():
+        outcomes = sorted((o for run in group for o in _all(run)), key=lambda o: o.input_tokens)
+        deciles = [part for part in _split(outcomes, 10) if part]
+        labels = [_tokens(part[-1].input_tokens) for part in deciles]
+        axes.plot(
+            range(1, len(deciles) + 1),
+            [mean(outcome.waited_ms for outcome in part) / 1e3 for part in deciles],
+            marker="o",
+            markersize=4,
+            color=colours[policy],
+            label=policy,
+        )
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xticks(range(1, len(labels) + 1), [f"≤{label}" for label in labels], fontsize=8)
+    axes.set_xlabel("prompt length, tokens (a tenth of the requests each)")
+    axes.set_ylabel("mean time to first token, s")
+    axes.set_title("Who pays")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", fontsize=9, frameon=False)
+
+
+def _all(run: Run) -> list[Outcome]:
+    return run.result.outcomes
+
+
+def _split(items: list[Outcome], parts: int) -> list[list[Outcome]]:
+    edges = [round(i * len(items) / parts) for i in range(parts + 1)]
+    return [items[a:b] for a, b in itertools.pairwise(edges)]
+
+
+def _tokens(count: int) -> str:
+    return str(count) if count < 1000 else f"{count / 1000:.1f}k"
+
+
+def from_bench_record(
+    record: Mapping[str, Any], ttft_ms: float | None = None, tpot_ms: float | None = None
+) -> Result:
+    """A run of ``sglang.benchmark.serving --output-details`` as a `Result`.
+
+    `record` is one line of its output file. Targets default to those of its ``--goodput``. It
+    records no sending times: each request starts at 0 here, which no metric but the plots uses.
+    """
+    slos = record.get("goodput_slos_ms") or {}
+    ttft_slo = ttft_ms if ttft_ms is not None else slos.get("ttft", float("inf"))
+    tpot_slo = tpot_ms if tpot_ms is not None else slos.get("tpot", float("inf"))
+    missing = {"ttfts", "itls", "output_lens", "input_lens", "errors"} - set(record)
+    if missing:
+        raise ValueError(f"no {', '.join(sorted(missing))}: run it with --output-details")
+    outcomes = []
+    for index, (ttft, itls, output, inputs, error) in enumerate(
+        zip(
+            record["ttfts"],
+            record["itls"],
+            record["output_lens"],
+            record["input_lens"],
+            record["errors"],
+            strict=True,
+        )
+    ):
+        end = ttft + sum(itls)
+        # It writes a length of 0 for a request that failed.
+        status = OK if output > 0 and not error else "error"
+        outcomes.append(
+            Outcome(
+                index,
+                planned_s=0.0,
+                sent_s=0.0,
+                input_tokens=inputs,
+                asked_tokens=output,
+                ttft_slo_ms=ttft_slo,
+                tpot_slo_ms=tpot_slo,
+                status=status,
+                error=error,
+                first_token_s=ttft,
+                last_token_s=end,
+                ended_s=end,
+                output_tokens=output,
+                itls_ms=[itl * 1e3 for itl in itls],
+            )
+        )
+    return Result(outcomes, record["duration"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reports on files: per-request dumps of the replayer, or records of SGLang's benchmark."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_kairos.tools.report",
+        description="Table of runs; the policy is each file's name.",
+    )
+    parser.add_argument("files", nargs="+", type=Path, help="POLICY.jsonl")
+    parser.add_argument("--ttft-ms", type=float, help="judge by this target instead")
+    parser.add_argument("--tpot-ms", type=float, help="judge by this target instead")
+    parser.add_argument("--json", type=Path, help="also write JSON here")
+    parser.add_argument("--png", type=Path, help="also draw here")
+    given = parser.parse_args(argv)
+    runs: list[Run] = []
+    try:
+        for file in given.files:
+            for result in _results(file, given.ttft_ms, given.tpot_ms):
+                runs.append(Run(file.stem, result))
+    except (OSError, ValueError, TypeError) as error:
+        print(f"error: {file}: {error}", file=sys.stderr)
+        return 2
+    print(table(runs))
+    if given.json:
+        write_json(given.json, runs)
+    if given.png:
+        write_png(given.png, runs, ", ".join(by_policy(runs)))
+    return 0
+
+
+def _results(file: Path, ttft_ms: float | None, tpot_ms: float | None) -> list[Result]:
+    with file.open(encoding="utf-8") as lines:
+        first = json.loads(next(lines, "{}"))
+        if "itls" in first:
+            records = [first, *map(json.loads, lines)]
+            return [from_bench_record(record, ttft_ms, tpot_ms) for record in records]
+    result = load(file)
+    for outcome in result.outcomes:
+        outcome.ttft_slo_ms = ttft_ms or outcome.ttft_slo_ms
+        outcome.tpot_slo_ms = tpot_ms or outcome.tpot_slo_ms
+    return [result]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,608 @@
+"""The router in front of small fake prefill and decode servers on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import pytest
+import uvicorn
+from aiohttp import web
+
+from sglang_kairos.config import KairosConfig
+from sglang_kairos.router.app import create_app
+from sglang_kairos.router.options import OptionError, RouterOptions, parse_options
+from sglang_kairos.router.prompt import describe
+
+GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass
+class Fake:
+    """A server that records what it gets. `answer` replaces its serving endpoint."""
+
+    role: str
+    answer: Handler | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    flushed: int = 0
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+    url: str = ""
+
+    async def serve(self, request: web.Request) -> web.StreamResponse:
+        self.bodies.append(await request.json())
+        self.headers.append({key.lower(): value for key, value in request.headers.items()})
+        try:
+            if self.answer is not None:
+                return await self.answer(request)
+            return web.json_response({"text": f"from {self.role}", "meta_info": {}})
+        except (asyncio.CancelledError, ConnectionResetError):
+            self.left.set()
+            raise
+
+    async def abort(self, request: web.Request) -> web.Response:
+        self.aborted.append((await request.json())["rid"])
+        return web.Response()
+
+    async def flush(self, _: web.Request) -> web.Response:
+        self.flushed += 1
+        return web.Response(text="Cache flushed.")
+
+    async def tell(self, _: web.Request) -> web.Response:
+        return web.json_response({"role": self.role, **self.info})
+
+    @contextlib.asynccontextmanager
+    async def run(self) -> AsyncIterator[Fake]:
+        app = web.Application()
+        for path in (GENERATE, COMPLETIONS, CHAT):
+            app.router.add_post(path, self.serve)
+        app.router.add_post("/abort_request", self.abort)
+        app.router.add_post("/flush_cache", self.flush)
+        for path in ("/server_info", "/model_info", "/v1/models", "/health_generate"):
+            app.router.add_get(path, self.tell)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+        self.url = f"http://127.0.0.1:{port}"
+        try:
+            yield self
+        finally:
+            await runner.cleanup()
+
+
+@dataclass
+class Bench:
+    """A running router, its fakes and a client session whose base is the router."""
+
+    client: aiohttp.ClientSession
+    router: Any
+    prefills: list[Fake]
+    decodes: list[Fake]
+
+    @property
+    def p(self) -> Fake:
+        return self.prefills[0]
+
+    @property
+    def d(self) -> Fake:
+        return self.decodes[0]
+
+    async def post(self, path: str, body: Any, **kwargs: Any) -> tuple[int, Any]:
+        async with self.client.post(path, json=body, **kwargs) as response:
+            return response.status, await response.json(content_type=None)
+
+
+@contextlib.asynccontextmanager
+async def bench(
+    prefill: Fake | None = None,
+    decode: Fake | None = None,
+    *,
+    dead_prefills: int = 0,
+    dead_decodes: int = 0,
+    config: KairosConfig | None = None,
+    **options: Any,
+) -> AsyncIterator[Bench]:
+    prefills, decodes = [prefill or Fake("prefill")], [decode or Fake("decode")]
+    async with contextlib.AsyncExitStack() as stack:
+        for fake in (*prefills, *decodes):
+            await stack.enter_async_context(fake.run())
+        # Dead ones come first, so that a lower-index tie would pick them.
+        gone_p = [f"http://127.0.0.1:{free_port()}" for _ in range(dead_prefills)]
+        gone_d = [f"http://127.0.0.1:{free_port()}" for _ in range(dead_decodes)]
+        settings = RouterOptions(
+            prefills=tuple((url, 8998) for url in [*gone_p, *(f.url for f in prefills)]),
+            decodes=tuple([*gone_d, *(f.url for f in decodes)]),
+            seed=7,
+            **options,
+        )
+        app = create_app(settings, config or KairosConfig())
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", loop="asyncio"))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.005)
+        base = f"http://127.0.0.1:{port}"
+        client = await stack.enter_async_context(aiohttp.ClientSession(base))
+        try:
+            yield Bench(client, app.state.router, prefills, decodes)
+        finally:
+            await client.close()
+            server.should_exit = True
+            await asyncio.wait_for(serving, 10)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+async def until(condition: Callable[[], bool], timeout: float = 3.0) -> None:
+    async with asyncio.timeout(timeout):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def streaming(*parts: bytes, gap_s: float = 0.0, hold: asyncio.Event | None = None) -> Handler:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for part in parts:
+            await asyncio.sleep(gap_s)
+            await response.write(part)
+        if hold is not None:
+            await hold.wait()
+        await response.write_eof()
+        return response
+
+    return answer
+
+
+def failing(status: int, body: Any) -> Handler:
+    async def answer(_: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(0.05)  # so that the other server has been reached as well
+        return web.json_response(body, status=status)
+
+    return answer
+
+
+async def never(_: web.Request) -> web.StreamResponse:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+def test_both_servers_get_one_body_with_a_bootstrap_address_and_the_client_gets_decodes_answer() -> (
+    None
+):
+    async def main() -> None:
+        async with bench() as b:
+            status, answer = await b.post(GENERATE, {"text": "hi", "bootstrap_host": None})
+            assert (status, answer["text"]) == (200, "from decode")
+            sent = b.d.bodies[0]
+            await until(lambda: bool(b.p.bodies))
+            assert b.p.bodies[0] == sent
+            assert sent["bootstrap_host"] == "127.0.0.1"
+            assert sent["bootstrap_port"] == 8998
+            assert 0 <= sent["bootstrap_room"] < 2**63
+            assert isinstance(sent["rid"], str)
+
+    asyncio.run(main())
+
+
+BATCHES: list[tuple[str, dict[str, Any], int | None]] = [
+    (GENERATE, {"text": ["a", "b", "c"]}, 3),
+    (GENERATE, {"input_ids": [[1, 2], [3]]}, 2),
+    (GENERATE, {"input_ids": [1, 2, 3]}, None),
+    (COMPLETIONS, {"prompt": ["a"]}, 1),
+    (COMPLETIONS, {"prompt": [[1], [2, 3]]}, 2),
+    (COMPLETIONS, {"prompt": [1, 2]}, None),
+    (CHAT, {"messages": [{"role": "user", "content": "hi"}]}, None),
+]
+
+
+def test_a_batch_gets_a_room_of_its_own_for_each_prompt() -> None:
+    async def main() -> None:
+        async with bench() as b:
+            for path, body, count in BATCHES:
+                await b.post(path, body)
+                sent = b.d.bodies[-1]
+                if count is None:
+                    assert isinstance(sent["bootstrap_room"], int)
+                    continue
+                assert len(set(sent["bootstrap_room"])) == count
+                assert sent["bootstrap_host"] == ["127.0.0.1"] * count
+                assert sent["bootstrap_port"] == [8998] * count
+                assert len(set(sent["rid"])) == count
+
+    asyncio.run(main())
+
+
+def test_the_slo_rides_in_custom_params_with_its_age_and_leaves_the_body() -> None:
+    async def main() -> None:
+        async with bench() as b:
+            await b.post(GENERATE, {"text": "hi", "ttft_ms": 500, "sampling_params": {"n": 1}})
+            await b.post(CHAT, {"messages": []}, headers={"x-slo-tpot-ms": "20"})
+            await b.post(COMPLETIONS, {"prompt": "x", "custom_params": {"mine": 1}})
+            native, chat, plain = b.d.bodies
+            wire = native["sampling_params"]["custom_params"]["kairos"]
+            assert wire["ttft_ms"] == 500
+            assert wire["tpot_ms"] == 100
+            assert 0 <= wire["age_ms"] < 1000
+            assert "ttft_ms" not in native
+            assert chat["custom_params"]["kairos"]["tpot_ms"] == 20
+            assert "x-slo-tpot-ms" not in b.d.headers[1]
+            assert plain["custom_params"]["mine"] == 1
+            assert list(plain["custom_params"]["kairos"]) == ["age_ms"]
+
+    asyncio.run(main())
+
+
+def test_age_counts_the_time_spent_on_a_retry() -> None:
+    async def main() -> None:
+        async with bench(dead_prefills=2) as b:
+            for _ in range(6):
+                await b.post(GENERATE, {"text": "x", "sampling_params": {}})
+            for body in b.d.bodies:
+                assert body["sampling_params"]["custom_params"]["kairos"]["age_ms"] >= 0
+
+    asyncio.run(main())
+
+
+def test_an_slo_out_of_range_is_answered_400_naming_field_and_range() -> None:
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"ttft_ms": -1}, "ttft_ms"),
+        ({"tpot_ms": "fast"}, "tpot_ms"),
+        ({"slo": {"ttft": 5}}, "slo"),
+        ({"slo_class": "gold"}, "slo_class"),
+    ]
+
+    async def main() -> None:
+        async with bench() as b:
+            for path in (GENERATE, COMPLETIONS, CHAT):
+                for extra, name in bad:
+                    status, answer = await b.post(path, {"text": "x", "prompt": "x", **extra})
+                    assert status == 400
+                    assert answer["error"]["param"] == name
+                    assert answer["error"]["code"] == 400
+                    assert name in answer["error"]["message"]
+                    if name == "ttft_ms":
+                        assert "between 1 and 3.6e+06" in answer["error"]["message"]
+            assert not b.d.bodies
+
+    asyncio.run(main())
+
+
+def test_malformed_json_is_answered_400_and_the_router_lives() -> None:
+    async def main() -> None:
+        async with bench() as b:
+            for raw in (b"{", b"", b"[1]", b'"x"', b"\xff"):
+                async with b.client.post(GENERATE, data=raw) as response:
+                    assert response.status == 400
+                    assert "malformed" in (await response.json())["error"]["message"]
+            assert (await b.post(GENERATE, {"text": "x"}))[0] == 200
+
+    asyncio.run(main())
+
+
+def test_chunks_reach_the_client_as_they_come() -> None:
+    async def main() -> None:
+        hold = asyncio.Event()
+        decode = Fake("decode", streaming(b"data: 1\n\n", hold=hold))
+        async with bench(decode=decode) as b:
+            async with b.client.post(GENERATE, json={"text": "x", "stream": True}) as response:
+                assert response.headers["content-type"].startswith("text/event-stream")
+                first = await asyncio.wait_for(response.content.readany(), 2)
+                assert first == b"data: 1\n\n"
+                hold.set()
+                assert await response.content.read() == b""
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_decodes_error_reaches_the_client_and_prefill_is_aborted(status: int) -> None:
+    async def main() -> None:
+        error = {"error": {"message": "no"}}
+        async with bench(Fake("prefill", never), Fake("decode", failing(status, error))) as b:
+            assert await b.post(GENERATE, {"text": "x"}) == (status, error)
+            await until(b.p.left.is_set)
+            await until(lambda: b.p.aborted == [b.p.bodies[0]["rid"]])
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_prefills_error_reaches_the_client_at_once_and_decode_is_aborted(stream: bool) -> None:
+    async def main() -> None:
+        error = {"error": {"message": "queue full", "code": 503}}
+        async with bench(Fake("prefill", failing(503, error)), Fake("decode", never)) as b:
+            got = await asyncio.wait_for(b.post(GENERATE, {"text": "x", "stream": stream}), 2)
+            assert got == (503, error)
+            await until(b.d.left.is_set)
+            await until(lambda: b.d.aborted == [b.d.bodies[0]["rid"]])
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("event", "status"),
+    [
+        ({"error": {"message": "too long", "code": 400}}, 400),
+        ({"error": {"message": "odd", "code": "x"}}, 500),
+        (
+            {"meta_info": {"finish_reason": {"type": "abort", "status_code": 503, "message": "q"}}},
+            503,
+        ),
+    ],
+)
+def test_an_error_inside_prefills_stream_becomes_a_real_status(
+    event: dict[str, Any], status: int
+) -> None:
+    async def main() -> None:
+        data = b"data: " + json.dumps(event).encode() + b"\n\ndata: [DONE]\n\n"
+        async with bench(Fake("prefill", streaming(data, gap_s=0.05)), Fake("decode", never)) as b:
+            got, answer = await b.post(GENERATE, {"text": "x", "stream": True})
+            assert got == status
+            assert answer["error"]["message"]
+            await until(b.d.left.is_set)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_when_the_client_leaves_both_servers_see_it_and_are_told_the_id(stream: bool) -> None:
+    async def main() -> None:
+        async with bench(Fake("prefill", never), Fake("decode", never)) as b:
+            sending = asyncio.create_task(b.post(GENERATE, {"text": "x", "stream": stream}))
+            await until(lambda: bool(b.p.bodies and b.d.bodies))
+            sending.cancel()
+            await until(lambda: b.p.left.is_set() and b.d.left.is_set())
+            rid = b.p.bodies[0]["rid"]
+            await until(lambda: b.p.aborted == [rid] and b.d.aborted == [rid])
+            fleet = b.router.fleet
+            assert fleet.prefills[0].owed == 0
+            assert (fleet.decodes[0].running, fleet.decodes[0].tokens) == (0, 0)
+
+    asyncio.run(main())
+
+
+def test_when_the_client_leaves_mid_stream_decode_sees_it() -> None:
+    async def main() -> None:
+        hold = asyncio.Event()
+        async with bench(decode=Fake("decode", streaming(b"data: 1\n\n", hold=hold))) as b:
+            response = await b.client.post(GENERATE, json={"text": "x", "stream": True})
+            await response.content.readany()
+            response.close()
+            await until(b.d.left.is_set)
+            await until(lambda: b.router.fleet.decodes[0].running == 0)
+
+    asyncio.run(main())
+
+
+def test_a_refused_connection_moves_the_request_to_another_pair() -> None:
+    async def main() -> None:
+        async with bench(dead_prefills=1, dead_decodes=1) as b:
+            for _ in range(8):
+                assert (await b.post(GENERATE, {"text": "x"}))[0] == 200
+            rooms = [body["bootstrap_room"] for body in b.d.bodies]
+            rids = [body["rid"] for body in b.d.bodies]
+            assert len(set(rooms)) == len(rooms)
+            assert len(set(rids)) == len(rids)
+
+    asyncio.run(main())
+
+
+def test_with_nobody_to_serve_the_answer_is_503_and_says_so() -> None:
+    async def main() -> None:
+        async with bench() as b:
+            b.router.fleet.decodes[0].url = f"http://127.0.0.1:{free_port()}"
+            status, answer = await b.post(CHAT, {"messages": []})
+            assert status == 503
+            assert "decode server" in answer["error"]["message"]
+            await until(lambda: bool(b.p.aborted))
+            assert b.router.fleet.prefills[0].owed == 0
+
+    asyncio.run(main())
+
+
+def test_decode_breaking_off_ends_the_stream_with_an_error_event() -> None:
+    async def breaking(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b"data: 1\n\n")
+        await asyncio.sleep(0.05)
+        assert request.transport is not None
+        request.transport.abort()
+        return response
+
+    async def main() -> None:
+        async with bench(decode=Fake("decode", breaking)) as b:
+            async with b.client.post(GENERATE, json={"text": "x", "stream": True}) as response:
+                text = (await response.read()).decode()
+            events = [line[6:] for line in text.split("\n") if line.startswith("data: ")]
+            assert events[0] == "1"
+            assert json.loads(events[1])["error"]["code"] == 502
+            assert events[2] == "[DONE]"
+
+    asyncio.run(main())
+
+
+def test_end_to_end_headers_pass_and_hop_by_hop_ones_do_not() -> None:
+    async def main() -> None:
+        async with bench() as b:
+            sent = {
+                "Authorization": "Bearer k",
+                "X-Request-Id": "r1",
+                "Connection": "keep-alive, x-private",
+                "X-Private": "1",
+                "X-Override-Bootstrap-Host": "evil",
+            }
+            await b.post(GENERATE, {"text": "x"}, headers=sent)
+            for headers in (b.p.headers[0], b.d.headers[0]):
+                assert headers["authorization"] == "Bearer k"
+                assert headers["x-request-id"] == "r1"
+                assert headers["content-type"] == "application/json"
+                assert "x-private" not in headers
+                assert "x-override-bootstrap-host" not in headers
+
+    asyncio.run(main())
+
+
+def test_a_clients_own_id_is_kept_and_aborted_by() -> None:
+    async def main() -> None:
+        async with bench(Fake("prefill", never), Fake("decode", never)) as b:
+            sending = asyncio.create_task(b.post(GENERATE, {"text": "x", "rid": "mine"}))
+            await until(lambda: bool(b.p.bodies and b.d.bodies))
+            sending.cancel()
+            await until(lambda: b.d.aborted == ["mine"] and b.p.aborted == ["mine"])
+
+    asyncio.run(main())
+
+
+def test_an_ipv6_prefill_is_named_without_brackets() -> None:
+    from sglang_kairos.router.fleet import PrefillServer
+
+    assert PrefillServer("http://[::1]:30000", 9000).host == "::1"
+
+
+def test_the_bootstrap_port_is_taken_from_the_server_when_not_given() -> None:
+    from sglang_kairos.router.fleet import PrefillServer
+
+    server = PrefillServer("http://h:1", None)
+    server.learn({"disaggregation_bootstrap_port": 9100})
+    assert server.bootstrap_port == 9100
+    server.learn({"disaggregation_bootstrap_port": None, "internal_states": [{"kairos": 3}, 4]})
+    assert server.bootstrap_port == 9100
+
+
+def test_a_kairos_server_tells_its_speed_and_anything_odd_is_ignored() -> None:
+    from sglang_kairos.router.fleet import PrefillServer
+
+    server = PrefillServer("http://h:1", None)
+    for law in ({"a_s": 1}, {"a_s": 0, "b_s": 0, "c_s": 0}, {"a_s": -1, "b_s": 1, "c_s": 0}, 5):
+        server.learn({"internal_states": [{"kairos": {"prefill": law}}]})
+        assert server.state(0.0).speed.b_s == pytest.approx(50e-6)
+    law = {"a_s": 0.5, "b_s": 0.001, "c_s": 0.0}
+    server.learn({"internal_states": [{"kairos": {"prefill": law}}]})
+    assert server.state(0.0).speed.work_s(100) == pytest.approx(0.6)
+
+
+def test_fleet_endpoints_answer_for_all_servers() -> None:
+    async def main() -> None:
+        decode = Fake("decode", info={"internal_states": [{"last_gen_throughput": 5.0}]})
+        async with bench(decode=decode) as b:
+            for path in ("/server_info", "/get_server_info"):
+                async with b.client.get(path) as response:
+                    info = await response.json()
+                assert info["internal_states"] == [{"last_gen_throughput": 5.0}]
+                assert info["prefill"][0]["role"] == "prefill"
+                assert info["decode"][0]["role"] == "decode"
+            for path in ("/v1/models", "/model_info", "/health", "/health_generate"):
+                async with b.client.get(path) as response:
+                    assert response.status == 200
+            async with b.client.post("/flush_cache") as response:
+                assert response.status == 200
+            assert (b.p.flushed, b.d.flushed) == (1, 1)
+            await b.post(GENERATE, {"text": "x"})
+            async with b.client.get("/metrics") as response:
+                text = await response.text()
+            assert 'kairos_router_requests_total{endpoint="/generate",status="200"} 1.0' in text
+            assert "kairos_router_in_flight 0.0" in text
+
+    asyncio.run(main())
+
+
+def test_health_is_503_when_a_side_is_gone() -> None:
+    async def main() -> None:
+        async with bench() as b:
+            b.router.fleet.prefills[0].mark_down()
+            async with b.client.get("/health") as response:
+                assert response.status == 503
+
+    asyncio.run(main())
+
+
+def test_switched_off_it_neither_reads_nor_sends_slos() -> None:
+    async def main() -> None:
+        async with bench(config=KairosConfig(enabled=False)) as b:
+            status, _ = await b.post(GENERATE, {"text": "x", "ttft_ms": -1})
+            assert status == 200
+            assert "sampling_params" not in b.d.bodies[0]
+
+    asyncio.run(main())
+
+
+def test_many_requests_at_once_leave_no_trace() -> None:
+    async def main() -> None:
+        decode = Fake("decode", streaming(b"data: 1\n\n", b"data: 2\n\n", gap_s=0.01))
+        async with bench(decode=decode) as b:
+
+            async def one(index: int) -> None:
+                body = {"text": "x" * index, "stream": True, "ttft_ms": 100 + index % 7}
+                async with b.client.post(GENERATE, json=body) as response:
+                    assert (await response.read()) == b"data: 1\n\ndata: 2\n\n"
+
+            await asyncio.gather(*(one(i) for i in range(100)))
+            fleet = b.router.fleet
+            await until(lambda: fleet.prefills[0].owed == 0)
+            assert (fleet.decodes[0].running, round(fleet.decodes[0].tokens, 6)) == (0, 0)
+
+    asyncio.run(main())
+
+
+def test_the_command_line_is_upstreams() -> None:
+    words = "--pd-disaggregation --mini-lb --prefill http://a:1 9000 --prefill http://b:2 none"
+    words += " --prefill http://c:3/ --decode http://[::1]:4 --policy random --port 0"
+    options = parse_options(words.split())
+    assert options.prefills == (("http://a:1", 9000), ("http://b:2", None), ("http://c:3", None))
+    assert options.decodes == ("http://[::1]:4",)
+    assert options.policy == "random"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--prefill http://a:1 --decode http://b:1", "--pd-disaggregation"),
+        ("--pd-disaggregation --decode http://b:1", "--prefill"),
+        ("--pd-disaggregation --prefill a:1 --decode http://b:1", "--prefill"),
+        ("--pd-disaggregation --prefill http://a:1 x --decode http://b:1", "--prefill"),
+        ("--pd-disaggregation --prefill http://a:1 --decode http://b:99999", "--decode"),
+        ("--pd-disaggregation --prefill http://a --decode http://b --port -1", "--port"),
+    ],
+)
+def test_a_command_line_that_cannot_be_used_names_the_flag(words: str, named: str) -> None:
+    with pytest.raises(OptionError, match=named):
+        parse_options(words.split())
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "tokens", "text"),
+    [
+        (GENERATE, {"input_ids": [1] * 7}, 7, 0),
+        (GENERATE, {"text": "abcd"}, 0, 4),
+        (GENERATE, {"text": "日本"}, 0, 6),
+        (GENERATE, {"input_embeds": [[0.1], [0.2]]}, 2, 0),
+        (COMPLETIONS, {"prompt": [[1, 2], [3]]}, 3, 0),
+        (CHAT, {"messages": [{"content": [{"type": "text", "text": "ab"}]}]}, 6, 2),
+        (CHAT, {"messages": [{"content": [{"type": "image_url"}]}]}, 1006, 0),
+        (CHAT, {"messages": "odd"}, 0, 0),
+        (GENERATE, {"text": 5, "sampling_params": 3, "stream": "x"}, 0, 0),
+        (COMPLETIONS, {"prompt": [None, 1], "max_tokens": "x", "n": "y"}, 0, 0),
+    ],
+)
+def test_prompt_size_is_estimated_without_a_tokenizer(
+    path: str, body: dict[str, Any], tokens: int, text: int
+) -> None:
+    prompt = describe(body, path)
+    assert (prompt.tokens, prompt.text_bytes) == (tokens, text)
