@@ -137,10 +137,6 @@ check_disk() {
     ((free >= NEEDED_MB)) || fail "needs $NEEDED_MB MB of free disk here, there are $free. Free some and run again."
 }
 
-empty_venv() {
-    find "$VENV" -mindepth 1 -maxdepth 1 ! -name "${BUILDING##*/}" -exec rm -rf {} +
-}
-
 pip_install() {
     "$VENV/bin/python" -m pip install -c "$LOCK" "$@" && return
     network_failed || return 1
@@ -151,6 +147,7 @@ pip_install() {
 
 make_venv() {
     if [[ $state != stale ]]; then
+        find "$VENV" -mindepth 1 -maxdepth 1 ! -name "${BUILDING##*/}" -exec rm -rf {} + || return 1
         "$python" -m venv "$VENV" || return 1
     fi
     pip_install pip setuptools
@@ -234,7 +231,6 @@ else
 fi
 mkdir -p "$VENV"
 touch "$BUILDING"
-[[ $state == stale ]] || empty_venv
 
 run_step "Python environment" make_venv
 check_libraries

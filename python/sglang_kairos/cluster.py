@@ -77,7 +77,11 @@ class Part:
 
     def exit_code(self) -> int | None:
         """Its exit code (negative: the signal that killed it), or None while it runs."""
-        return self.process.poll()
+        try:
+            return self.process.poll()
+        except RuntimeError:
+            # The zygote that forked it has ended, and takes along whatever it started.
+            return -int(signal.SIGKILL)
 
     def tail(self, lines: int = 15) -> str:
         """The last lines of its log."""
@@ -110,6 +114,7 @@ class Cluster:
         self.parts: list[Part] = []
         self.prefill_urls: list[str] = []
         self.decode_urls: list[str] = []
+        self.bootstrap_ports: list[int] = []
         self.started_in_s = 0.0
         self._log_dir = spec.log_dir or Path()
         self._guard: subprocess.Popen[bytes] | None = None
@@ -187,7 +192,8 @@ class Cluster:
         with self._lock:
             try:
                 for part in reversed(self.parts):
-                    part.process.send_signal(signal.SIGTERM)
+                    with contextlib.suppress(RuntimeError):
+                        part.process.send_signal(signal.SIGTERM)
                 deadline = time.monotonic() + grace_s
                 while time.monotonic() < deadline:
                     if all(part.exit_code() is not None for part in self.parts):
@@ -195,7 +201,7 @@ class Cluster:
                     time.sleep(0.05)
             finally:
                 for part in self.parts:
-                    _kill_group(part.process)
+                    _kill_group(part)
                 self.parts, self.prefill_urls, self.decode_urls = [], [], []
                 self._dismiss_guard()
 
@@ -205,7 +211,7 @@ class Cluster:
         if spec.port and not port_is_free(spec.host, spec.port):
             raise ClusterError(f"port {spec.port} on {spec.host} is in use; choose another --port")
         layout = Layout(spec)
-        bootstrap: list[int] = []
+        self.bootstrap_ports = bootstrap = []
         for role, count in (("prefill", spec.prefill), ("decode", spec.decode)):
             for index in range(count):
                 # With several servers and no router, only the user can tell them apart: by port.
@@ -242,7 +248,10 @@ class Cluster:
         settings = {**_kairos_env(spec.kairos), "PYTHONUNBUFFERED": "1", **spec.env, **env}
         process: _Process
         if spec.zygote is not None:
-            process = spec.zygote.start(module, argv, log=log, env=settings)
+            try:
+                process = spec.zygote.start(module, argv, log=log, env=settings)
+            except RuntimeError as error:
+                raise ClusterError(f"{what} {name} cannot be forked: {error}") from None
         else:
             with log.open("wb") as file:
                 process = subprocess.Popen(
@@ -334,15 +343,24 @@ def quiet_zygote(log: Path, router: str = "kairos") -> Iterator[Zygote]:
         "none": [],
     }
     shown = os.dup(2)
+    # Ctrl-C reaches the whole foreground group; the zygote must outlive the servers' shutdown.
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     try:
         with log.open("wb") as file:
             os.dup2(file.fileno(), 2)
-        zygote = Zygote(preload=modules[router])
+        zygote = Zygote(preload=modules[router], env=_source_path())
     finally:
         os.dup2(shown, 2)
         os.close(shown)
-    with zygote:
+        if main:
+            signal.signal(signal.SIGINT, before)
+    try:
         yield zygote
+    finally:
+        # A zygote that has died already breaks the pipe.
+        with contextlib.suppress(OSError):
+            zygote.close()
 
 
 # Reads process groups line by line; when its parent is gone, ends them.
@@ -366,17 +384,22 @@ def _kairos_env(kairos: bool | Mapping[str, Any]) -> dict[str, str]:
     else:
         env = {}
         KairosConfig(**kairos).to_env(env)
+    return env | _source_path()
+
+
+def _source_path() -> dict[str, str]:
+    """Lets children import this package when it is run from its source tree."""
     root = Path(__file__).resolve().parent.parent
-    if root.name != "site-packages":
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    return env
+    if root.name == "site-packages":
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))}
 
 
-def _kill_group(process: _Process) -> None:
+def _kill_group(part: Part) -> None:
     with contextlib.suppress(OSError):
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(part.process.pid, signal.SIGKILL)
     deadline = time.monotonic() + 10.0
-    while process.poll() is None and time.monotonic() < deadline:
+    while part.exit_code() is None and time.monotonic() < deadline:
         time.sleep(0.01)
 
 

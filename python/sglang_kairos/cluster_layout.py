@@ -18,7 +18,12 @@ from sglang_kairos.cpu import flags as cpu_flags
 from sglang_kairos.cpu import runtime as cpu_runtime
 from sglang_kairos.cpu.zygote import Zygote
 
-ROUTERS = ("kairos", "random", "none")
+ROUTER_MODULES = {
+    "kairos": "sglang_kairos.launch_router",
+    # sglang_router's mini load balancer.
+    "random": "sglang_router.launch_router",
+}
+ROUTERS = (*ROUTER_MODULES, "none")
 # What the cluster decides for each server; given by the user they would break its wiring.
 OWN_FLAGS = ("--port", "--disaggregation-mode", "--disaggregation-bootstrap-port")
 
@@ -125,11 +130,7 @@ class Layout:
         self.spec = spec
         self.cpu = cpu_runtime.decide().active
         self.server_host = spec.host if spec.router == "none" else "127.0.0.1"
-        self.router_module = (
-            "sglang_kairos.launch_router"
-            if spec.router == "kairos"
-            else "sglang_router.launch_router"
-        )
+        self.router_module = ROUTER_MODULES.get(spec.router, "")
         self.api_key = flag_value(spec.server_args, "--api-key")
         self._model = spec.model_path or self._tiny_model()
         self._version = _sglang_version(spec.python) if self.cpu else ""
@@ -193,7 +194,7 @@ class Layout:
 def flag_value(argv: Sequence[str], *names: str) -> str:
     """The last value given to any of these spellings of a flag; empty if it is not there."""
     found = ""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
         flag, equals, value = word.partition("=")
         if flag in names:
             found = value if equals else following

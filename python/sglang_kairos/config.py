@@ -8,6 +8,7 @@ is how scheduler children, started with ``spawn``, receive it under any launcher
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -44,7 +45,9 @@ def _setting(
 class KairosConfig:
     """All settings. Times in milliseconds. Immutable; `dataclasses.replace` makes a variant."""
 
-    enabled: bool = _setting(True, "install Kairos; off is stock SGLang, byte for byte", flag="--kairos")
+    enabled: bool = _setting(
+        True, "install Kairos; off is stock SGLang, byte for byte", flag="--kairos"
+    )
     ttft_ms: float = _setting(
         2000.0,
         "default TTFT target of a request that names none (ms)",
@@ -57,25 +60,35 @@ class KairosConfig:
         low=LIMITS_MS["tpot_ms"][0],
         high=LIMITS_MS["tpot_ms"][1],
     )
-    slo_classes: str = _setting("", "JSON or TOML file of SLO classes: name -> ttft_ms, tpot_ms, weight")
+    slo_classes: str = _setting(
+        "", "JSON or TOML file of SLO classes: name -> ttft_ms, tpot_ms, weight"
+    )
     strict: bool = _setting(
         True, "refuse to start when a touched SGLang function is missing or unknown; off only warns"
     )
     order: bool = _setting(True, "order waiting prefills by urgency")
-    pause: bool = _setting(True, "pause a chunked prefill at a chunk boundary for a more urgent request")
+    pause: bool = _setting(
+        True, "pause a chunked prefill at a chunk boundary for a more urgent request"
+    )
     park: bool = _setting(True, "let running decodes with slack sit a step out for ones without")
     max_wait: float = _setting(
         10.0,
-        "starvation bound: a request older than this multiple of its TTFT SLO may spend the late share",
+        "starvation bound: older than this multiple of its TTFT SLO, a request gets the late share",
         low=1.0,
         high=1e6,
     )
     late_share: float = _setting(
-        0.1, "share of prefill tokens that requests past the starvation bound may claim", low=0.0, high=1.0
+        0.1,
+        "share of prefill tokens that requests past the starvation bound may claim",
+        low=0.0,
+        high=1.0,
     )
     max_paused: int = _setting(8, "most chunked prefills paused at once", low=0, high=1024)
     max_pause_ms: float = _setting(
-        60_000.0, "a prefill paused this long runs next, whatever its urgency (ms)", low=1.0, high=3_600_000.0
+        60_000.0,
+        "a prefill paused this long runs next, whatever its urgency (ms)",
+        low=1.0,
+        high=3_600_000.0,
     )
     max_itl_ms: float = _setting(
         2000.0, "a parked request is never silent longer than this (ms)", low=1.0, high=3_600_000.0
@@ -84,10 +97,16 @@ class KairosConfig:
         0.05, "safety margin added to predicted times, as a fraction", low=0.0, high=10.0
     )
     handoff_ms: float = _setting(
-        30.0, "first guess of the hand-off from prefill's end to the first token (ms)", low=0.0, high=60_000.0
+        30.0,
+        "first guess of the hand-off from prefill's end to the first token (ms)",
+        low=0.0,
+        high=60_000.0,
     )
     chaos_seed: int = _setting(
-        -1, "testing: replace decisions by random legal ones from this seed; -1 is off", low=-1, high=2**31
+        -1,
+        "testing: replace decisions by random legal ones from this seed; -1 is off",
+        low=-1,
+        high=2**31,
     )
     decision_log: str = _setting("", "append every scheduling decision to this JSONL file")
 
@@ -99,9 +118,12 @@ class KairosConfig:
                     raise ConfigError(f"{flag}: must be on or off, got {value!r}")
             elif isinstance(item.default, int | float):
                 low, high = item.metadata["low"], item.metadata["high"]
+                whole = isinstance(item.default, int)
                 wrong_kind = isinstance(value, bool) or not isinstance(value, int | float)
-                if wrong_kind or not math.isfinite(value) or not low <= value <= high:
-                    raise ConfigError(f"{flag}: must be between {low:g} and {high:g}, got {value!r}")
+                if wrong_kind or (whole and not isinstance(value, int)) or not low <= value <= high:
+                    kind = "a whole number " if whole else ""
+                    wanted = f"must be {kind}between {low:g} and {high:g}"
+                    raise ConfigError(f"{flag}: {wanted}, got {_shown(value)}")
             elif not isinstance(value, str):
                 raise ConfigError(f"{flag}: must be text, got {value!r}")
 
@@ -173,8 +195,12 @@ def env_of(item: dataclasses.Field[Any]) -> str:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add Kairos' flag group to a parser (values stay text: `KairosConfig.load` checks them)."""
-    group = parser.add_argument_group("Kairos", "SLO-aware scheduling; every flag also as KAIROS_… variable")
-    group.add_argument(FILE_FLAG, default=None, metavar="FILE", help="JSON or TOML file of these settings")
+    group = parser.add_argument_group(
+        "Kairos", "SLO-aware scheduling; every flag also as KAIROS_… variable"
+    )
+    group.add_argument(
+        FILE_FLAG, default=None, metavar="FILE", help="JSON or TOML file of these settings"
+    )
     for item in dataclasses.fields(KairosConfig):
         shown = "" if item.default == "" else f" (default: {_to_text(item.default)})"
         group.add_argument(
@@ -184,6 +210,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             metavar="on|off" if isinstance(item.default, bool) else item.name.upper(),
             help=item.metadata["help"].replace("%", "%%") + shown,
         )
+
+
+def _shown(value: Any) -> str:
+    """A refused value for an error text, cut short."""
+    if isinstance(value, int) and abs(value) > 10**18:
+        return "a number too large"
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def _to_text(value: Any) -> str:
@@ -230,7 +264,7 @@ def _read_settings(path: str) -> dict[str, Any]:
         if name not in items:
             raise ConfigError(f"{path}: unknown setting {key!r}; known: {', '.join(items)}")
         settings[name] = _from_text(items[name], value) if isinstance(value, str) else value
-        if isinstance(items[name].default, float) and isinstance(settings[name], int):
-            if not isinstance(settings[name], bool):
+        if isinstance(items[name].default, float) and type(settings[name]) is int:
+            with contextlib.suppress(OverflowError):  # out of any range: refused as it stands
                 settings[name] = float(settings[name])
     return settings

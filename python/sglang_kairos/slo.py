@@ -146,9 +146,7 @@ def _body_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def request_slo(
-    body: Mapping[str, Any], headers: Mapping[str, str], table: SloTable
-) -> Slo | None:
+def request_slo(body: Mapping[str, Any], headers: Mapping[str, str], table: SloTable) -> Slo | None:
     """The SLO a request asks for, or None when it says nothing (the default then applies).
 
     `headers` has lower-case names. Raises SloError on any value out of range.

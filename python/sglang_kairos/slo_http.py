@@ -33,8 +33,8 @@ from sglang_kairos.slo import (
     to_wire,
 )
 
-GENERATE = "/generate"
-SLO_PATHS = frozenset({GENERATE, "/v1/completions", "/v1/chat/completions"})
+GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
+SLO_PATHS = frozenset({GENERATE, COMPLETIONS, CHAT})
 SLO_HEADERS = frozenset((*TTFT_HEADERS, *TPOT_HEADERS, *CLASS_HEADERS))
 
 _KEYS = tuple(f'"{key}"'.encode() for key in (*BODY_FIELDS, WIRE_KEY))
@@ -104,9 +104,7 @@ def carry(
     return Carried(min(found, key=lambda item: item.slo.ttft_ms - item.age_ms), changed)
 
 
-def _holders(
-    body: dict[str, Any], path: str, create: bool
-) -> list[tuple[dict[str, Any], str]]:
+def _holders(body: dict[str, Any], path: str, create: bool) -> list[tuple[dict[str, Any], str]]:
     """The objects of a body that own a ``custom_params``, each with the name of that field.
 
     A malformed ``sampling_params`` has none: SGLang answers it with its own error.
@@ -130,8 +128,8 @@ def _holders(
 def _checked(wire: Any, table: SloTable, age_ms: float) -> dict[str, Any]:
     """A wire SLO made canonical: known keys only, checked, older by `age_ms`.
 
-    Unknown keys go because SGLang's schedulers decode ``custom_params`` with a strict type, and a
-    value nested too deep there is not answered with an error.
+    Unknown keys go: SGLang types the values of ``custom_params`` as flat, and this entry is ours to
+    keep so.
     """
     parsed = from_wire(wire, table)
     full = to_wire(parsed.slo, min(parsed.age_ms + age_ms, LIMITS_MS["age_ms"][1]))

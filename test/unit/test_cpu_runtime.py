@@ -305,6 +305,20 @@ def test_flags_respect_other_spellings() -> None:
     assert "--attention-backend" not in completed
 
 
+@pytest.mark.parametrize(
+    ("argv", "cores", "binding"),
+    [
+        ([], [0, 1], None),
+        (["--tp", "2"], [0, 1], "0|1"),
+        (["--tp-size=2"], [4, 5, 6, 7], "4,6|5,7"),
+        (["--tensor-parallel-size", "2"], [0], "0|0"),
+    ],
+)
+def test_ranks_share_the_cores(argv: list[str], cores: list[int], binding: str | None) -> None:
+    expected = {} if binding is None else {"SGLANG_CPU_OMP_THREADS_BIND": binding}
+    assert flags.server_env(argv, cores) == expected
+
+
 def test_a_zygote_starts_polls_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zygote, "PRELOADED", ())
     monkeypatch.setenv("PYTHONPATH", str(SOURCE) + os.pathsep + str(tmp_path))

@@ -3,188 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
 from typing import Any
 
-import aiohttp
 import pytest
-import uvicorn
 from aiohttp import web
 
+from helpers.fake_pd import (
+    CHAT,
+    COMPLETIONS,
+    GENERATE,
+    Fake,
+    bench,
+    failing,
+    free_port,
+    never,
+    streaming,
+    until,
+)
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.router.app import create_app
-from sglang_kairos.router.options import OptionError, RouterOptions, parse_options
-from sglang_kairos.router.prompt import describe
-
-GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-@dataclass
-class Fake:
-    """A server that records what it gets. `answer` replaces its serving endpoint."""
-
-    role: str
-    answer: Handler | None = None
-    info: dict[str, Any] = field(default_factory=dict)
-    bodies: list[dict[str, Any]] = field(default_factory=list)
-    headers: list[dict[str, str]] = field(default_factory=list)
-    aborted: list[str] = field(default_factory=list)
-    flushed: int = 0
-    left: asyncio.Event = field(default_factory=asyncio.Event)
-    url: str = ""
-
-    async def serve(self, request: web.Request) -> web.StreamResponse:
-        self.bodies.append(await request.json())
-        self.headers.append({key.lower(): value for key, value in request.headers.items()})
-        try:
-            if self.answer is not None:
-                return await self.answer(request)
-            return web.json_response({"text": f"from {self.role}", "meta_info": {}})
-        except (asyncio.CancelledError, ConnectionResetError):
-            self.left.set()
-            raise
-
-    async def abort(self, request: web.Request) -> web.Response:
-        self.aborted.append((await request.json())["rid"])
-        return web.Response()
-
-    async def flush(self, _: web.Request) -> web.Response:
-        self.flushed += 1
-        return web.Response(text="Cache flushed.")
-
-    async def tell(self, _: web.Request) -> web.Response:
-        return web.json_response({"role": self.role, **self.info})
-
-    @contextlib.asynccontextmanager
-    async def run(self) -> AsyncIterator[Fake]:
-        app = web.Application()
-        for path in (GENERATE, COMPLETIONS, CHAT):
-            app.router.add_post(path, self.serve)
-        app.router.add_post("/abort_request", self.abort)
-        app.router.add_post("/flush_cache", self.flush)
-        for path in ("/server_info", "/model_info", "/v1/models", "/health_generate"):
-            app.router.add_get(path, self.tell)
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
-        self.url = f"http://127.0.0.1:{port}"
-        try:
-            yield self
-        finally:
-            await runner.cleanup()
-
-
-@dataclass
-class Bench:
-    """A running router, its fakes and a client session whose base is the router."""
-
-    client: aiohttp.ClientSession
-    router: Any
-    prefills: list[Fake]
-    decodes: list[Fake]
-
-    @property
-    def p(self) -> Fake:
-        return self.prefills[0]
-
-    @property
-    def d(self) -> Fake:
-        return self.decodes[0]
-
-    async def post(self, path: str, body: Any, **kwargs: Any) -> tuple[int, Any]:
-        async with self.client.post(path, json=body, **kwargs) as response:
-            return response.status, await response.json(content_type=None)
-
-
-@contextlib.asynccontextmanager
-async def bench(
-    prefill: Fake | None = None,
-    decode: Fake | None = None,
-    *,
-    dead_prefills: int = 0,
-    dead_decodes: int = 0,
-    config: KairosConfig | None = None,
-    **options: Any,
-) -> AsyncIterator[Bench]:
-    prefills, decodes = [prefill or Fake("prefill")], [decode or Fake("decode")]
-    async with contextlib.AsyncExitStack() as stack:
-        for fake in (*prefills, *decodes):
-            await stack.enter_async_context(fake.run())
-        # Dead ones come first, so that a lower-index tie would pick them.
-        gone_p = [f"http://127.0.0.1:{free_port()}" for _ in range(dead_prefills)]
-        gone_d = [f"http://127.0.0.1:{free_port()}" for _ in range(dead_decodes)]
-        settings = RouterOptions(
-            prefills=tuple((url, 8998) for url in [*gone_p, *(f.url for f in prefills)]),
-            decodes=tuple([*gone_d, *(f.url for f in decodes)]),
-            seed=7,
-            **options,
-        )
-        app = create_app(settings, config or KairosConfig())
-        listener = socket.create_server(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", loop="asyncio"))
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        while not server.started:
-            await asyncio.sleep(0.005)
-        base = f"http://127.0.0.1:{port}"
-        client = await stack.enter_async_context(aiohttp.ClientSession(base))
-        try:
-            yield Bench(client, app.state.router, prefills, decodes)
-        finally:
-            await client.close()
-            server.should_exit = True
-            await asyncio.wait_for(serving, 10)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-async def until(condition: Callable[[], bool], timeout: float = 3.0) -> None:
-    async with asyncio.timeout(timeout):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
-def streaming(*parts: bytes, gap_s: float = 0.0, hold: asyncio.Event | None = None) -> Handler:
-    async def answer(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
-        await response.prepare(request)
-        for part in parts:
-            await asyncio.sleep(gap_s)
-            await response.write(part)
-        if hold is not None:
-            await hold.wait()
-        await response.write_eof()
-        return response
-
-    return answer
-
-
-def failing(status: int, body: Any) -> Handler:
-    async def answer(_: web.Request) -> web.StreamResponse:
-        await asyncio.sleep(0.05)  # so that the other server has been reached as well
-        return web.json_response(body, status=status)
-
-    return answer
-
-
-async def never(_: web.Request) -> web.StreamResponse:
-    await asyncio.Event().wait()
-    raise AssertionError
-
-
-def test_both_servers_get_one_body_with_a_bootstrap_address_and_the_client_gets_decodes_answer() -> (
-    None
-):
+def test_both_servers_get_one_body_and_the_client_gets_decodes_answer() -> None:
     async def main() -> None:
         async with bench() as b:
             status, answer = await b.post(GENERATE, {"text": "hi", "bootstrap_host": None})
@@ -299,13 +139,13 @@ def test_chunks_reach_the_client_as_they_come() -> None:
     async def main() -> None:
         hold = asyncio.Event()
         decode = Fake("decode", streaming(b"data: 1\n\n", hold=hold))
-        async with bench(decode=decode) as b:
-            async with b.client.post(GENERATE, json={"text": "x", "stream": True}) as response:
-                assert response.headers["content-type"].startswith("text/event-stream")
-                first = await asyncio.wait_for(response.content.readany(), 2)
-                assert first == b"data: 1\n\n"
-                hold.set()
-                assert await response.content.read() == b""
+        body = {"text": "x", "stream": True}
+        async with bench(decode=decode) as b, b.client.post(GENERATE, json=body) as response:
+            assert response.headers["content-type"].startswith("text/event-stream")
+            first = await asyncio.wait_for(response.content.readany(), 2)
+            assert first == b"data: 1\n\n"
+            hold.set()
+            assert await response.content.read() == b""
 
     asyncio.run(main())
 
@@ -470,34 +310,6 @@ def test_a_clients_own_id_is_kept_and_aborted_by() -> None:
     asyncio.run(main())
 
 
-def test_an_ipv6_prefill_is_named_without_brackets() -> None:
-    from sglang_kairos.router.fleet import PrefillServer
-
-    assert PrefillServer("http://[::1]:30000", 9000).host == "::1"
-
-
-def test_the_bootstrap_port_is_taken_from_the_server_when_not_given() -> None:
-    from sglang_kairos.router.fleet import PrefillServer
-
-    server = PrefillServer("http://h:1", None)
-    server.learn({"disaggregation_bootstrap_port": 9100})
-    assert server.bootstrap_port == 9100
-    server.learn({"disaggregation_bootstrap_port": None, "internal_states": [{"kairos": 3}, 4]})
-    assert server.bootstrap_port == 9100
-
-
-def test_a_kairos_server_tells_its_speed_and_anything_odd_is_ignored() -> None:
-    from sglang_kairos.router.fleet import PrefillServer
-
-    server = PrefillServer("http://h:1", None)
-    for law in ({"a_s": 1}, {"a_s": 0, "b_s": 0, "c_s": 0}, {"a_s": -1, "b_s": 1, "c_s": 0}, 5):
-        server.learn({"internal_states": [{"kairos": {"prefill": law}}]})
-        assert server.state(0.0).speed.b_s == pytest.approx(50e-6)
-    law = {"a_s": 0.5, "b_s": 0.001, "c_s": 0.0}
-    server.learn({"internal_states": [{"kairos": {"prefill": law}}]})
-    assert server.state(0.0).speed.work_s(100) == pytest.approx(0.6)
-
-
 def test_fleet_endpoints_answer_for_all_servers() -> None:
     async def main() -> None:
         decode = Fake("decode", info={"internal_states": [{"last_gen_throughput": 5.0}]})
@@ -561,48 +373,10 @@ def test_many_requests_at_once_leave_no_trace() -> None:
     asyncio.run(main())
 
 
-def test_the_command_line_is_upstreams() -> None:
-    words = "--pd-disaggregation --mini-lb --prefill http://a:1 9000 --prefill http://b:2 none"
-    words += " --prefill http://c:3/ --decode http://[::1]:4 --policy random --port 0"
-    options = parse_options(words.split())
-    assert options.prefills == (("http://a:1", 9000), ("http://b:2", None), ("http://c:3", None))
-    assert options.decodes == ("http://[::1]:4",)
-    assert options.policy == "random"
+def test_several_samples_of_a_chat_are_refused_rather_than_left_hanging() -> None:
+    async def main() -> None:
+        async with bench() as b:
+            status, answer = await b.post(CHAT, {"messages": [], "n": 2})
+            assert (status, answer["error"]["param"]) == (400, "n")
 
-
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        ("--prefill http://a:1 --decode http://b:1", "--pd-disaggregation"),
-        ("--pd-disaggregation --decode http://b:1", "--prefill"),
-        ("--pd-disaggregation --prefill a:1 --decode http://b:1", "--prefill"),
-        ("--pd-disaggregation --prefill http://a:1 x --decode http://b:1", "--prefill"),
-        ("--pd-disaggregation --prefill http://a:1 --decode http://b:99999", "--decode"),
-        ("--pd-disaggregation --prefill http://a --decode http://b --port -1", "--port"),
-    ],
-)
-def test_a_command_line_that_cannot_be_used_names_the_flag(words: str, named: str) -> None:
-    with pytest.raises(OptionError, match=named):
-        parse_options(words.split())
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "tokens", "text"),
-    [
-        (GENERATE, {"input_ids": [1] * 7}, 7, 0),
-        (GENERATE, {"text": "abcd"}, 0, 4),
-        (GENERATE, {"text": "日本"}, 0, 6),
-        (GENERATE, {"input_embeds": [[0.1], [0.2]]}, 2, 0),
-        (COMPLETIONS, {"prompt": [[1, 2], [3]]}, 3, 0),
-        (CHAT, {"messages": [{"content": [{"type": "text", "text": "ab"}]}]}, 6, 2),
-        (CHAT, {"messages": [{"content": [{"type": "image_url"}]}]}, 1006, 0),
-        (CHAT, {"messages": "odd"}, 0, 0),
-        (GENERATE, {"text": 5, "sampling_params": 3, "stream": "x"}, 0, 0),
-        (COMPLETIONS, {"prompt": [None, 1], "max_tokens": "x", "n": "y"}, 0, 0),
-    ],
-)
-def test_prompt_size_is_estimated_without_a_tokenizer(
-    path: str, body: dict[str, Any], tokens: int, text: int
-) -> None:
-    prompt = describe(body, path)
-    assert (prompt.tokens, prompt.text_bytes) == (tokens, text)
+    asyncio.run(main())

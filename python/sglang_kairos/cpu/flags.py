@@ -1,6 +1,6 @@
-"""The server flags that a machine without a GPU needs. Pure functions: arguments in, arguments out.
+"""The server flags that a machine without a GPU needs.
 
-A flag that the user gave is never changed or repeated.
+Pure functions: arguments in, arguments out. A flag that the user gave is never changed or repeated.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ _ALWAYS: dict[str, str | None] = {
     "--max-total-tokens": "65536",
     # The default of 2048 rows of the request-to-token table takes a second to clear.
     "--max-running-requests": "256",
+    # An idle scheduler otherwise polls in a loop and takes a third of a core from its neighbours.
+    "--sleep-on-idle": None,
 }
 _DISAGGREGATED: dict[str, str | None] = {"--disaggregation-transfer-backend": "mooncake"}
 # The default is a pinned host pool, which asks for CUDA.
@@ -63,15 +65,30 @@ def with_server_flags(
     return [*argv, *_flatten(missing)]
 
 
+def server_env(argv: Sequence[str], cores: Sequence[int]) -> dict[str, str]:
+    """The environment variables that a server with arguments `argv` needs on these CPU cores.
+
+    SGLang refuses more than one rank per NUMA node unless it is told which cores each may use.
+    """
+    ranks = int(_value_of(argv, ("--tensor-parallel-size", "--tp-size", "--tp"), "1"))
+    if ranks == 1 or not cores:
+        return {}
+    shares = [cores[rank::ranks] or [cores[rank % len(cores)]] for rank in range(ranks)]
+    return {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, s)) for s in shares)}
+
+
 def mode_of(argv: Sequence[str]) -> Mode:
     """The disaggregation mode that `argv` asks for: the last one given, else null."""
-    flag, mode = "--disaggregation-mode", "null"
+    return _value_of(argv, ("--disaggregation-mode",), "null")
+
+
+def _value_of(argv: Sequence[str], names: Sequence[str], default: str) -> str:
+    value = default
     for i, argument in enumerate(argv):
-        if argument == flag and i + 1 < len(argv):
-            mode = argv[i + 1]
-        elif argument.startswith(flag + "="):
-            mode = argument.split("=", 1)[1]
-    return mode
+        name, equals, attached = argument.partition("=")
+        if name in names and (equals or i + 1 < len(argv)):
+            value = attached if equals else argv[i + 1]
+    return value
 
 
 def _wanted(mode: Mode, version: str, fast_start: bool) -> dict[str, str | None]:

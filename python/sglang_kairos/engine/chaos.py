@@ -47,7 +47,9 @@ class Chaos:
             hold.append(self._random.choice(waiting))
         order = [i for i in waiting if i not in set(hold)]
         limit = self._random.choice([None, max(1, chunk_tokens // 2)]) if slot >= 0 else None
-        return PrefillPlan(order=order, slot=slot, chunk_limit=limit, on_time=0, hold=sorted(set(hold)))
+        return PrefillPlan(
+            order=order, slot=slot, chunk_limit=limit, on_time=0, hold=sorted(set(hold))
+        )
 
     def decode(self, batch_size: int) -> list[int]:
         """A random non-empty subset of the running requests; often all of them."""

@@ -21,6 +21,9 @@ from sglang_kairos.engine.seams import SEAMS, Seam, check_sources, way_out
 
 logger = logging.getLogger(__name__)
 
+# How many seams are active in this process, by the way they came in.
+INSTALLED = {"hooks": 0, "tree": 0}
+
 HTTP_MODULE = "sglang.srt.entrypoints.http_server"
 SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 
@@ -86,6 +89,7 @@ def _wrap(seams: Iterable[Seam], strict: bool) -> None:
         handler: Callable[..., Any] = _resolve(seam.handler)
         if tree is not None and seam.target in tree.PATCHED:
             tree.install(seam.target, handler)
+            INSTALLED["tree"] += 1
         else:
             stock[seam.target] = _resolve(seam.target)
             HookRegistry.register(seam.target.replace(":", "."), handler, HookType.AROUND)
@@ -99,3 +103,4 @@ def _wrap(seams: Iterable[Seam], strict: bool) -> None:
         raise SystemExit(way_out(missing, installed_sglang()))
     for problem in missing:
         logger.warning("Kairos runs without a seam (--kairos-strict off): %s", problem)
+    INSTALLED["hooks"] += len(stock) - len(missing)

@@ -118,12 +118,21 @@ def process_pending_chunked_abort(original: Callable[..., Any], scheduler: Any) 
 
 
 def abort_request(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
-    """Seam of Scheduler.abort_request: an abort reaches paused requests as well."""
+    """Seam of Scheduler.abort_request: an abort reaches paused requests as well.
+
+    Parked ones need no help (they are in the running batch); they are only counted.
+    """
     state = current()
     if state is not None:
+
+        def meant(req: Any) -> bool:
+            return bool(recv_req.abort_all or req.rid.startswith(recv_req.rid))
+
         for entry in state.paused:
-            if recv_req.abort_all or entry.req.rid.startswith(recv_req.rid):
-                entry.aborted = True
+            entry.aborted = entry.aborted or meant(entry.req)
+        if state.subset is not None:
+            parked = set(scheduler.running_batch.reqs).difference(state.subset.reqs)
+            state.counters["parked_aborts"] += sum(map(meant, parked))
     return original(scheduler, recv_req)
 
 
@@ -133,7 +142,9 @@ def is_fully_idle(original: Callable[..., Any], scheduler: Any, *args: Any, **kw
     return bool(original(scheduler, *args, **kwargs)) and not (state is not None and state.paused)
 
 
-def num_pending_tokens(original: Callable[..., Any], inquirer: Any, *args: Any, **kwargs: Any) -> int:
+def num_pending_tokens(
+    original: Callable[..., Any], inquirer: Any, *args: Any, **kwargs: Any
+) -> int:
     """Seam of SchedulerLoadInquirer._get_num_pending_tokens: count what is left of paused requests."""
     state = current()
     paused = 0 if state is None else sum(_left(entry.req) for entry in state.paused)
@@ -226,7 +237,10 @@ def _decide(
     for index, req in enumerate(partials, start=len(waiting)):
         tokens[index] = _left(req)
         prefix[index] = len(req.origin_input_ids) - tokens[index]
-    free = scheduler.token_to_kv_pool_allocator.available_size() + scheduler.tree_cache.evictable_size()
+    free = (
+        scheduler.token_to_kv_pool_allocator.available_size()
+        + scheduler.tree_cache.evictable_size()
+    )
     # An optimistic request in the slot may still be re-queued by upstream, which looks for it there.
     pinned = at >= 0 and bool(partials[0].pending_bootstrap)
     max_paused = config.max_paused if config.pause else 0

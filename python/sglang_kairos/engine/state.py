@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine.chaos import Chaos
-from sglang_kairos.engine.plugin import active_config
+from sglang_kairos.engine.plugin import INSTALLED, active_config
 from sglang_kairos.policy.urgency import LateShare, PrefillPlan
 from sglang_kairos.predict.prefill_time import PrefillTimeModel
 from sglang_kairos.predict.step_time import StepTimeModel
@@ -53,7 +53,8 @@ class KairosState:
         self.table: SloTable = config.slo_table()
         self.mode: str = scheduler.disaggregation_mode.value
         self.prefill_time = PrefillTimeModel.generic()
-        self.step_time = StepTimeModel.generic(_captured_sizes(scheduler))
+        self.captured_sizes = _captured_sizes(scheduler)
+        self.step_time = StepTimeModel.generic(self.captured_sizes)
         self.late_share = LateShare(config.late_share)
         self.paused: list[Paused] = []
         self.plan: PrefillPlan | None = None
@@ -86,9 +87,13 @@ class KairosState:
         if found is None:
             wire = getattr(req.sampling_params, "custom_params", None)
             try:
-                asked = from_wire(wire.get(WIRE_KEY) if isinstance(wire, dict) else None, self.table)
+                asked = from_wire(
+                    wire.get(WIRE_KEY) if isinstance(wire, dict) else None, self.table
+                )
             except SloError as error:
-                self.log_once(f"slo:{error.field}", f"ignored an SLO that came unvalidated: {error}")
+                self.log_once(
+                    f"slo:{error.field}", f"ignored an SLO that came unvalidated: {error}"
+                )
                 asked = from_wire(None, self.table)
             arrival = req.time_stats.scheduler_recv_time or self.now()
             found = Promise(asked.slo, arrival - asked.age_ms / 1e3)
@@ -114,12 +119,13 @@ class KairosState:
             "ttft_ms": self.config.ttft_ms,
             "tpot_ms": self.config.tpot_ms,
             "counters": dict(self.counters),
+            "seams": dict(INSTALLED),
         }
         if self.mode == "decode":
-            report["step"] = self.step_time.snapshot()
-            report["step_error"] = _error(self.step_time.error)
+            report["decode"] = _coefficients(self.step_time.snapshot())
+            report["decode_error"] = _error(self.step_time.error)
         else:
-            report["prefill"] = self.prefill_time.snapshot()
+            report["prefill"] = _coefficients(self.prefill_time.snapshot())
             report["prefill_error"] = _error(self.prefill_time.error)
             report["paused"] = len(self.paused)
         return report
@@ -168,6 +174,11 @@ def get_internal_state(original: Callable[..., Any], controller: Any, recv_req: 
     if CURRENT is not None:
         output.internal_state["kairos"] = CURRENT.report()
     return output
+
+
+def _coefficients(snapshot: dict[str, Any]) -> dict[str, float]:
+    """The law a + b*… + c*… in seconds, as the router reads it."""
+    return dict(zip(("a_s", "b_s", "c_s"), map(float, snapshot["theta"]), strict=True))
 
 
 def _error(error: Any) -> dict[str, float]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_kairos.engine.http_slo import SloMiddleware
+from sglang_kairos.engine import http_slo
 from sglang_kairos.engine.plugin import active_config
 
 
-def run_http_server(original: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any) -> Any:
+def run_http_server(
+    original: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Seam of SGLang's HTTP server start: put the SLO middleware in front, then serve."""
     if getattr(server_args, "tokenizer_worker_num", 1) > 1:
         raise SystemExit(
@@ -18,5 +20,5 @@ def run_http_server(original: Callable[..., Any], server_args: Any, *args: Any, 
         )
     from sglang.srt.entrypoints.http_server import app
 
-    app.add_middleware(SloMiddleware, table=active_config().slo_table())
+    http_slo.install(app, active_config().slo_table())
     return original(server_args, *args, **kwargs)

@@ -1,10 +1,12 @@
 """Which running decodes take part in the next step: as many requests on their TPOT as possible.
 
 All arrays have shape (n,), one entry per running request; times in seconds, context in KV tokens.
-    lead_i  = slack_i - tpot_i       > 0: the last token came early; the final TPOT is met iff the
-                                     lead is >= 0 when the last token comes
-    pace_i  = tpot_i + min(0, lead_i - BUFFER tpot_i) / HORIZON       >= FLOOR tpot_i
-                                     longest mean step that restores a small lead in HORIZON tokens
+    lead_i  = slack_i - tpot_i       how early the last token came; the final TPOT is met iff it
+                                     is >= 0 when the last token comes
+    pace_i  = tpot_i + (lead_i - BUFFER tpot_i) / HORIZON, within FLOOR..CEILING of tpot_i
+                                     longest mean step that brings the lead to BUFFER tokens within
+                                     HORIZON tokens: shorter for who is behind, longer for who is
+                                     ahead
     cost_i  = what i adds to the full step;   load_i = cost_i / pace_i
 A request LOST tokens or more behind its pace is given up: it takes what others leave.
 
@@ -36,8 +38,9 @@ StepTime = Callable[[Any, Any], Any]
 
 BUFFER = 1.0
 HORIZON = 20.0
-FLOOR = 0.8
-LOST = 3.0
+FLOOR = 0.7
+CEILING = 1.3
+LOST = 10.0
 URGENT = 3.0
 
 
@@ -45,8 +48,7 @@ URGENT = 3.0
 class StepChoice:
     """`run`: indices that take part, ascending; `predicted_s`: their step.
 
-    `reason`: "all" run, "packed" (every recoverable request is kept on pace) or "overload" (some
-    recoverable request is not)."""
+    `reason`: "all" run, "packed" (everybody can be kept on pace) or "overload" (somebody not)."""
 
     run: list[int]
     predicted_s: float
@@ -78,37 +80,58 @@ def choose_step(
     step = step_s if captured_sizes is None else _padded(step_s, captured_sizes)
     total = float(context.sum())
     full = float(step(n, total))
-    pace = tpot + np.minimum(0.0, slack - (1.0 + BUFFER) * tpot) / HORIZON
-    alive = slack > (1.0 - LOST) * tpot
-    np.maximum(pace, FLOOR * tpot, out=pace)
+    lead = slack - tpot
+    pace = tpot + (lead - BUFFER * tpot) / HORIZON
+    pace = np.minimum(np.maximum(pace, FLOOR * tpot), CEILING * tpot)
+    alive = lead > -LOST * tpot
     if full <= float(np.where(alive, pace, tpot).min()):
         return StepChoice(list(range(n)), full, "all")
 
     empty = float(step(1, 0.0))
     each = (float(step(n, 0.0)) - empty) / max(1, n - 1)
-    cost = each + full - np.asarray(step(np.full(n, n), total - context), float)
+    cost = each + full - np.asarray(step(n, total - context), float)
     lightest = np.argsort(cost / pace, kind="stable")
     lightest = lightest[alive[lightest]]
-    load = np.cumsum(cost[lightest] / pace[lightest])
-    load += max(0.0, empty - each) / np.minimum.accumulate(pace[lightest])
-    kept = lightest[: max(1, int(np.searchsorted(load, 1.0, side="right")))]
-    limit = float(pace[kept].min()) if kept.size else float(tpot.min())
+    paces = pace[lightest]
+    load = np.cumsum(cost[lightest] / paces)
+    load += max(0.0, empty - each) / np.minimum.accumulate(paces)
+    kept = int(load.searchsorted(1.0, side="right"))
+    limit = float(paces[: max(1, kept)].min()) if paces.size else float(tpot.min())
     served = np.zeros(n, bool)
-    served[kept] = True
+    served[lightest[: max(1, kept)]] = True
 
-    due = silent + 2.0 * limit >= max_itl_s
-    others = np.flatnonzero(~served)
-    if others.size:
-        queue = others[np.argsort(-silent[others], kind="stable")]
-        if np.any(silent[queue] + limit * (np.arange(queue.size) + 2.0) > max_itl_s):
-            due[queue[0]] = True
+    due = _due(silent, cost, served, limit, max_itl_s)
     urgent = slack < URGENT * limit
-    tier = np.select([due, served & urgent, served, alive], [0, 1, 2, 3], 4)
+    tier = 4 - alive.astype(np.int8) - served - (served & urgent)
+    tier[due] = 0
     order = np.lexsort((cost, tier))
     steps = np.asarray(step(np.arange(1, n + 1), np.cumsum(context[order])), float)
-    count = max(1, int(np.count_nonzero(due)), int(np.searchsorted(steps, limit, side="right")))
-    reason = "packed" if kept.size == lightest.size else "overload"
+    count = max(1, int(np.count_nonzero(due)), int(steps.searchsorted(limit, side="right")))
+    reason = "packed" if kept == n else "overload"
     return StepChoice(np.sort(order[:count]).tolist(), float(steps[count - 1]), reason)
+
+
+def _due(
+    silent: NDArray[np.float64],
+    cost: NDArray[np.float64],
+    served: NDArray[np.bool_],
+    limit: float,
+    max_itl_s: float,
+) -> NDArray[np.bool_]:
+    """Who must run now lest somebody is silent for longer than `max_itl_s`: mask (n,)."""
+    wait = silent + cost + 2.0 * limit
+    due = wait >= max_itl_s
+    while due.any():  # fetching them makes this very step longer
+        later = wait + float(cost[due].sum()) >= max_itl_s
+        if np.array_equal(later, due):
+            return due
+        due = later
+    queue = np.flatnonzero(~served)
+    queue = queue[np.argsort(-silent[queue], kind="stable")]
+    turn = np.cumsum(limit + cost[queue]) + limit
+    if np.any(silent[queue] + turn > max_itl_s):
+        due[queue[0]] = True
+    return due
 
 
 def _padded(step_s: StepTime, captured_sizes: Sequence[int]) -> StepTime:

@@ -50,9 +50,9 @@ class PrefillQueue:
 
 @dataclass(frozen=True, slots=True)
 class PrefillPlan:
-    """One step. `order`: waiting indices to offer, those that run first. `slot`: the partial in the
-    chunk slot (-1: none runs), `chunk_limit`: tokens it may take (None: no cap). `on_time`: requests
-    predicted to meet their deadline. `hold`: waiting indices that must not be offered."""
+    """One step. `order`: waiting indices to offer, those that run now first. `slot`: the partial in
+    the chunk slot (-1: none runs), `chunk_limit`: tokens it may take (None: no cap). `on_time`: how
+    many are predicted to meet their deadline. `hold`: waiting indices that must not be offered."""
 
     order: list[int]
     slot: int
@@ -69,23 +69,35 @@ def moore_hodgson(
     on_time = work <= deadline  # a job that cannot make it alone must not push others out
     jobs = np.flatnonzero(on_time)
     jobs = jobs[np.argsort(deadline[jobs], kind="stable")]
-    end = np.cumsum(work[jobs])
-    overflow = np.flatnonzero(end > deadline[jobs])
+    end, due = np.cumsum(work[jobs]), deadline[jobs]
+    overflow = np.flatnonzero(end > due)
     if overflow.size == 0:
         return on_time
-    first = int(overflow[0])
     key = -work if weight is None else np.asarray(weight, float) / np.maximum(work, 1e-12)
-    keys, works, dues = key[jobs].tolist(), work[jobs].tolist(), deadline[jobs].tolist()
-    heap = [(keys[position], -position) for position in range(first)]
+    # Ranks stand for (key, later deadline first): a heap of ints is several times faster.
+    by_rank = np.lexsort((-np.arange(jobs.size), key[jobs]))
+    rank = np.empty_like(by_rank)
+    rank[by_rank] = np.arange(jobs.size)
+    ranks, work_of = rank.tolist(), work[jobs[by_rank]].tolist()
+    first = int(overflow[0])
+    heap = ranks[:first]
     heapq.heapify(heap)
+    dropped: list[int] = []
     total = float(end[first - 1]) if first else 0.0
-    for position in range(first, len(works)):
-        total += works[position]
-        heapq.heappush(heap, (keys[position], -position))
-        while total > dues[position] and heap:
-            dropped = -heapq.heappop(heap)[1]
-            total -= works[dropped]
-            on_time[jobs[dropped]] = False
+    steps = zip(ranks[first:], work[jobs[first:]].tolist(), due[first:].tolist(), strict=True)
+    for place, seconds, latest in steps:
+        total += seconds
+        if total <= latest:
+            heapq.heappush(heap, place)
+            continue
+        worst = heapq.heappushpop(heap, place)
+        total -= work_of[worst]
+        dropped.append(worst)
+        while total > latest and heap:
+            worst = heapq.heappop(heap)
+            total -= work_of[worst]
+            dropped.append(worst)
+    on_time[jobs[by_rank[dropped]]] = False
     return on_time
 
 
@@ -155,7 +167,8 @@ def plan_prefill(
         if room < min(least // page_size * page_size, tokens[index]):
             skipped = True
             return False
-        slot, limit, unfinished = index, None if left == chunk_tokens else room, tokens[index] > room
+        slot, limit = index, None if left == chunk_tokens else room
+        unfinished = tokens[index] > room
         left -= min(pages(tokens[index]), room)
         return True
 

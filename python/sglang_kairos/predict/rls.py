@@ -1,16 +1,20 @@
-"""Recursive least squares on relative error, with forgetting, clipping and coefficients >= 0.
+"""Recursive least squares on relative error: forgets, shrugs off outliers, never goes negative.
 
-Model: seconds = x . theta, x and theta of shape (k,), small k. An observation is scaled by its own
-duration, so that a 5 % error counts the same on a short step and on a long one:
-    A <- A - (1 - keep) (A u)(A u)' / (u' A u) + u u',   u = x / seconds
+Model: seconds = x . theta with theta >= 0; x, theta of shape (k,), small k. An observation is
+scaled by its own duration, so that 5 % counts the same on a short step as on a long one:
+    A     <- A - (1 - KEEP) (A u)(A u)' / (u' A u) + u u',     u = x / seconds
     theta <- theta + A^-1 u (1 - u . theta)
-Old knowledge is forgotten only along u (directional forgetting, Cao & Schwartz 2000): what the
-current load does not exercise stays known. A measured time farther from the prediction than a few
-times the running error is moved there first: one outlier hardly counts, a lasting change does.
+Forgetting acts along u only (directional forgetting, Cao & Schwartz, Automatica 2000): what the
+current load does not exercise stays known. A time farther from its prediction than a few times the
+running error is first moved to that bound, and what was learnt before counts less from then on:
+one outlier does little, a lasting change gets through in a few steps.
+A negative coefficient is set to 0 and the others move to the optimum on that face.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,15 +22,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+Vector = NDArray[np.float64]
+
 KEEP = 0.98
-CLIP = 3.0
-CLIP_FLOOR = 0.1
+CLIP = 3.0  # bound on a residual, in running mean errors ...
+CLIP_FLOOR = 0.1  # ... but never tighter than this
+DOUBT = 0.4  # what an observation beyond the bound leaves of earlier knowledge
+PRIOR = 0.001  # weight of the first guess, in observations
 WINDOW = 256
 
 
 @dataclass(frozen=True, slots=True)
 class PredictError:
-    """Relative error of predictions made before their step ran: mean, 90th percentile, count."""
+    """Relative error of the latest predictions, made before their step ran; all observed so far."""
 
     mape: float
     p90: float
@@ -34,56 +42,102 @@ class PredictError:
 
 
 class Rls:
-    """`theta` after every observation so far. `scale`: typical magnitude of each feature."""
+    """Coefficients `theta`, first guess included. `scale`: typical size of each feature."""
 
-    def __init__(
-        self, theta: Sequence[float], scale: Sequence[float], confidence: float = 1e-3
-    ) -> None:
+    def __init__(self, theta: Sequence[float], scale: Sequence[float]) -> None:
         self._scale = np.asarray(scale, float)
         self._theta = np.asarray(theta, float) * self._scale
-        self._information = np.diag(confidence / np.maximum(self._theta, 1e-9) ** 2)
-        self._information *= (self._theta.sum()) ** 0
-        self._spread = 1.0
-        self._errors: list[float] = []
+        self._information = np.eye(len(theta)) * PRIOR / max(float(self._theta.sum()), 1e-9) ** 2
+        self._spread = 10.0
+        self._errors: deque[float] = deque(maxlen=WINDOW)
         self._samples = 0
 
     @property
-    def theta(self) -> NDArray[np.float64]:
-        return self._theta / self._scale
+    def theta(self) -> list[float]:
+        """The coefficients, per unit of each feature."""
+        theta: list[float] = (self._theta / self._scale).tolist()
+        return theta
 
     def observe(self, features: Sequence[float], seconds: float) -> None:
-        """One executed step; ignored unless `seconds` is positive and finite."""
-        if not 0.0 < seconds < float("inf"):
+        """One executed step. A time that is not positive and finite is ignored."""
+        if not 0.0 < seconds < math.inf:
             return
         x = np.asarray(features, float) / self._scale
         expected = float(x @ self._theta)
         error = abs(expected / seconds - 1.0)
         self._errors.append(error)
-        del self._errors[:-WINDOW]
         self._samples += 1
-        bound = 1.0 + max(CLIP_FLOOR, CLIP * self._spread)
         if expected > 0.0:
-            seconds = min(max(seconds, expected / bound), expected * bound)
-        self._spread = 0.9 * self._spread + 0.1 * min(error, 10.0 * max(self._spread, 0.02))
+            ratio = max(seconds / expected, expected / seconds)
+            bound = 1.0 + max(CLIP_FLOOR, CLIP * self._spread)
+            if ratio > bound:
+                seconds = min(max(seconds, expected / bound), expected * bound)
+                self._information *= DOUBT
+            self._spread += 0.1 * (min(ratio - 1.0, 10.0 * max(self._spread, 0.02)) - self._spread)
         u = x / seconds
-        au = self._information @ u
-        along = float(u @ au)
-        self._information -= (1.0 - KEEP) / along * np.outer(au, au)
+        seen = self._information @ u
+        self._information -= (1.0 - KEEP) / float(u @ seen) * np.outer(seen, seen)
         self._information += np.outer(u, u)
         gain = np.linalg.solve(self._information, u)
-        self._theta = np.maximum(self._theta + gain * (1.0 - float(u @ self._theta)), 0.0)
+        self._theta = _nonnegative(
+            self._information, self._theta + gain * (1.0 - float(u @ self._theta))
+        )
 
     @property
     def error(self) -> PredictError:
+        """Over the last WINDOW observations; zeros before the first."""
         if not self._errors:
             return PredictError(0.0, 0.0, 0)
         recent = np.asarray(self._errors)
-        return PredictError(
-            float(recent.mean()), float(np.quantile(recent, 0.9)), self._samples
-        )
+        return PredictError(float(recent.mean()), float(np.quantile(recent, 0.9)), self._samples)
 
     def snapshot(self) -> dict[str, Any]:
-        return {"theta": self.theta.tolist()}
+        """All state but the error window, as JSON scalars and lists."""
+        return {
+            "theta": self.theta,
+            "information": self._information.tolist(),
+            "spread": self._spread,
+            "samples": self._samples,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._theta = np.asarray(state["theta"], float) * self._scale
+        """Take over a `snapshot`; ValueError when it is of another model or damaged."""
+        theta = np.asarray(state["theta"], float)
+        information = np.asarray(state["information"], float)
+        if theta.shape != self._theta.shape or information.shape != self._information.shape:
+            raise ValueError(f"snapshot of {theta.size} coefficients, expected {self._theta.size}")
+        if not (np.isfinite(theta).all() and np.isfinite(information).all() and (theta >= 0).all()):
+            raise ValueError("snapshot holds a coefficient that is negative or not finite")
+        self._theta, self._information = theta * self._scale, information
+        self._spread, self._samples = float(state["spread"]), int(state["samples"])
+        self._errors.clear()
+
+
+def least_squares(
+    features: Sequence[Sequence[float]] | Vector, seconds: Sequence[float] | Vector
+) -> Vector:
+    """Coefficients >= 0 of least relative squared error. `features` (m, k), `seconds` (m,)."""
+    u = np.asarray(features, float) / np.asarray(seconds, float)[:, None]
+    scale = np.maximum(np.abs(u).max(axis=0), 1e-300)
+    u = u / scale
+    information = u.T @ u + 1e-12 * np.eye(u.shape[1])
+    best = np.linalg.solve(information, u.sum(axis=0))
+    theta: Vector = _nonnegative(information, best) / scale
+    return theta
+
+
+def _nonnegative(information: Vector, theta: Vector) -> Vector:
+    """The point >= 0 nearest to `theta` in the metric `information` (active set, no release)."""
+    if theta.min() >= 0.0:
+        return theta
+    zero = theta < 0.0
+    while True:
+        free = ~zero
+        result = np.zeros_like(theta)
+        if not free.any():
+            return result
+        pull = information[np.ix_(free, zero)] @ theta[zero]
+        result[free] = theta[free] + np.linalg.solve(information[np.ix_(free, free)], pull)
+        if result.min() >= 0.0:
+            return result
+        zero |= result < 0.0

@@ -20,7 +20,9 @@ class SpeedEstimate:
     """
 
     def __init__(self, prior: PrefillSpeed) -> None:
-        self._rls = Rls((prior.a_s, prior.b_s, prior.c_s), (1.0, 1e3, 1e7))
+        # c stays the prior: whole requests behind a prefix cache do not tell it apart from b.
+        self._rls = Rls((prior.a_s, prior.b_s), (1.0, 1e3))
+        self._c_s = prior.c_s
         self._chunk = prior.chunk_tokens
         self._tokens: list[float] = []
         self._started_s = 0.0
@@ -41,13 +43,14 @@ class SpeedEstimate:
 
     def speed(self) -> PrefillSpeed:
         """The estimate as of the last batch that is certainly complete."""
-        a, b, c = self._rls.theta.tolist()
-        return PrefillSpeed(a, b, c, self._chunk)
+        a, b = self._rls.theta
+        return PrefillSpeed(a, b, self._c_s, self._chunk)
 
     def _observe(self) -> None:
         chunks = sum(max(1.0, -(-n // self._chunk)) for n in self._tokens)
-        total, square = sum(self._tokens), sum(n * n for n in self._tokens)
-        self._rls.observe((chunks, total, square / 2), self._ended_s - self._started_s)
+        seconds = self._ended_s - self._started_s
+        seconds -= sum(self._c_s * n * n / 2 for n in self._tokens)
+        self._rls.observe((chunks, sum(self._tokens)), seconds)
         self._tokens = []
 
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from sglang_kairos.slo_http import GENERATE
+from sglang_kairos.slo_http import COMPLETIONS, GENERATE
 
 # A scalar room of a request with n > 1 is counted up by SGLang: stay clear of the signed maximum.
 _ROOMS = 2**63 - 2**20
 _IMAGE_TOKENS = 1000
 _MESSAGE_TOKENS = 6
-_DEFAULT_OUTPUT = {GENERATE: 128, "/v1/completions": 16}
+_DEFAULT_OUTPUT = {GENERATE: 128, COMPLETIONS: 16}
 _UNBOUNDED_OUTPUT = 1024
 
 
@@ -38,6 +38,64 @@ class Prompt:
         return max(1, self.batch or 1)
 
 
+_PER_PROMPT = (
+    "text",
+    "input_ids",
+    "input_embeds",
+    "prompt",
+    "sampling_params",
+    "return_logprob",
+    "logprob_start_len",
+    "top_logprobs_num",
+    "lora_path",
+    "custom_logit_processor",
+    "extra_key",
+    "cache_salt",
+)
+_MEDIA = ("image_data", "video_data", "audio_data")
+
+
+class Unfoldable(ValueError):
+    """A request for several samples per prompt that cannot be written as one for one each."""
+
+
+def unfold_samples(body: dict[str, Any], path: str) -> None:
+    """Turn ``n`` samples per prompt into ``n`` copies of each prompt, in place.
+
+    SGLang (0.5.16 to 0.5.23) gives all samples of a prompt one bootstrap room; under PD such a
+    request never ends and holds its KV on both servers. Copies answer in the same shape and order.
+    Unfoldable for chat requests and for media, which have no batch form that would do.
+    """
+    params = body.get("sampling_params") if path == GENERATE else body
+    listed: list[Any] = params if isinstance(params, list) else [params]
+    holders = [item for item in listed if isinstance(item, dict)]
+    samples = max((_samples(item) for item in holders), default=1)
+    beams = any((item.get("beam_width") or 1) != 1 for item in holders)
+    if samples == 1 or beams:
+        return
+    key = next((k for k in ("text", "input_ids", "input_embeds", "prompt") if body.get(k)), None)
+    copies = path in (GENERATE, COMPLETIONS)
+    if key is None or not copies or any(body.get(name) for name in _MEDIA):
+        raise Unfoldable("n: must be 1 here, SGLang cannot serve more over separate prefill")
+    if _batch_of(body, path) is None:
+        body[key] = [body[key]]
+    for name in _PER_PROMPT:
+        if isinstance(body.get(name), list):
+            body[name] = [item for item in body[name] for _ in range(samples)]
+    for item in holders:
+        item.pop("n", None)
+    body.pop("rid", None)  # SGLang makes up its own for samples, too
+
+
+def _samples(params: dict[str, Any]) -> int:
+    n = params.get("n")
+    return n if isinstance(n, int) and 1 <= n <= 10**4 else 1
+
+
+def _batch_of(body: dict[str, Any], path: str) -> int | None:
+    return (_generate_prompt(body) if path == GENERATE else _measure(body.get("prompt")))[0]
+
+
 def describe(body: dict[str, Any], path: str) -> Prompt:
     """Size and shape of a request; anything malformed counts as little and is left to SGLang."""
     params: Any = body
@@ -47,7 +105,7 @@ def describe(body: dict[str, Any], path: str) -> Prompt:
         params = params if isinstance(params, dict) else {}
         batch, tokens, size = _generate_prompt(body)
         limit = params.get("max_new_tokens")
-    elif path == "/v1/completions":
+    elif path == COMPLETIONS:
         batch, tokens, size = _measure(body.get("prompt"))
         limit = body.get("max_tokens")
     else:
@@ -55,13 +113,12 @@ def describe(body: dict[str, Any], path: str) -> Prompt:
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
     known = isinstance(limit, int | float) and math.isfinite(limit)
     output = limit if known else _DEFAULT_OUTPUT.get(path, _UNBOUNDED_OUTPUT)
-    samples = params.get("n")
     return Prompt(
         batch=batch,
         tokens=tokens,
         text_bytes=size,
         output_tokens=int(min(max(output, 0), 10**7)),
-        samples=samples if isinstance(samples, int) and 1 <= samples <= 10**4 else 1,
+        samples=_samples(params),
         stream=bool(body.get("stream")),
     )
 

@@ -27,7 +27,14 @@ from sglang_kairos.router.exchange import (
 )
 from sglang_kairos.router.fleet import DecodeServer, Fleet, PrefillServer, Server, is_unreachable
 from sglang_kairos.router.metrics import RouterMetrics
-from sglang_kairos.router.prompt import Prompt, describe, name_requests, pair_up
+from sglang_kairos.router.prompt import (
+    Prompt,
+    Unfoldable,
+    describe,
+    name_requests,
+    pair_up,
+    unfold_samples,
+)
 from sglang_kairos.slo import RequestSlo, SloError, SloTable
 from sglang_kairos.slo_http import carry, dump, error_body
 
@@ -126,6 +133,10 @@ class PairProxy:
         if not isinstance(body, dict):
             raise BadRequest("malformed request: the body must be a JSON object")
         path = scope["path"]
+        try:
+            unfold_samples(body, path)
+        except Unfoldable as error:
+            raise BadRequest(str(error), "n") from None
         slo = self._slo(body, scope, arrived_s)
         now = time.monotonic()
         return Call(
@@ -198,9 +209,7 @@ class PairProxy:
     ) -> int:
         """One pair. ServerFailed when another may be tried; ClientLeft; else the status sent."""
         rids = name_requests(call.body, call.prompt, call.own_rid)
-        pair_up(
-            call.body, call.prompt.batch, prefill.host, prefill.bootstrap_port, self._fleet.rng
-        )
+        pair_up(call.body, call.prompt.batch, prefill.host, prefill.bootstrap_port, self._fleet.rng)
         exchange = Exchange(
             self._session, prefill, decode, call.path, self._payload(call), call.headers, rids
         )
@@ -321,9 +330,7 @@ async def _first_answer(
             return decode.result()
 
 
-async def _relay(
-    head: DecodeHead, left: asyncio.Future[None], send: Send
-) -> BaseException | None:
+async def _relay(head: DecodeHead, left: asyncio.Future[None], send: Send) -> BaseException | None:
     """Send decode's answer on as it comes; what broke it off, if anything did. ClientLeft."""
     pump = asyncio.create_task(_pump(head, send))
     try:
@@ -364,9 +371,7 @@ async def _drain(prefill: asyncio.Task[PrefillError | None], exchange: Exchange)
     exchange.close()
 
 
-async def _abort(
-    prefill: asyncio.Task[Any], decode: asyncio.Task[Any], exchange: Exchange
-) -> None:
+async def _abort(prefill: asyncio.Task[Any], decode: asyncio.Task[Any], exchange: Exchange) -> None:
     await asyncio.gather(prefill, decode, return_exceptions=True)
     await exchange.abort()
 

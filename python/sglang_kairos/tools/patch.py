@@ -34,7 +34,7 @@ _VERSION = re.compile(r"^__version__\s*=.*['\"]([^'\"]+)['\"]", re.MULTILINE)
 
 
 class PatchError(Exception):
-    """What was asked for cannot be done; the message is for the user. Nothing was changed."""
+    """What was asked for cannot be done; the message is for the user."""
 
 
 class Misfit(PatchError):
@@ -117,17 +117,17 @@ def parse(name: str, data: bytes) -> Patch:
     while at < len(lines) and lines[at].startswith(b"diff --git "):
         change, at = _parse_change(name, lines, at + 1)
         changes.append(change)
-    if any(lines[at:]):
+    if any(lines[at:]) and lines[at] != b"-- ":  # git's signature
         raise PatchError(f"{name}: line {at + 1}: cannot read {_text(lines[at])!r}")
     return Patch(name, subject, changes)
 
 
 def _parse_change(name: str, lines: list[bytes], at: int) -> tuple[FileChange, int]:
-    mode_change = False
+    unknown = False
     while at < len(lines) and not lines[at].startswith(b"--- "):
-        mode_change |= not lines[at].startswith((b"index ", b"new file mode 100644"))
+        unknown |= not lines[at].startswith((b"index ", b"new file mode 100644"))
         at += 1
-    if mode_change or at + 1 >= len(lines) or not lines[at + 1].startswith(b"+++ b/"):
+    if unknown or at + 1 >= len(lines) or not lines[at + 1].startswith(b"+++ b/"):
         raise PatchError(f"{name}: line {at + 1}: only edits and new files are supported")
     creates = lines[at] == b"--- /dev/null"
     path = _text(lines[at + 1].removeprefix(b"+++ b/"))
@@ -364,13 +364,11 @@ def _put(path: Path, temporary: Path | None) -> None:
 def _roll_back(steps: list[_Step]) -> list[str]:
     stuck: list[str] = []
     for step in reversed(steps):
-        if (step.path.read_bytes() if step.path.exists() else None) == step.before:
-            continue
         try:
-            _put(
-                step.path,
-                None if step.before is None else _stage(step.path, step.before, step.mode),
-            )
+            if step.before is None:
+                _put(step.path, None)
+            elif step.path.read_bytes() != step.before:
+                _put(step.path, _stage(step.path, step.before, step.mode))
         except OSError:
             stuck.append(str(step.path))
     return stuck

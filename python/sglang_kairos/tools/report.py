@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -99,13 +100,15 @@ def write_png(path: Path, runs: Sequence[Run], title: str) -> None:
     groups = by_policy(runs)
     colours = dict(zip(groups, _colours(list(groups)), strict=True))
     figure, (bars, curves, payers) = plt.subplots(1, 3, figsize=(17, 5.2), layout="constrained")
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(title + "\n", fontsize=12)
     _draw_attainment(bars, groups, colours)
     _draw_ttft(curves, groups, colours)
     _draw_payers(payers, groups, colours)
     for axes in (bars, curves, payers):
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
+    handles, labels = bars.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(groups), frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -133,7 +136,6 @@ def _draw_attainment(axes: Any, groups: Mapping[str, list[Run]], colours: dict[s
     axes.set_ylabel("requests that met their target, % of sent")
     axes.set_title("SLO attainment")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4, fontsize=9, frameon=False)
 
 
 def _draw_ttft(axes: Any, groups: Mapping[str, list[Run]], colours: dict[str, str]) -> None:
@@ -148,13 +150,12 @@ def _draw_ttft(axes: Any, groups: Mapping[str, list[Run]], colours: dict[str, st
         axes.axvline(target, color="#333333", linestyle="--", linewidth=1)
         axes.annotate(f" target {target:g} s", (target, 3), fontsize=9)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _plain_numbers(axes.xaxis)
     axes.set_ylim(0, 102)
     axes.set_xlabel("time to first token, s")
     axes.set_ylabel("requests answered within, % of sent")
     axes.set_title("TTFT distribution")
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", fontsize=9, frameon=False)
 
 
 def _draw_payers(axes: Any, groups: Mapping[str, list[Run]], colours: dict[str, str]) -> None:
@@ -172,13 +173,19 @@ def _draw_payers(axes: Any, groups: Mapping[str, list[Run]], colours: dict[str, 
             label=policy,
         )
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _plain_numbers(axes.yaxis)
     axes.set_xticks(range(1, len(labels) + 1), [f"≤{label}" for label in labels], fontsize=8)
     axes.set_xlabel("prompt length, tokens (a tenth of the requests each)")
     axes.set_ylabel("mean time to first token, s")
     axes.set_title("Who pays")
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", fontsize=9, frameon=False)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Labels 0.1, 0.2, 0.5, 1, … on a logarithmic axis instead of powers."""
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    axis.set_tick_params(which="minor", labelsize=8)
 
 
 def _all(run: Run) -> list[Outcome]:
@@ -247,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Reports on files: per-request dumps of the replayer, or records of SGLang's benchmark."""
     parser = argparse.ArgumentParser(
         prog="python -m sglang_kairos.tools.report",
-        description="Table of runs; the policy is each file's name.",
+        description="Table of runs; the policy is each file's name, less a leading number.",
     )
     parser.add_argument("files", nargs="+", type=Path, help="POLICY.jsonl")
     parser.add_argument("--ttft-ms", type=float, help="judge by this target instead")
@@ -259,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for file in given.files:
             for result in _results(file, given.ttft_ms, given.tpot_ms):
-                runs.append(Run(file.stem, result))
+                runs.append(Run(re.sub(r"^\d+-", "", file.stem), result))
     except (OSError, ValueError, TypeError) as error:
         print(f"error: {file}: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,90 @@
+"""``python -m sglang_kairos.launch_server``: SGLang's server with Kairos on.
+
+Takes every flag of ``sglang.launch_server`` unchanged, and Kairos' own (``--help`` shows both).
+On a machine without a GPU it adds the flags that SGLang needs there, unless they were given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+
+from sglang_kairos.config import ConfigError, KairosConfig, add_flags
+from sglang_kairos.cpu import runtime
+from sglang_kairos.cpu.flags import with_server_flags
+
+# Children started with ``spawn`` re-import this module before SGLang: they need the runtime first.
+runtime.activate_if_wanted()
+
+PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "kairos"
+
+
+def prepare(argv: Sequence[str]) -> list[str]:
+    """Set this process up for Kairos and return SGLang's own arguments.
+
+    Writes the configuration into the environment, where SGLang's child processes find it.
+    Raises ConfigError for a bad Kairos setting or when SGLang could not load the plugin.
+    """
+    config, rest = KairosConfig.load(argv)
+    config.slo_table()
+    if config.enabled:
+        _check_plugin_is_loadable()
+    config.to_env(os.environ)
+    return with_server_flags(rest) if runtime.is_active() else rest
+
+
+def _check_plugin_is_loadable() -> None:
+    if not any(entry.name == PLUGIN_NAME for entry in entry_points(group=PLUGIN_GROUP)):
+        raise ConfigError(
+            "sglang-kairos is not installed in this Python, so SGLang cannot find its plugin: "
+            "pip install sglang-kairos (or pip install -e . in its source tree)"
+        )
+    allowed = os.environ.get("SGLANG_PLUGINS", "")
+    if allowed.strip() and PLUGIN_NAME not in {name.strip() for name in allowed.split(",")}:
+        raise ConfigError(
+            f"SGLANG_PLUGINS={allowed} leaves the plugin {PLUGIN_NAME!r} out: "
+            f"add it, unset the variable, or start with --kairos off"
+        )
+
+
+def print_help() -> None:
+    """Kairos' flags, then SGLang's."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_kairos.launch_server", description=__doc__, add_help=False
+    )
+    add_flags(parser)
+    from sglang.srt.server_args import ServerArgs
+
+    ServerArgs.add_cli_args(parser)
+    parser.print_help()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Start one server; returns the process' exit status."""
+    if "--help" in argv or "-h" in argv:
+        print_help()
+        return 0
+    try:
+        arguments = prepare(argv)
+    except ConfigError as error:
+        print(f"kairos: {error}", file=sys.stderr)
+        return 2
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    load_plugins()
+    server_args = prepare_server_args(arguments)
+    try:
+        run_server(server_args)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

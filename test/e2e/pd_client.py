@@ -1,0 +1,156 @@
+"""Drives a prefill/decode pair directly (no router), collects output tokens, aborts some requests."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from sglang_kairos.cluster import Cluster
+
+
+@dataclass(frozen=True)
+class Job:
+    """One greedy request: when it is sent (s), its prompt, how many tokens it wants."""
+
+    at_s: float
+    prompt: list[int]
+    tokens: int
+    abort_after_s: float | None = None
+
+
+def long_tail_jobs(count: int, seed: int, rate: float = 20.0) -> list[Job]:
+    """Lognormal prompt lengths up to 3,000 tokens; a third shares a prefix with an earlier one."""
+    rng = random.Random(seed)
+    jobs: list[Job] = []
+    at_s = 0.0
+    for _ in range(count):
+        length = min(3000, max(8, int(rng.lognormvariate(5.4, 1.2))))
+        prompt = [rng.randrange(10, 500) for _ in range(length)]
+        if jobs and rng.random() < 0.33:
+            shared = rng.choice(jobs).prompt
+            prompt = shared[: rng.randrange(1, len(shared) + 1)] + prompt[: max(8, length // 4)]
+        jobs.append(Job(at_s, prompt, rng.randrange(4, 80)))
+        at_s += rng.expovariate(rate)
+    return jobs
+
+
+def doomed_jobs(count: int, seed: int, span_s: float) -> list[Job]:
+    """Requests that will be aborted: half in their long prefill, half while they decode."""
+    rng = random.Random(seed)
+    jobs = []
+    for index in range(count):
+        at_s = rng.uniform(0.0, span_s)
+        if index % 2:
+            prompt, tokens = [rng.randrange(10, 500) for _ in range(4500)], 8
+            after = rng.uniform(0.3, 8.0)
+        else:
+            prompt, tokens = [rng.randrange(10, 500) for _ in range(20)], 400
+            after = rng.uniform(0.5, 3.0)
+        jobs.append(Job(at_s, prompt, tokens, after))
+    return jobs
+
+
+class PdClient:
+    """Talks to the first prefill and decode server of a cluster."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.prefill, self.decode = cluster.prefill_urls[0], cluster.decode_urls[0]
+        self.bootstrap_port = cluster.bootstrap_ports[0]
+        self._rooms = random.Random()
+
+    def run(self, jobs: list[Job], timeout_s: float = 240.0) -> list[tuple[int, Any]]:
+        """Sends every job at its time; returns (status, output token ids or error) per job."""
+        return asyncio.run(self._run(jobs, timeout_s))
+
+    async def _run(self, jobs: list[Job], timeout_s: float) -> list[tuple[int, Any]]:
+        limits = aiohttp.ClientTimeout(total=timeout_s)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(timeout=limits, connector=connector) as session:
+            return list(await asyncio.gather(*(self._one(session, job) for job in jobs)))
+
+    async def _one(self, session: aiohttp.ClientSession, job: Job) -> tuple[int, Any]:
+        await asyncio.sleep(job.at_s)
+        rid = f"job{self._rooms.getrandbits(60)}"
+        body = {
+            "rid": rid,
+            "input_ids": job.prompt,
+            "sampling_params": {
+                "temperature": 0,
+                "max_new_tokens": job.tokens,
+                "ignore_eos": True,
+            },
+            "bootstrap_host": "127.0.0.1",
+            "bootstrap_port": self.bootstrap_port,
+            "bootstrap_room": self._rooms.getrandbits(62),
+        }
+
+        async def post(url: str, path: str, content: Any) -> tuple[int, Any]:
+            async with session.post(url + path, json=content) as response:
+                return response.status, await response.json(content_type=None)
+
+        async def abort(url: str, answering: asyncio.Task[tuple[int, Any]]) -> None:
+            await asyncio.sleep(job.abort_after_s or 0.0)
+            # An abort that overtakes its request is lost, and SGLang then waits for a hand-shake.
+            while not answering.done():
+                async with session.post(url + "/abort_request", json={"rid": rid}) as response:
+                    await response.read()
+                await asyncio.wait([answering], timeout=0.5)
+
+        both = [
+            asyncio.create_task(post(url, "/generate", body)) for url in (self.prefill, self.decode)
+        ]
+        if job.abort_after_s is not None:
+            await asyncio.gather(*map(abort, (self.prefill, self.decode), both))
+        _, (status, answer) = await asyncio.gather(*both)
+        return status, answer.get("output_ids") if status == 200 else answer
+
+    def kairos(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Kairos' own report of the prefill and the decode server."""
+        return asyncio.run(self._kairos())
+
+    async def _kairos(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        reports = []
+        async with aiohttp.ClientSession() as session:
+            for url in (self.prefill, self.decode):
+                async with session.get(url + "/server_info") as response:
+                    state = (await response.json())["internal_states"][0]
+                    reports.append(state.get("kairos", {}))
+        return reports[0], reports[1]
+
+    def settles(self, timeout_s: float = 30.0) -> bool:
+        """Whether both servers become idle: a cache flush is refused while anything is held."""
+        return asyncio.run(self._settles(timeout_s))
+
+    async def _settles(self, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        async with aiohttp.ClientSession() as session:
+            for url in (self.prefill, self.decode):
+                while True:
+                    async with session.post(url + "/flush_cache") as response:
+                        if response.status == 200:
+                            break
+                    if time.monotonic() > deadline:
+                        return False
+                    await asyncio.sleep(0.5)
+        await asyncio.sleep(1.0)  # the idle check runs in the scheduler's next idle pass
+        return True
+
+
+TROUBLE = re.compile(r"hit an exception|AssertionError|memory leak|Traceback.*Scheduler", re.I)
+
+
+def trouble_in(logs: dict[str, Path]) -> list[str]:
+    """Lines of the servers' logs that speak of a crash or a leak."""
+    return [
+        f"{name}: {line[:300]}"
+        for name, path in logs.items()
+        for line in path.read_text(errors="replace").splitlines()
+        if TROUBLE.search(line) and "server_args=" not in line
+    ]

@@ -1,0 +1,144 @@
+"""Whatever Kairos decides, every output token is stock SGLang's.
+
+The decisions are random but legal (``--kairos-chaos-seed``): parking, pausing, order, admission. The
+pair is real: SGLang's scheduler processes, KV over Mooncake, float32, greedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pd_client import Job, PdClient, doomed_jobs, long_tail_jobs, trouble_in
+
+from sglang_kairos.cluster import Cluster
+from sglang_kairos.cluster_layout import ClusterSpec
+from sglang_kairos.cpu.zygote import Zygote
+
+JOBS = long_tail_jobs(200, seed=7)
+DOOMED = doomed_jobs(48, seed=8, span_s=9.0)
+SERVER_ARGS = ("--chunked-prefill-size", "512", "--max-total-tokens", "49152")
+
+
+@dataclasses.dataclass
+class Run:
+    """What one run of the workload left behind."""
+
+    outputs: list[tuple[int, Any]]
+    prefill: dict[str, Any]
+    decode: dict[str, Any]
+    settled: bool
+    trouble: list[str]
+
+
+def run_pair(
+    zygote: Zygote,
+    model: str,
+    log_dir: Path,
+    *,
+    kairos: bool | dict[str, Any],
+    jobs: Sequence[Job],
+    args: Sequence[str] = (),
+) -> Run:
+    """Start a pair, run `jobs`, stop it."""
+    spec = ClusterSpec(
+        model_path=model,
+        router="none",
+        kairos=kairos,
+        server_args=(*SERVER_ARGS, *args),
+        zygote=zygote,
+        log_dir=log_dir,
+    )
+    with Cluster(spec) as cluster:
+        client = PdClient(cluster)
+        outputs = client.run(list(jobs))
+        settled = client.settles()
+        prefill, decode = client.kairos()
+        return Run(outputs, prefill, decode, settled, trouble_in(cluster.logs))
+
+
+@pytest.fixture(scope="module")
+def stock(zygote: Zygote, tiny_model: str, out_dir: Path) -> list[tuple[int, Any]]:
+    """The outputs of stock SGLang, Kairos off."""
+    run = run_pair(zygote, tiny_model, out_dir / "stock", kairos=False, jobs=JOBS)
+    assert run.prefill == {} and run.decode == {}, "Kairos must not be there when it is off"
+    return run.outputs
+
+
+def check(run: Run, stock: list[tuple[int, Any]], *, tree: bool) -> None:
+    """Everything the identity test promises."""
+    assert all(status == 200 for status, _ in stock)
+    different = [i for i, want in enumerate(stock) if run.outputs[i] != want]
+    assert not different, f"{len(different)} of {len(stock)} differ, first {different[:5]}"
+    distinct = {token for _, tokens in stock for token in tokens}
+    assert len(distinct) > 100, "outputs must vary, or identity proves little"
+    prefill, decode = run.prefill["counters"], run.decode["counters"]
+    assert prefill["pauses"] >= 20 and prefill["resumes"] >= 10, prefill
+    assert decode["subset_steps"] >= 100 and decode["parked"] >= 200, decode
+    assert prefill.get("paused_aborts", 0) >= 1, prefill
+    assert decode.get("parked_aborts", 0) >= 1, decode
+    assert run.settled, "a server did not become idle after the last request"
+    assert run.prefill["paused"] == 0
+    assert not run.trouble, "\n".join(run.trouble)
+    where = "tree" if tree else "hooks"
+    for report in (run.prefill, run.decode):
+        assert report["seams"][where] > 0
+        assert report["seams"]["hooks" if tree else "tree"] == 0
+
+
+@pytest.mark.parametrize(
+    "args", [(), ("--disable-overlap-schedule",)], ids=["overlap", "no-overlap"]
+)
+def test_random_decisions_change_no_token(
+    args: Sequence[str],
+    zygote: Zygote,
+    tiny_model: str,
+    stock: list[tuple[int, Any]],
+    out_dir: Path,
+) -> None:
+    run = run_pair(
+        zygote,
+        tiny_model,
+        out_dir / f"chaos{''.join(args)}",
+        kairos={"chaos_seed": 11},
+        jobs=[*JOBS, *DOOMED],
+        args=args,
+    )
+    check(run, stock, tree=False)
+
+
+def test_random_decisions_change_no_token_under_forced_retraction(
+    tiny_model: str, stock: list[tuple[int, Any]], out_dir: Path
+) -> None:
+    env = {"SGLANG_TEST_RETRACT": "1", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
+    with Zygote(env=env) as zygote:
+        run = run_pair(
+            zygote,
+            tiny_model,
+            out_dir / "chaos-retract",
+            kairos={"chaos_seed": 12},
+            jobs=[*JOBS, *DOOMED],
+        )
+    check(run, stock, tree=False)
+    logs = (out_dir / "chaos-retract").glob("*")
+    assert any("Testing retraction" in path.read_text(errors="replace") for path in logs)
+
+
+def test_a_patched_tree_behaves_as_the_plugin(
+    patched_tree: Path, tiny_model: str, stock: list[tuple[int, Any]], out_dir: Path
+) -> None:
+    path = os.pathsep.join(filter(None, [str(patched_tree), os.environ.get("PYTHONPATH")]))
+    env = {"PYTHONPATH": path, "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
+    with Zygote(env=env) as zygote:
+        run = run_pair(
+            zygote,
+            tiny_model,
+            out_dir / "chaos-patched",
+            kairos={"chaos_seed": 13},
+            jobs=[*JOBS, *DOOMED],
+        )
+    check(run, stock, tree=True)

@@ -1,0 +1,165 @@
+"""Which decodes run: single steps as tables, then a whole server in a small simulation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_kairos.policy.packing import StepChoice, choose_step
+
+TPOT, CAP = 0.030, 2.0
+
+
+def step_s(batch: Any, kv_tokens: Any) -> Any:
+    """The step law of the decode server of upstream/seams.md, section 0."""
+    return 3.5e-3 + 0.22e-3 * batch + 0.65e-6 * kv_tokens
+
+
+def choose(context: Any, slack: Any = 0.06, silent: Any = 0.0, **kw: Any) -> StepChoice:
+    n = len(context)
+    tpot = kw.pop("tpot", TPOT)
+    return choose_step(
+        np.broadcast_to(slack, n).astype(float),
+        np.broadcast_to(tpot, n).astype(float),
+        np.asarray(context, float),
+        np.broadcast_to(silent, n).astype(float),
+        step_s,
+        max_itl_s=kw.pop("max_itl_s", CAP),
+        **kw,
+    )
+
+
+HEAVY = 16_000  # 10.6 ms a step; about 55 requests of 400 tokens fit 30 ms
+
+
+@pytest.mark.parametrize(
+    ("name", "got", "run", "reason"),
+    [
+        ("nobody runs", choose([]), [], "all"),
+        ("one always runs, however slow", choose([100_000]), [0], "overload"),
+        ("everybody fits", choose([400] * 10), list(range(10)), "all"),
+        ("the heavy one is parked", choose([HEAVY, *[400] * 50]), list(range(1, 51)), "overload"),
+        ("a silent one runs whatever it costs",
+         choose([HEAVY, 400, 400], silent=[1.97, 0, 0], slack=[-2, 0.02, 0.02], tpot=0.012),
+         [0], "overload"),
+        ("a hopeless one slows nobody down, and runs if it does not",
+         choose([400, 400], slack=[-9, 0.06]), [0, 1], "all"),
+        ("a loose TPOT makes room for a tight one",
+         choose([400, 400, HEAVY], slack=[0.02, 0.02, 0.9], tpot=[0.01, 0.01, 0.5]),
+         [0, 1], "packed"),
+    ],
+)  # fmt: skip
+def test_choice(name: str, got: StepChoice, run: list[int], reason: str) -> None:
+    assert (got.run, got.reason) == (run, reason), name
+
+
+def test_padding_counts_against_the_step() -> None:
+    full = choose([400] * 60)
+    padded = choose([400] * 60, captured_sizes=[16, 32, 64, 128])
+    assert len(padded.run) < len(full.run)
+    assert padded.predicted_s == pytest.approx(step_s(64, 400 * len(padded.run)))
+
+
+def test_a_crowd_of_silent_ones_is_fetched_one_a_step_before_they_are_due() -> None:
+    context = [400.0] * 50 + [5000.0] * 40
+    silent = [0.0] * 50 + [1.0 + i / 1000 for i in range(40)]
+    got = choose(context, slack=[0.06] * 50 + [-5.0] * 40, silent=silent)
+    assert [i for i in got.run if i >= 50] == [89]
+
+
+requests = st.lists(
+    st.tuples(
+        st.floats(-3, 3),
+        st.sampled_from([0.01, 0.03, 0.1]),
+        st.integers(1, 16_000),
+        st.floats(0, 2),
+    ),
+    min_size=1,
+    max_size=60,
+    unique=True,
+)
+
+
+def decide(rows: Any) -> StepChoice:
+    slack, tpot, context, silent = np.array(rows, float).T
+    return choose_step(slack, tpot, context, silent, step_s, max_itl_s=CAP)
+
+
+@settings(max_examples=80, deadline=None)
+@given(requests, st.randoms(use_true_random=False))
+def test_every_choice_is_sound(rows: Any, random: Any) -> None:
+    got = decide(rows)
+    assert got.run and got.run == sorted(set(got.run)) and got.run[-1] < len(rows)
+    assert got.predicted_s == pytest.approx(step_s(len(got.run), sum(rows[i][2] for i in got.run)))
+    parked = set(range(len(rows))) - set(got.run)
+    assert all(rows[i][3] + got.predicted_s < CAP for i in parked), "parked past the ITL cap"
+    if step_s(len(rows), sum(r[2] for r in rows)) <= 0.7 * min(r[1] for r in rows):
+        assert got.reason == "all", "parked although everybody fits"
+        assert not parked
+    shuffled = list(rows)
+    random.shuffle(shuffled)
+    again = decide(shuffled)
+    if len({r[2] for r in rows}) == len({r[3] for r in rows}) == len(rows):
+        assert {shuffled[i] for i in again.run} == {rows[i] for i in got.run}
+
+
+def serve(kairos: bool, rate: float, seed: int, count: int = 200, stall_s: float = 0.0) -> Any:
+    """A decode server under Poisson arrivals. Returns (met their TPOT (count,), tokens/s, max ITL).
+
+    First token on arrival; context lognormal (median 400, sigma 1.3, max 16k), output lognormal
+    (median 80, sigma 0.7, max 400). `stall_s`: every 150th step takes that much longer, unforeseen.
+    """
+    rng = np.random.default_rng(seed)
+    first = np.cumsum(rng.exponential(1 / rate, count))
+    context = np.minimum(16_000, 400 * np.exp(1.3 * rng.standard_normal(count)))
+    tokens = np.clip(80 * np.exp(0.7 * rng.standard_normal(count)), 2, 400).astype(int)
+    emitted, last = np.ones(count, int), first.copy()
+    now, steps, worst = float(first[0]), 0, 0.0
+    while (emitted < tokens).any():
+        live = np.flatnonzero((first <= now) & (emitted < tokens))
+        if live.size == 0:
+            now = float(first[first > now].min())
+            continue
+        reads = context[live] + emitted[live]
+        if kairos:
+            slack = first[live] + emitted[live] * TPOT - now
+            got = choose_step(
+                slack, np.full(live.size, TPOT), reads, now - last[live], step_s, max_itl_s=CAP
+            )
+            live, reads = live[got.run], reads[got.run]
+        steps += 1
+        now += step_s(live.size, reads.sum()) + (stall_s if steps % 150 == 0 else 0.0)
+        worst = max(worst, float((now - last[live]).max()))
+        emitted[live] += 1
+        last[live] = now
+    met = (last - first) / (tokens - 1) <= TPOT + 1e-9
+    return met, tokens.sum() / (now - first[0]), worst
+
+
+def test_below_capacity_nothing_is_lost() -> None:
+    for seed in range(2):
+        stock, kairos = serve(False, 7, seed), serve(True, 7, seed)
+        assert not (stock[0] & ~kairos[0]).any(), "a request that stock would have served on pace"
+        assert kairos[1] >= 0.999 * stock[1]
+
+
+@pytest.mark.parametrize(
+    ("rate", "least", "gain"), [(12, 0.95, 0.1), (14, 0.9, 0.3), (16, 0.85, 0.4)]
+)
+def test_above_capacity_far_more_stay_on_pace(rate: float, least: float, gain: float) -> None:
+    stock = [serve(False, rate, seed) for seed in range(2)]
+    kairos = [serve(True, rate, seed) for seed in range(2)]
+    attained = [float(np.mean([run[0].mean() for run in runs])) for runs in (stock, kairos)]
+    assert attained[1] >= least
+    assert attained[1] >= attained[0] + gain
+    assert np.mean([r[1] for r in kairos]) >= 0.97 * np.mean([r[1] for r in stock])
+    assert max(r[2] for r in kairos) <= CAP
+
+
+def test_a_stall_that_sets_everybody_back_is_caught_up_with() -> None:
+    stock, kairos = (serve(k, 12, 1, stall_s=0.2)[0].mean() for k in (False, True))
+    assert kairos >= stock + 0.1

@@ -1,0 +1,137 @@
+"""The seams: known upstream sources, refusal of unknown ones, installation on small fakes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sglang_kairos.engine import seams
+from sglang_kairos.engine.seams import SEAMS, Seam, check_sources, fingerprint, way_out
+
+SOURCE = '''
+class Scheduler:
+    @decorated
+    def pick(self, queue):
+        """Doc."""
+        return queue[0]
+
+def free(): return 1
+'''
+
+needs_sglang = pytest.mark.skipif(
+    importlib.util.find_spec("sglang") is None, reason="SGLang is not installed"
+)
+
+
+def test_a_fingerprint_ignores_decorators_and_indentation() -> None:
+    bare = SOURCE.replace("    @decorated\n", "")
+    moved = "def pick(self, queue):\n" + '    """Doc."""\n    return queue[0]\n'
+    want = fingerprint(SOURCE, "Scheduler.pick")
+    assert want is not None
+    assert fingerprint(bare, "Scheduler.pick") == want
+    assert fingerprint(moved, "pick") == want
+
+
+def test_a_fingerprint_sees_a_changed_body() -> None:
+    changed = SOURCE.replace("queue[0]", "queue[1]")
+    assert fingerprint(SOURCE, "Scheduler.pick") != fingerprint(changed, "Scheduler.pick")
+
+
+@pytest.mark.parametrize("name", ["Scheduler.choose", "Scheduler", "nothing", "free.pick"])
+def test_what_is_not_a_function_has_no_fingerprint(name: str) -> None:
+    assert fingerprint(SOURCE, name) is None
+
+
+def test_every_seam_says_why_and_has_a_handler_that_exists() -> None:
+    for seam in SEAMS:
+        assert seam.why and seam.how and seam.gone_when and seam.fingerprints
+        assert seam.process in ("http", "scheduler")
+        module, name = seam.handler.split(":")
+        spec = importlib.util.find_spec(module)
+        assert spec is not None and spec.origin is not None
+        assert f"\ndef {name}(" in Path(spec.origin).read_text()
+    assert len({seam.target for seam in SEAMS}) == len(SEAMS)
+
+
+@needs_sglang
+def test_the_installed_sglang_is_the_one_kairos_knows() -> None:
+    assert check_sources() == []
+
+
+def fake_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fakelang" / "srt").mkdir(parents=True)
+    for folder in ("fakelang", "fakelang/srt"):
+        (tmp_path / folder / "__init__.py").write_text("")
+    (tmp_path / "fakelang" / "srt" / "sched.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def seam_on(target: str, known: str) -> Seam:
+    return Seam(target, "a:b", "scheduler", "why", "how", "gone", {"0.5.23": known})
+
+
+def test_problems_name_the_upstream_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_tree(tmp_path, monkeypatch)
+    known = fingerprint(SOURCE, "Scheduler.pick") or ""
+    module = "fakelang.srt.sched"
+    assert check_sources([seam_on(f"{module}:Scheduler.pick", known)]) == []
+    (changed,) = check_sources([seam_on(f"{module}:Scheduler.pick", "other")])
+    assert f"{module}:Scheduler.pick: unknown source {known}" in changed
+    (missing,) = check_sources([seam_on(f"{module}:Scheduler.choose", known)])
+    assert f"{module}:Scheduler.choose: SGLang has no such function" in missing
+    (nowhere,) = check_sources([seam_on("fakelang.srt.gone:f", known)])
+    assert "no module fakelang.srt.gone" in nowhere
+
+
+def test_the_message_names_the_function_and_the_way_out() -> None:
+    text = way_out(["x:Y.z: SGLang has no such function"], "v9.9")
+    for part in ("x:Y.z", "v9.9", "--kairos off", "--kairos-strict off", "0.5.23"):
+        assert part in text
+
+
+def tree_with_renamed_function(folder: Path, file: str, old: str, new: str) -> Path:
+    """A view of the installed SGLang (links), one function of one file renamed."""
+    found = importlib.util.find_spec("sglang")
+    assert found is not None and found.submodule_search_locations
+    source, target = Path(next(iter(found.submodule_search_locations))), folder / "sglang"
+    parts = Path(file).parts
+    for depth in range(len(parts)):
+        here = Path(*parts[:depth])
+        (target / here).mkdir(parents=True, exist_ok=True)
+        for entry in (source / here).iterdir():
+            if entry.name != parts[depth] and entry.name != "__pycache__":
+                (target / here / entry.name).symlink_to(entry)
+    text = (source / file).read_text()
+    assert text.count(old) == 1
+    (target / file).write_text(text.replace(old, new))
+    return folder
+
+
+@needs_sglang
+def test_a_renamed_upstream_function_stops_the_start_and_is_named(tmp_path: Path) -> None:
+    tree = tree_with_renamed_function(
+        tmp_path, "srt/managers/schedule_policy.py", "def calc_priority(", "def compute_priority("
+    )
+    code = "from sglang_kairos.engine.plugin import install; install()"
+    python = os.pathsep.join([str(tree), *filter(None, sys.path)])
+    env = {**os.environ, "PYTHONPATH": python, "KAIROS": "on"}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "schedule_policy:SchedulePolicy.calc_priority: SGLang has no such function" in run.stderr
+    assert "--kairos off" in run.stderr
+    off = subprocess.run(
+        [sys.executable, "-c", code], env={**env, "KAIROS": "off"}, capture_output=True, text=True
+    )
+    assert off.returncode == 0, off.stderr
+
+
+def test_supported_versions_are_those_with_fingerprints() -> None:
+    for seam in SEAMS:
+        assert set(seam.fingerprints) == set(seams.SUPPORTED_VERSIONS)
