@@ -239,3 +239,17 @@ def test_no_second_chunked_prefill_beside_the_slot(
         lambda *a: "upstream", adder, req, has_chunked_req=has_chunk, truncation_align_size=None
     )
     assert got == want
+
+
+def test_a_failing_policy_leaves_stock_behaviour_and_a_counter(
+    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise ZeroDivisionError("a bug of ours")
+
+    monkeypatch.setattr(prefill, "plan_prefill", broken)
+    long, waiting = Req("long", 8000, 60_000, done=512), [Req("a", 9, 200), Req("b", 9, 100)]
+    scheduler, upstream = make_scheduler(waiting, long), build()
+    prefill.get_new_batch_prefill(upstream, scheduler, "running")
+    assert upstream.calls == [(long, waiting)]
+    assert kairos.counters["urgency_errors"] == 1

@@ -8,6 +8,7 @@ executes in its place and the lengths it advanced are written back.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -100,10 +101,12 @@ def _choose(state: KairosState, batch: Any) -> list[int]:
     promises = [state.promise(req) for req in batch.reqs]
     tpot = np.array([promise.slo.tpot_ms for promise in promises]) / 1e3
     margin = 1.0 + state.config.margin
-    decision: list[int] | None = None
-    if float(state.step_time.step_s(count, float(context.sum()))) * margin > float(tpot.min()):
-        decision = _pack(state, batch, promises, tpot, context, margin)
-    agreed = state.agree(decision)
+
+    def decide() -> list[int] | None:
+        full = float(state.step_time.step_s(count, float(context.sum()))) * margin
+        return None if full <= tpot.min() else _pack(state, batch, promises, tpot, context, margin)
+
+    agreed = state.agree(state.guarded("packing", decide, None))
     return everyone if agreed is None else list(agreed)
 
 
@@ -193,4 +196,5 @@ def _remember_step(state: KairosState, batch: Any) -> None:
     state.counters["steps"] += 1
     if previous is not None:
         started, size, tokens = previous
-        state.step_time.observe(size, tokens, now - started)
+        learn = functools.partial(state.step_time.observe, size, tokens, now - started)
+        state.guarded("step_time", learn, None)

@@ -87,11 +87,13 @@ def _wrap(seams: Iterable[Seam], strict: bool) -> None:
     stock: dict[str, Any] = {}
     for seam in seams:
         handler: Callable[..., Any] = _resolve(seam.handler)
+        function = _resolve(seam.target)
+        # A tree's seams announce themselves when their module is imported, as it now is.
         if tree is not None and seam.target in tree.PATCHED:
             tree.install(seam.target, handler)
             INSTALLED["tree"] += 1
         else:
-            stock[seam.target] = _resolve(seam.target)
+            stock[seam.target] = function
             HookRegistry.register(seam.target.replace(":", "."), handler, HookType.AROUND)
     HookRegistry.apply_hooks()
     missing = [

@@ -8,6 +8,7 @@ checks, load reports) has a seam below.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,9 @@ from sglang_kairos.policy.urgency import PrefillPlan, PrefillQueue, plan_prefill
 # Matching a prompt against the radix cache walks the prompt: not every request at every step.
 REMATCH_EVERY_PLANS = 16
 REMATCH_ALL_BELOW = 32
+
+# A plan as ranks exchange it: order, slot, chunk limit, held back (see PrefillPlan).
+Step = tuple[list[int], int, int | None, list[int]]
 
 
 def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
@@ -161,7 +165,10 @@ def record_step_counters(
     busy_us = scheduler.total_prefill_busy_us - before
     if state is None or busy_us <= 0 or not batch.extend_lens:
         return
-    state.prefill_time.observe(batch.extend_lens, batch.prefix_lens, busy_us / 1e6)
+    learn = functools.partial(
+        state.prefill_time.observe, batch.extend_lens, batch.prefix_lens, busy_us / 1e6
+    )
+    state.guarded("prefill_time", learn, None)
     state.late_share.earn(sum(batch.extend_lens))
     for req, tokens in zip(batch.reqs, batch.extend_lens, strict=False):
         if state.promise(req).starving:
@@ -194,7 +201,11 @@ def _apply_plan(state: KairosState, scheduler: Any) -> list[Any]:
     partials += [entry.req for entry in state.paused]
     jobs = waiting + partials
     at = len(waiting) if slot_req is not None else -1
-    order, slot, limit, hold = state.agree(_decide(state, scheduler, waiting, partials, at))
+    # As stock would: the queue as it stands behind the chunk in progress.
+    first = len(waiting) if partials else -1
+    as_it_stands: Step = (list(range(len(waiting))), first, None, [])
+    decide = functools.partial(_decide, state, scheduler, waiting, partials, at)
+    order, slot, limit, hold = state.agree(state.guarded("urgency", decide, as_it_stands))
     state.plan = PrefillPlan(order, slot, limit, 0, hold)
     state.plan_rank = {jobs[index]: rank for rank, index in enumerate(order)}
     chosen = None if slot < 0 else jobs[slot]
@@ -222,7 +233,7 @@ def _resume(state: KairosState, scheduler: Any, entry: Paused) -> None:
 
 def _decide(
     state: KairosState, scheduler: Any, waiting: list[Any], partials: list[Any], at: int
-) -> tuple[list[int], int, int | None, list[int]]:
+) -> Step:
     """The plan as plain data. `at` is the index of the chunk slot's request in waiting + partials."""
     config, count = state.config, len(waiting) + len(partials)
     chunk_tokens = scheduler.chunked_prefill_size or scheduler.max_prefill_tokens

@@ -9,6 +9,7 @@ instead of scheduling on assumptions that no longer hold.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.util
 import textwrap
@@ -213,6 +214,11 @@ def _module_path(module: str) -> Path | None:
     return None
 
 
+@functools.lru_cache(maxsize=16)
+def _parse(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
 def _find(body: list[ast.stmt], names: list[str]) -> ast.stmt | None:
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -226,7 +232,7 @@ def fingerprint(source: str, qualname: str) -> str | None:
 
     Text, not AST: the same on every Python. Trailing blanks and indentation do not count.
     """
-    node = _find(ast.parse(source).body, qualname.split("."))
+    node = _find(_parse(source).body, qualname.split("."))
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.end_lineno is None:
         return None
     lines = source.splitlines()[node.lineno - 1 : node.end_lineno]

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine.chaos import Chaos
@@ -19,6 +19,9 @@ from sglang_kairos.predict.step_time import StepTimeModel
 from sglang_kairos.slo import WIRE_KEY, Slo, SloError, SloTable, from_wire
 
 logger = logging.getLogger("sglang_kairos")
+
+Decision = TypeVar("Decision")
+LOGGED_ERRORS = 5  # the rest is only counted, or a broken step would fill the disk
 
 
 @dataclass(slots=True)
@@ -105,6 +108,16 @@ class KairosState:
         if key not in self.logged:
             self.logged.add(key)
             logger.warning("Kairos: %s", message)
+
+    def guarded(self, what: str, decide: Callable[[], Decision], fallback: Decision) -> Decision:
+        """`decide()`, or `fallback` (stock behaviour) when it raises: a server outlives our bugs."""
+        try:
+            return decide()
+        except Exception:
+            self.counters[f"{what}_errors"] += 1
+            if self.counters[f"{what}_errors"] <= LOGGED_ERRORS:
+                logger.exception("Kairos: %s failed, this step runs as stock SGLang's", what)
+            return fallback
 
     def record(self, kind: str, **facts: Any) -> None:
         """Append one decision to the decision log, if there is one."""
