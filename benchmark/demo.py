@@ -102,7 +102,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, help="requests/s (default: measured, see below)")
     parser.add_argument("--utilisation", type=float, default=0.87, help="of the prefill capacity")
     parser.add_argument("--ttft-ms", type=float, default=1000.0)
-    parser.add_argument("--tpot-ms", type=float, default=75.0)
+    parser.add_argument("--tpot-ms", type=float, default=50.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeat", type=int, default=1, help="rounds, order reversed in between")
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
@@ -119,7 +119,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     given.policies = [name.strip() for name in given.policies.split(",") if name.strip()]
     unknown = [name for name in given.policies if name not in POLICIES]
     if unknown or not given.policies:
-        parser.error(f"--policies: {unknown or 'none given'}; known: {', '.join(POLICIES)}")
+        bad = ", ".join(map(repr, unknown)) or "none given"
+        parser.error(f"--policies: {bad}; known: {', '.join(POLICIES)}")
     for name in ("rate", "utilisation", "ttft_ms", "tpot_ms", "load_s", "repeat", "requests"):
         value = getattr(given, name)
         if value is not None and not value > 0:

@@ -51,7 +51,7 @@ def doomed_jobs(count: int, seed: int, span_s: float) -> list[Job]:
             prompt, tokens = [rng.randrange(10, 500) for _ in range(4500)], 8
             after = rng.uniform(0.3, 8.0)
         else:
-            prompt, tokens = [rng.randrange(10, 500) for _ in range(20)], 400
+            prompt, tokens = [rng.randrange(10, 500) for _ in range(20)], 1500
             after = rng.uniform(0.5, 3.0)
         jobs.append(Job(at_s, prompt, tokens, after))
     return jobs

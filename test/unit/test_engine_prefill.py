@@ -44,6 +44,7 @@ def make_scheduler(waiting: list[Req], chunked: Req | None) -> Any:
         max_prefill_tokens=16384,
         page_size=1,
         tp_size=1,
+        device="cpu",
         tree_cache=SimpleNamespace(disable=True, evictable_size=lambda: 0),
         token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 100_000),
         disaggregation_mode=SimpleNamespace(value="prefill"),
@@ -60,7 +61,11 @@ def kairos(monkeypatch: pytest.MonkeyPatch) -> state.KairosState:
     return made
 
 
-def build(result: Any = "batch") -> Any:
+def built(extend: list[int], prefix: list[int]) -> Any:
+    return SimpleNamespace(extend_lens=extend, prefix_lens=prefix, launch_ts=time.monotonic())
+
+
+def build(result: Any = SimpleNamespace(extend_lens=None)) -> Any:  # noqa: B008
     """An upstream get_new_batch_prefill that notes what it was given."""
 
     def original(scheduler: Any, running_batch: Any) -> Any:
@@ -103,7 +108,7 @@ def test_a_small_urgent_prompt_shares_the_chunk_instead_of_pausing(
 
     def upstream(scheduler: Any, running: Any) -> Any:
         limits.append(prefill.chunk_limit(lambda *a: 1, None, long, [], 512, 1))
-        return SimpleNamespace(batch_to_run="batch", running_batch=running)
+        return SimpleNamespace(batch_to_run=None, running_batch=running)
 
     prefill.get_new_batch_prefill(upstream, scheduler, "running")
     assert scheduler.chunked_req is long and kairos.paused == []
@@ -123,11 +128,11 @@ def test_a_blocked_batch_resumes_a_paused_prefill_rather_than_stall(
 
     def upstream(scheduler: Any, running: Any) -> Any:
         seen.append(scheduler.chunked_req)
-        built = None if scheduler.chunked_req is None else "batch"
-        return SimpleNamespace(batch_to_run=built, running_batch=running)
+        batch = None if scheduler.chunked_req is None else built([512], [512])
+        return SimpleNamespace(batch_to_run=batch, running_batch=running)
 
     result = prefill.get_new_batch_prefill(upstream, scheduler, "running")
-    assert seen == [None, long] and result.batch_to_run == "batch"
+    assert seen == [None, long] and result.batch_to_run is not None
     assert kairos.counters["forced_resumes"] == 1
 
 
@@ -253,3 +258,16 @@ def test_a_failing_policy_leaves_stock_behaviour_and_a_counter(
     prefill.get_new_batch_prefill(upstream, scheduler, "running")
     assert upstream.calls == [(long, waiting)]
     assert kairos.counters["urgency_errors"] == 1
+
+
+def test_the_predictor_learns_a_cpu_step_when_the_next_one_is_planned(
+    kairos: state.KairosState,
+) -> None:
+    batch = built([512], [0])
+    prefill.get_new_batch_prefill(build(batch), make_scheduler([Req("a", 512, 100)], None), "r")
+    assert kairos.prefill_time.error.samples == 0
+    batch.launch_ts = time.monotonic() - 0.2
+    prefill.get_new_batch_prefill(build(), make_scheduler([], None), "r")
+    assert kairos.prefill_time.error.samples == 1
+    prefill.get_new_batch_prefill(build(), make_scheduler([], None), "r")
+    assert kairos.prefill_time.error.samples == 1

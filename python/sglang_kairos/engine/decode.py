@@ -133,7 +133,6 @@ def _pack(
         silent,
         lambda size, tokens: state.step_time.step_s(size, tokens) * margin,
         max_itl_s=state.config.max_itl_ms / 1e3,
-        captured_sizes=state.captured_sizes,
     )
     state.counters[f"steps_{choice.reason}"] += 1
     return choice.run

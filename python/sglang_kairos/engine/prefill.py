@@ -9,12 +9,13 @@ checks, load reports) has a seam below.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from sglang_kairos.engine.state import KairosState, Paused, current
+from sglang_kairos.engine.state import KairosState, Paused, Promise, current
 from sglang_kairos.policy.urgency import PrefillPlan, PrefillQueue, plan_prefill, urgency_order
 
 # Matching a prompt against the radix cache walks the prompt: not every request at every step.
@@ -30,6 +31,15 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_
     state = current()
     if state is None or state.mode != "prefill" or not state.config.order:
         return original(scheduler, running_batch)
+    _learn_from_synchronous_step(state)
+    result = _planned_batch(original, state, scheduler, running_batch)
+    state.launched = result.batch_to_run
+    return result
+
+
+def _planned_batch(
+    original: Callable[..., Any], state: KairosState, scheduler: Any, running_batch: Any
+) -> Any:
     if not scheduler.waiting_queue and not state.paused:
         # Alone in the chunk slot, or nothing at all: upstream does the right thing.
         state.plan = None
@@ -158,21 +168,37 @@ def num_pending_tokens(
 def record_step_counters(
     original: Callable[..., Any], scheduler: Any, batch: Any, result: Any
 ) -> None:
-    """Seam of Scheduler._record_step_counters: feed executed prefill steps to the predictor."""
+    """Seam of Scheduler._record_step_counters: feed executed prefill steps to the predictor.
+
+    Upstream takes a step's end when its result is processed. With overlap on a CPU that is after
+    the next forward, so there `_learn_from_synchronous_step` measures instead.
+    """
     before = scheduler.total_prefill_busy_us
     original(scheduler, batch, result)
     state = current()
     busy_us = scheduler.total_prefill_busy_us - before
     if state is None or busy_us <= 0 or not batch.extend_lens:
         return
-    learn = functools.partial(
-        state.prefill_time.observe, batch.extend_lens, batch.prefix_lens, busy_us / 1e6
-    )
-    state.guarded("prefill_time", learn, None)
+    if not state.synchronous:
+        _learn(state, batch, busy_us / 1e6)
     state.late_share.earn(sum(batch.extend_lens))
     for req, tokens in zip(batch.reqs, batch.extend_lens, strict=False):
         if state.promise(req).starving:
             state.late_share.spend(tokens)
+
+
+def _learn_from_synchronous_step(state: KairosState) -> None:
+    """On a CPU the forward has ended by the time the scheduler asks for the next batch."""
+    batch, state.launched = state.launched, None
+    if state.synchronous and batch is not None and batch.extend_lens:
+        _learn(state, batch, time.monotonic() - batch.launch_ts)
+
+
+def _learn(state: KairosState, batch: Any, seconds: float) -> None:
+    learn = functools.partial(
+        state.prefill_time.observe, batch.extend_lens, batch.prefix_lens, seconds
+    )
+    state.guarded("prefill_time", learn, None)
 
 
 def _left(req: Any) -> int:
@@ -270,10 +296,7 @@ def _decide(
     promises = [state.promise(req) for req in (*waiting, *partials)]
     slack = np.array([promise.ttft_due_s - now for promise in promises]) - config.handoff_ms / 1e3
     work = state.prefill_time.remaining_s(tokens, prefix, chunk_tokens) * (1 + config.margin)
-    entitled = state.late_share.may_spend()
-    for promise in promises:
-        waited = now - promise.arrival_s
-        promise.starving = entitled and waited > config.max_wait * promise.slo.ttft_ms / 1e3
+    _mark_starving(state, promises, now)
     plan = plan_prefill(
         PrefillQueue(
             work_s=work,
@@ -305,7 +328,20 @@ def _decide(
     return plan.order, plan.slot, plan.chunk_limit, plan.hold
 
 
-def _weights(promises: list[Any]) -> list[float] | None:
+def _mark_starving(state: KairosState, promises: list[Promise], now: float) -> None:
+    """Let the oldest request past the starvation bound go first, while the late share allows it."""
+    starving: Promise | None = None
+    for promise in promises:
+        promise.starving = False
+        bound_s = state.config.max_wait * promise.slo.ttft_ms / 1e3
+        if now - promise.arrival_s > bound_s:
+            if starving is None or promise.arrival_s < starving.arrival_s:
+                starving = promise
+    if starving is not None and state.late_share.may_spend():
+        starving.starving = True
+
+
+def _weights(promises: list[Promise]) -> list[float] | None:
     """Class weights, or None when all are alike (the exact algorithm then applies)."""
     weights = [promise.slo.weight for promise in promises]
     return None if len(set(weights)) <= 1 else weights

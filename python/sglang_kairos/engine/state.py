@@ -56,13 +56,15 @@ class KairosState:
         self.table: SloTable = config.slo_table()
         self.mode: str = scheduler.disaggregation_mode.value
         self.prefill_time = PrefillTimeModel.generic()
-        self.captured_sizes = _captured_sizes(scheduler)
-        self.step_time = StepTimeModel.generic(self.captured_sizes)
+        self.step_time = StepTimeModel.generic(_captured_sizes(scheduler))
         self.late_share = LateShare(config.late_share)
         self.paused: list[Paused] = []
         self.plan: PrefillPlan | None = None
         self.plan_rank: dict[Any, int] = {}
         self.plans = 0
+        # A CPU runs the forward inside the launch; a GPU's launch returns at once.
+        self.synchronous: bool = scheduler.device == "cpu"
+        self.launched: Any = None
         self.deciding = False
         self.subset: Any = None
         self.scheduler = scheduler
@@ -190,8 +192,9 @@ def get_internal_state(original: Callable[..., Any], controller: Any, recv_req: 
 
 
 def _coefficients(snapshot: dict[str, Any]) -> dict[str, float]:
-    """The law a + b*… + c*… in seconds, as the router reads it."""
-    return dict(zip(("a_s", "b_s", "c_s"), map(float, snapshot["theta"]), strict=True))
+    """The law a + b*… + c*… in seconds, as the router reads it; a step law's knees count in b."""
+    a, *slopes, c = map(float, snapshot["theta"])
+    return {"a_s": a, "b_s": sum(slopes), "c_s": c}
 
 
 def _error(error: Any) -> dict[str, float]:

@@ -119,6 +119,8 @@ def _due(
     max_itl_s: float,
 ) -> NDArray[np.bool_]:
     """Who must run now lest somebody is silent for longer than `max_itl_s`: mask (n,)."""
+    if float(silent.max() + cost.sum()) + limit * (silent.size + 2) < max_itl_s:
+        return np.zeros(silent.size, bool)
     wait = silent + cost + 2.0 * limit
     due = wait >= max_itl_s
     while due.any():  # fetching them makes this very step longer

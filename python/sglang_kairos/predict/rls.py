@@ -29,6 +29,7 @@ CLIP = 3.0  # bound on a residual, in running mean errors ...
 CLIP_FLOOR = 0.1  # ... but never tighter than this
 DOUBT = 0.4  # what an observation beyond the bound leaves of earlier knowledge
 PRIOR = 0.001  # weight of the first guess, in observations
+SHORTEST_S = 1e-5  # no step is shorter; keeps the arithmetic in range
 WINDOW = 256
 
 
@@ -47,7 +48,9 @@ class Rls:
     def __init__(self, theta: Sequence[float], scale: Sequence[float]) -> None:
         self._scale = np.asarray(scale, float)
         self._theta = np.asarray(theta, float) * self._scale
-        self._information = np.eye(len(theta)) * PRIOR / max(float(self._theta.sum()), 1e-9) ** 2
+        weight = PRIOR / max(float(self._theta.sum()), 1e-9) ** 2
+        self._prior = weight * np.eye(len(self._theta))
+        self._information = self._prior.copy()
         self._spread = 10.0
         self._errors: deque[float] = deque(maxlen=WINDOW)
         self._samples = 0
@@ -63,25 +66,23 @@ class Rls:
         if not 0.0 < seconds < math.inf:
             return
         x = np.asarray(features, float) / self._scale
-        expected = float(x @ self._theta)
-        error = abs(expected / seconds - 1.0)
-        self._errors.append(error)
+        expected = max(float(x @ self._theta), SHORTEST_S)
+        self._errors.append(abs(expected / seconds - 1.0))
         self._samples += 1
-        if expected > 0.0:
-            ratio = max(seconds / expected, expected / seconds)
-            bound = 1.0 + max(CLIP_FLOOR, CLIP * self._spread)
-            if ratio > bound:
-                seconds = min(max(seconds, expected / bound), expected * bound)
-                self._information *= DOUBT
-            self._spread += 0.1 * (min(ratio - 1.0, 10.0 * max(self._spread, 0.02)) - self._spread)
-        u = x / seconds
+        ratio = max(seconds / expected, expected / seconds)
+        bound = 1.0 + max(CLIP_FLOOR, CLIP * self._spread)
+        if ratio > bound:
+            seconds = min(max(seconds, expected / bound), expected * bound)
+            self._information += (1.0 - DOUBT) * (self._prior - self._information)
+        self._spread += 0.1 * (min(ratio - 1.0, 10.0 * max(self._spread, 0.02)) - self._spread)
+        u = x / max(seconds, SHORTEST_S)
         seen = self._information @ u
-        self._information -= (1.0 - KEEP) / float(u @ seen) * np.outer(seen, seen)
-        self._information += np.outer(u, u)
-        gain = np.linalg.solve(self._information, u)
-        self._theta = _nonnegative(
-            self._information, self._theta + gain * (1.0 - float(u @ self._theta))
-        )
+        forgotten = (1.0 - KEEP) / float(u @ seen) * np.outer(seen, seen)
+        information = self._information - forgotten + np.outer(u, u)
+        gain = np.linalg.solve(information, u)
+        theta = self._theta + gain * (1.0 - float(u @ self._theta))
+        if np.isfinite(theta).all():
+            self._information, self._theta = information, _nonnegative(information, theta)
 
     @property
     def error(self) -> PredictError:
@@ -131,13 +132,12 @@ def _nonnegative(information: Vector, theta: Vector) -> Vector:
     if theta.min() >= 0.0:
         return theta
     zero = theta < 0.0
-    while True:
+    while not zero.all():
         free = ~zero
         result = np.zeros_like(theta)
-        if not free.any():
-            return result
         pull = information[np.ix_(free, zero)] @ theta[zero]
         result[free] = theta[free] + np.linalg.solve(information[np.ix_(free, free)], pull)
-        if result.min() >= 0.0:
+        if not (result < 0.0).any():
             return result
         zero |= result < 0.0
+    return np.zeros_like(theta)

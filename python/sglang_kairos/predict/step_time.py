@@ -36,7 +36,7 @@ class StepTimeModel:
         knee_s: Sequence[float] = (0.0, 0.0),
     ) -> None:
         self._rls = Rls((a_s, b_s, *knee_s, c_s), SCALE)
-        sizes = sorted(set(captured_sizes or ()))
+        sizes = sorted(set(() if captured_sizes is None else captured_sizes))
         self._size_of = [
             sizes[bisect_left(sizes, batch)] for batch in range(sizes[-1] + 1 if sizes else 0)
         ]
