@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
+import random
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from sglang_kairos.cluster import ROUTERS, Cluster, ClusterError, ClusterSpec
 from sglang_kairos.cpu import runtime as cpu_runtime
@@ -36,8 +39,12 @@ CHUNK_TOKENS = 512
 # A chunked prefill on a CPU costs the cube of the prompt: 16k tokens would take most of a run.
 MAX_INPUT, MAX_OUTPUT = 8_000, 400
 # What a tiny model on two cores can take, on average: longer traces are scaled down to it.
-MEAN_INPUT, MEAN_OUTPUT = 900, 110
+MEAN_INPUT, MEAN_OUTPUT = 900, 44
 TIMEOUT_S = 90.0
+# Every token costs the HTTP server, the router and this driver CPU that a GPU machine has spare.
+MEDIAN_OUTPUT, LONGEST_OUTPUT = 32.0, 160
+_BESIDE: set[int] = set()  # every core this process may use, before it was confined
+REHEARSED = 80
 
 
 @dataclass(frozen=True)
@@ -139,17 +146,21 @@ def run_all(given: argparse.Namespace, zygote: Any) -> tuple[list[report.Run], P
         say = narrator(f"[{number}/{len(order)} {policy}]")
         with Cluster(spec_for(policy, given, zygote, say, number)) as cluster:
             say(f"servers ready after {cluster.started_in_s:.1f} s; warming up")
+            separate(cluster)
             warm_up(cluster)
             if plan is None:
-                capacity = measure_capacity(cluster, rows, say)
-                plan = paced(rows, given, capacity)
+                seconds = measure_prefill(cluster, rows, given.utilisation, say)
+                plan = paced(rows, given, seconds)
             say(plan.describe())
+            before = prefill_busy_s(cluster)
             result = drive(cluster, plan, say)
+            busy = (prefill_busy_s(cluster) - before) / plan.rows[-1].arrival_s
+            facts = {"prefill_utilisation": round(busy, 3), **kairos_reports(cluster)}
         for line in failures(result.outcomes):
             say(f"failed: {line}")
-        runs.append(report.Run(policy, result))
+        runs.append(report.Run(policy, result, facts))
         save(given.out, runs, plan, number)
-        say(summary(result))
+        say(f"{summary(result)}; prefill busy {100 * busy:.0f} % of the trace's span")
     assert plan is not None
     return runs, plan
 
@@ -158,7 +169,14 @@ def base_trace(given: argparse.Namespace) -> list[traces.Request]:
     """The trace at `--rate`, or at any rate when that is still to be measured."""
     n = given.requests or (round(given.rate * given.load_s) if given.rate else 1000)
     if not given.trace:
-        return traces.long_tail(n, given.rate or 1.0, given.seed, max_input=MAX_INPUT)
+        return traces.long_tail(
+            n,
+            given.rate or 1.0,
+            given.seed,
+            max_input=MAX_INPUT,
+            median_output=MEDIAN_OUTPUT,
+            max_output=LONGEST_OUTPUT,
+        )
     rows = traces.window(traces.read_trace(given.trace), n=n)
     inputs = float(np.mean([row.input_tokens for row in rows]))
     outputs = float(np.mean([row.output_tokens for row in rows]))
@@ -168,11 +186,17 @@ def base_trace(given: argparse.Namespace) -> list[traces.Request]:
     return traces.scale_rate(rows, given.rate) if given.rate else rows
 
 
-def paced(rows: list[traces.Request], given: argparse.Namespace, capacity: float) -> Plan:
-    """The trace at the wanted share of the measured capacity (requests per second)."""
-    rate = given.utilisation * capacity
-    n = given.requests or max(2, min(len(rows), round(rate * given.load_s)))
-    rows = traces.scale_rate(traces.window(rows, n=n), rate)
+def paced(rows: list[traces.Request], given: argparse.Namespace, seconds: np.ndarray) -> Plan:
+    """As much of the trace as takes `load_s` at the wanted utilisation.
+
+    `seconds`: prefill time of each row. Long tails make windows of a trace differ, so it is the
+    part that will be sent whose capacity counts.
+    """
+    total = np.cumsum(seconds)
+    n = given.requests or int(np.searchsorted(total, given.utilisation * given.load_s))
+    n = max(2, min(len(rows), n))
+    capacity = n / float(total[n - 1])
+    rows = traces.scale_rate(traces.window(rows, n=n), given.utilisation * capacity)
     return Plan(rows, given.ttft_ms, given.tpot_ms, given.seed, capacity)
 
 
@@ -198,6 +222,26 @@ def spec_for(
     )
 
 
+def separate(cluster: Cluster) -> None:
+    """On a CPU: the prefill scheduler gets a core for itself, all else shares the others.
+
+    A decode scheduler with work to do never sleeps; without this, who is slowed down by whom
+    would be decided by the operating system's scheduler instead of the one under test.
+    """
+    cores = sorted(os.sched_getaffinity(0) | _BESIDE)
+    if len(cores) < 2 or not cpu_runtime.decide().active:
+        return
+    alone, beside = {cores[0]}, set(cores[1:])
+    _BESIDE.update(cores)
+    os.sched_setaffinity(0, beside)
+    for part in cluster.parts:
+        root = psutil.Process(part.process.pid)
+        for process in (root, *root.children(recursive=True)):
+            is_prefill = part.name.startswith("p") and "scheduler" in " ".join(process.cmdline())
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, alone if is_prefill else beside)
+
+
 def warm_up(cluster: Cluster) -> None:
     """The same few requests for every policy, then empty caches."""
     rows = [traces.Request(0.0, size, 8) for size in (32, 100, 300, 600, 1200, 2500, 600, 100)]
@@ -214,13 +258,17 @@ def forget(cluster: Cluster) -> None:
             pass
 
 
-def measure_capacity(
-    cluster: Cluster, rows: Sequence[traces.Request], say: Callable[[str], None]
-) -> float:
-    """Requests of this trace that the cluster can prefill per second, while it also decodes.
+def measure_prefill(
+    cluster: Cluster,
+    rows: Sequence[traces.Request],
+    utilisation: float,
+    say: Callable[[str], None],
+) -> np.ndarray:
+    """Prefill seconds of each request while the cluster also decodes, shape (len(rows),).
 
-    Single prompts of four lengths give time over length; a closed-loop burst of requests spread
-    evenly over the trace's lengths shows how much that changes with everything running.
+    Single prompts of four lengths give time over length; a rehearsal, requests spread evenly over
+    the trace's lengths at about the load to come, shows by how much prefill steps take longer when
+    everything else runs as well.
     """
     sizes = [128, 512, 2048, max(4096, max(row.input_tokens for row in rows))]
     alone = run(
@@ -239,27 +287,43 @@ def measure_capacity(
     )
     say(f"prefill of one prompt: {shown}")
 
-    def service_s(some: Sequence[traces.Request]) -> float:
+    def alone_s(some: Sequence[traces.Request]) -> np.ndarray:
         # Straight lines between logarithms: power laws, as steep as the machine's attention.
         lengths = np.log([row.input_tokens for row in some])
-        return float(np.exp(np.interp(lengths, np.log(sizes), np.log(times))).sum())
+        return np.exp(np.interp(lengths, np.log(sizes), np.log(times)))
 
     ordered = sorted(rows, key=lambda row: row.input_tokens)
-    count = min(40, len(rows))
+    count = min(REHEARSED, len(rows))
     sample = [ordered[int((i + 0.5) * len(ordered) / count)] for i in range(count)]
-    # Long and short prompts by turns, so that the burst ends neither with the long ones nor idle.
-    sample = [row for pair in zip(sample, sample[::-1], strict=True) for row in pair][:count]
-    burst = run(
-        replay(
-            cluster.url, make_jobs(sample, 1e5, 1e5, seed=-3), concurrency=12, check=cluster.check
-        )
-    )
-    took = max(outcome.first_token_s for outcome in burst.outcomes)
-    factor = took / service_s(sample)
-    capacity = len(rows) / (service_s(rows) * factor)
-    say(f"{count} requests in a burst: × {factor:.2f}; capacity {capacity:.2f} req/s of this trace")
+    random.Random(0).shuffle(sample)
+    gap_s = float(alone_s(sample).sum()) / count / utilisation
+    sample = [replace(row, arrival_s=at * gap_s) for at, row in enumerate(sample)]
+    before = prefill_busy_s(cluster)
+    run(replay(cluster.url, make_jobs(sample, 1e5, 1e5, seed=-3), check=cluster.check))
+    factor = (prefill_busy_s(cluster) - before) / float(alone_s(sample).sum())
+    say(f"rehearsed {count} requests: × {factor:.2f}")
     forget(cluster)
-    return capacity
+    return alone_s(rows) * factor
+
+
+def prefill_busy_s(cluster: Cluster) -> float:
+    """Seconds that the prefill servers have spent in prefill steps, by SGLang's own counter."""
+    total_us = 0
+    for base in cluster.prefill_urls:
+        with urllib.request.urlopen(base + "/v1/loads?include=core", timeout=10) as answer:
+            total_us += sum(load["total_prefill_busy_us"] for load in json.load(answer)["loads"])
+    return total_us / 1e6
+
+
+def kairos_reports(cluster: Cluster) -> dict[str, Any]:
+    """What Kairos tells of itself on each server (predictors, their error, counters)."""
+    found: dict[str, Any] = {}
+    for base in (*cluster.prefill_urls, *cluster.decode_urls):
+        with urllib.request.urlopen(base + "/server_info", timeout=10) as answer:
+            state = json.load(answer)["internal_states"][0]
+        if "kairos" in state:
+            found[f"kairos_{state['kairos']['mode']}"] = state["kairos"]
+    return found
 
 
 def drive(cluster: Cluster, plan: Plan, say: Callable[[str], None]) -> Result:
@@ -320,7 +384,7 @@ def targets(plan: Plan) -> str:
 
 def platform() -> str:
     """Every figure says what it was measured on."""
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0) | _BESIDE)
     return f"CPU ({cores} cores)" if cpu_runtime.decide().active else "GPU"
 
 

@@ -164,7 +164,7 @@ def test_snapshot_survives_json_and_goes_on_learning_alike() -> None:
 
 
 def test_a_foreign_or_damaged_snapshot_is_refused() -> None:
-    with pytest.raises(ValueError, match="3 coefficients"):
+    with pytest.raises(ValueError, match="4 coefficients, expected 5"):
         StepTimeModel.generic().restore(PrefillTimeModel.generic().snapshot())
     damaged = PrefillTimeModel.generic().snapshot()
     damaged["theta"][0] = float("nan")
@@ -195,3 +195,27 @@ def test_decode_fit_of_the_h200_table() -> None:
     rows = [(int(b), b * k, ms / 1e3) for b, k, ms in table("minimax_m2.5_tp4_decode.csv")]
     model = StepTimeModel.fit(rows)
     assert np.mean([off(model.step_s(b, kv), s) for b, kv, s in rows]) < 0.025
+
+
+@given(
+    tokens=st.integers(1, 5000),
+    prefix=st.integers(0, 5000),
+    chunk=st.sampled_from([1, 7, 512, 4096]),
+)
+def test_the_closed_form_is_the_sum_over_chunks(tokens: int, prefix: int, chunk: int) -> None:
+    chunk = max(chunk, tokens // 50)
+    model = PrefillTimeModel(3e-3, 2e-5, 4e-9, 1e-8)
+    done, total = 0, 0.0
+    while done < tokens:
+        step = min(chunk, tokens - done)
+        total += model.step_s(step, prefix + done)
+        done += step
+    assert float(model.remaining_s(tokens, prefix, chunk)) == pytest.approx(total)
+
+
+def test_a_crumb_of_a_long_prompt_is_worth_it_only_where_the_context_is_not_reread() -> None:
+    paged = PrefillTimeModel(5e-3, 2e-5, 4e-9)
+    padded = PrefillTimeModel(5e-3, 2e-5, 4e-9, 1.5e-8)
+    assert paged.worthwhile_tokens(6000, 512) == 64
+    assert padded.worthwhile_tokens(0, 512) == 64
+    assert padded.worthwhile_tokens(6000, 512) == 512

@@ -29,6 +29,9 @@ def pop_preallocated(original: Callable[..., Any], queue: Any, *args: Any, **kwa
 def get_new_prebuilt_batch(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
     """Seam of get_new_prebuilt_batch: admit by TTFT slack when slots are short."""
     state = current()
+    if state is not None:
+        for req in scheduler.waiting_queue:
+            state.promise(req)
     if state is not None and state.config.order and len(scheduler.waiting_queue) > 1:
         _sort_by_deadline(state, scheduler.waiting_queue, lambda req: req)
     return original(scheduler, running_batch)

@@ -32,6 +32,8 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_
     if state is None or state.mode != "prefill" or not state.config.order:
         return original(scheduler, running_batch)
     _learn_from_synchronous_step(state)
+    for req in scheduler.waiting_queue:
+        state.promise(req)
     result = _planned_batch(original, state, scheduler, running_batch)
     state.launched = result.batch_to_run
     return result
@@ -199,6 +201,12 @@ def _learn(state: KairosState, batch: Any, seconds: float) -> None:
         state.prefill_time.observe, batch.extend_lens, batch.prefix_lens, seconds
     )
     state.guarded("prefill_time", learn, None)
+    state.record(
+        "prefill_step",
+        new_tokens=list(batch.extend_lens),
+        prefix_tokens=list(batch.prefix_lens),
+        seconds=seconds,
+    )
 
 
 def _left(req: Any) -> int:
@@ -312,6 +320,7 @@ def _decide(
         max_paused=max_paused,
         page_size=scheduler.page_size,
         forced=at if pinned else _overdue(state, now, at, len(waiting)),
+        least_tokens=state.prefill_time.worthwhile_tokens(float(prefix.max()), chunk_tokens),
     )
     state.record(
         "prefill",

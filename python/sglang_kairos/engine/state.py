@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -71,6 +72,7 @@ class KairosState:
         self.last_step: tuple[float, int, float] | None = None
         self.counters: Counter[str] = Counter()
         self.logged: set[str] = set()
+        self.last_request: dict[str, Any] = {}
         self.chaos = Chaos(config.chaos_seed) if config.chaos_seed >= 0 else None
         self._log: TextIO | None = open(config.decision_log, "a") if config.decision_log else None  # noqa: SIM115
         self._agree: Callable[[Any], Any] = _agreement(scheduler)
@@ -103,6 +105,9 @@ class KairosState:
             arrival = req.time_stats.scheduler_recv_time or self.now()
             found = Promise(asked.slo, arrival - asked.age_ms / 1e3)
             req._kairos = found
+            if not req.rid.startswith("HEALTH_CHECK"):
+                self.counters["requests"] += 1
+                self.last_request = {**dataclasses.asdict(asked.slo), "age_ms": asked.age_ms}
         return found
 
     def log_once(self, key: str, message: str) -> None:
@@ -134,13 +139,14 @@ class KairosState:
             "ttft_ms": self.config.ttft_ms,
             "tpot_ms": self.config.tpot_ms,
             "counters": dict(self.counters),
+            "last_request": self.last_request,
             "seams": dict(INSTALLED),
         }
         if self.mode == "decode":
-            report["decode"] = _coefficients(self.step_time.snapshot())
+            report["decode"] = self.step_time.coefficients
             report["decode_error"] = _error(self.step_time.error)
         else:
-            report["prefill"] = _coefficients(self.prefill_time.snapshot())
+            report["prefill"] = self.prefill_time.coefficients
             report["prefill_error"] = _error(self.prefill_time.error)
             report["paused"] = len(self.paused)
         return report
@@ -189,12 +195,6 @@ def get_internal_state(original: Callable[..., Any], controller: Any, recv_req: 
     if CURRENT is not None:
         output.internal_state["kairos"] = CURRENT.report()
     return output
-
-
-def _coefficients(snapshot: dict[str, Any]) -> dict[str, float]:
-    """The law a + b*… + c*… in seconds, as the router reads it; a step law's knees count in b."""
-    a, *slopes, c = map(float, snapshot["theta"])
-    return {"a_s": a, "b_s": sum(slopes), "c_s": c}
 
 
 def _error(error: Any) -> dict[str, float]:

@@ -133,6 +133,7 @@ def plan_prefill(
     max_paused: int,
     page_size: int = 1,
     forced: int = -1,
+    least_tokens: int = 0,
 ) -> PrefillPlan:
     """What runs in the next step of at most `chunk_tokens` (>= `page_size`) tokens.
 
@@ -140,9 +141,9 @@ def plan_prefill(
     does not fit starts as a new chunked prefill with what is left if the chunk slot is free, at
     most `max_paused` partials then sit paused and, beside paused ones, all their tokens and its own
     fit `free_tokens`; if it may not, the most urgent partial runs in its place, as only that
-    unblocks it. A partial gets all that is left or nothing: an eighth of the chunk is the least
-    worth rereading its prefix for. `current` (-1: none) cannot be paused when `max_paused` is 0.
-    `forced` (-1: none) is a partial that runs now, uncapped.
+    unblocks it. A partial gets all that is left or nothing: `least_tokens` (0: an eighth of the
+    chunk) is the least worth rereading its prefix for. `current` (-1: none) cannot be paused when
+    `max_paused` is 0. `forced` (-1: none) is a partial that runs now, uncapped.
     """
     tokens = np.asarray(queue.tokens, np.int64).tolist()
     partial = np.asarray(queue.partial, bool).tolist()
@@ -151,7 +152,7 @@ def plan_prefill(
     candidates = [current] if max_paused == 0 and current >= 0 else partials
     must_run = len(partials) > max_paused
     committed = sum(tokens[index] for index in partials)
-    least = min(max(page_size, chunk_tokens // 8), chunk_tokens)
+    least = min(max(page_size, least_tokens or chunk_tokens // 8), chunk_tokens)
     left, slot, limit = chunk_tokens, -1, None
     unfinished = skipped = False  # slot taken beyond this step; a partial found too little left
     admitted: list[int] = []

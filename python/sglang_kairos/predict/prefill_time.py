@@ -1,10 +1,12 @@
 """How long a prefill step takes.
 
-    seconds = a + b sum(n) + c sum(n (prefix + n / 2))
+    seconds = a + b sum(n) + c sum(n (prefix + n / 2)) + d sum((prefix + n)^2)
 
 over the requests of the step, each with n new tokens after `prefix` cached ones: a fixed cost, the
-matrix products, and attention (new tokens times what they look at). Fits the measured table of
-MiniMax-M2.5 on H200, TP4, within 2.3 % on average. Coefficients follow executed steps (`rls`).
+matrix products, attention (new tokens times what they look at), and what a backend without a paged
+prefill kernel pays, whose queries are padded to the whole context (SGLang's `torch_native` on a
+CPU; d is 0 for FlashInfer and its like). Fits the measured table of MiniMax-M2.5 on H200, TP4,
+within 2.3 % on average. Coefficients follow executed steps (`rls`).
 """
 
 from __future__ import annotations
@@ -17,14 +19,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from sglang_kairos.predict.rls import PredictError, Rls, least_squares
 
+WASTE = 1.5
+
 Tokens = float | Sequence[float] | NDArray[Any]
 
 
 class PrefillTimeModel:
     """Predicts, and corrects itself from what steps took. Seconds and tokens throughout."""
 
-    def __init__(self, a_s: float, b_s: float, c_s: float) -> None:
-        self._rls = Rls((a_s, b_s, c_s), (1.0, 1e3, 1e7))
+    def __init__(self, a_s: float, b_s: float, c_s: float, d_s: float = 0.0) -> None:
+        self._rls = Rls((a_s, b_s, c_s, d_s), (1.0, 1e3, 1e7, 1e7))
 
     @classmethod
     def generic(cls) -> PrefillTimeModel:
@@ -36,7 +40,8 @@ class PrefillTimeModel:
         """From a profile: rows of (prefix tokens, new tokens, seconds), one request each."""
         table = np.asarray(list(rows), float)
         prefix, new, seconds = table.T
-        features = np.column_stack([np.ones_like(new), new, new * (prefix + new / 2)])
+        attended = new * (prefix + new / 2)
+        features = np.column_stack([np.ones_like(new), new, attended, (prefix + new) ** 2])
         return cls(*least_squares(features, seconds).tolist())
 
     def step_s(self, new_tokens: Tokens, prefix_tokens: Tokens) -> float:
@@ -49,13 +54,32 @@ class PrefillTimeModel:
     ) -> NDArray[np.float64]:
         """Seconds to prefill `tokens` more after `prefix`, each request on its own, (n,) or ().
 
-        Closed form: attention over consecutive chunks adds up to that of the whole, so that only
-        the fixed cost depends on the chunk. `chunk_tokens` <= 0: not chunked.
+        Closed form: attention over consecutive chunks adds up to that of the whole; the fixed cost
+        comes once a chunk, and the padded one with the context so far: a sum of squares over the
+        full chunks and the whole for the last. `chunk_tokens` <= 0: not chunked.
         """
-        a, b, c = self._rls.theta
+        a, b, c, d = self._rls.theta
         n, before = np.asarray(tokens, float), np.asarray(prefix, float)
         steps = np.ceil(n / chunk_tokens) if chunk_tokens > 0 else np.sign(n)
-        return np.asarray(a * steps + b * n + c * n * (before + n / 2), float)
+        full, size = np.maximum(steps - 1, 0), max(chunk_tokens, 0)
+        once, squared = full * (full + 1) / 2, full * (full + 1) * (2 * full + 1) / 6
+        padded = full * before**2 + 2 * before * size * once + size**2 * squared
+        padded = padded + np.sign(n) * (before + n) ** 2
+        return np.asarray(a * steps + b * n + c * n * (before + n / 2) + d * padded, float)
+
+    def worthwhile_tokens(self, prefix: float, chunk_tokens: int) -> int:
+        """The smallest share of a chunk that costs at most WASTE times the chunk's price a token.
+
+        A chunk of a long prompt rereads what came before: below this, waiting for a whole chunk is
+        cheaper than taking a crumb now. The fixed cost does not count, the step pays it anyway.
+        """
+        fixed = self.step_s((), ())
+        whole = (self.step_s(chunk_tokens, prefix) - fixed) / chunk_tokens
+        for parts in (8, 4, 2):
+            crumb = max(1, chunk_tokens // parts)
+            if (self.step_s(crumb, prefix) - fixed) / crumb <= WASTE * whole:
+                return crumb
+        return chunk_tokens
 
     def observe(self, new_tokens: Tokens, prefix_tokens: Tokens, seconds: float) -> None:
         """An executed step took `seconds`."""
@@ -66,6 +90,11 @@ class PrefillTimeModel:
         """How wrong the latest predictions were."""
         return self._rls.error
 
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """The law's, in seconds per unit: a_s, b_s, c_s, d_s."""
+        return dict(zip(("a_s", "b_s", "c_s", "d_s"), self._rls.theta, strict=True))
+
     def snapshot(self) -> dict[str, Any]:
         """What was learnt, ready for JSON."""
         return self._rls.snapshot()
@@ -75,6 +104,7 @@ class PrefillTimeModel:
         self._rls.restore(state)
 
 
-def _features(new_tokens: Tokens, prefix_tokens: Tokens) -> tuple[float, float, float]:
+def _features(new_tokens: Tokens, prefix_tokens: Tokens) -> tuple[float, float, float, float]:
     n, prefix = np.asarray(new_tokens, float), np.asarray(prefix_tokens, float)
-    return 1.0, float(n.sum()), float((n * (prefix + n / 2)).sum())
+    attended = float((n * (prefix + n / 2)).sum())
+    return 1.0, float(n.sum()), attended, float(((prefix + n) ** 2).sum())

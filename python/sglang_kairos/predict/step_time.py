@@ -94,6 +94,12 @@ class StepTimeModel:
         """How wrong the latest predictions were."""
         return self._rls.error
 
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """The law for a small batch, in seconds per unit: a_s, b_s (knees included), c_s."""
+        a, *slopes, c = self._rls.theta
+        return {"a_s": a, "b_s": sum(slopes), "c_s": c}
+
     def snapshot(self) -> dict[str, Any]:
         """What was learnt, ready for JSON."""
         return self._rls.snapshot()

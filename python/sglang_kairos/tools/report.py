@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -40,10 +40,11 @@ class Run:
 
     policy: str
     result: Result
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
-        """The JSON object of this run: its policy and its `Metrics`."""
-        return {"policy": self.policy, **asdict(self.result.metrics)}
+        """The JSON object of this run: its policy, its `Metrics`, and what else was measured."""
+        return {"policy": self.policy, **asdict(self.result.metrics), **self.facts}
 
 
 def by_policy(runs: Iterable[Run]) -> dict[str, list[Run]]:

@@ -1,0 +1,239 @@
+"""Serving through router, prefill and decode: SLOs on every path, errors, clients that leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from pd_client import trouble_in
+
+from sglang_kairos.cluster import Cluster
+from sglang_kairos.cluster_layout import ClusterSpec
+from sglang_kairos.cpu.flags import with_server_flags
+from sglang_kairos.cpu.zygote import Zygote
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    zygote: Zygote, tiny_model: str, out_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    """One prefill and one decode server with Kairos on, behind Kairos' router, an API key set."""
+    classes = tmp_path_factory.mktemp("slo") / "classes.json"
+    classes.write_text(json.dumps({"chat": {"ttft_ms": 700, "tpot_ms": 35, "weight": 2}}))
+    settings = {"slo_classes": str(classes), "ttft_ms": 4321, "tpot_ms": 210}
+    spec = ClusterSpec(
+        model_path=tiny_model,
+        kairos=settings,
+        server_args=("--api-key", "secret"),
+        router_args=tuple(_flags(settings)),
+        env={"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"},
+        log_dir=out_dir / "serving",
+        zygote=zygote,
+    )
+    with Cluster(spec) as running:
+        yield running
+
+
+def _flags(settings: dict[str, Any]) -> list[str]:
+    pairs = [("--kairos-" + name.replace("_", "-"), str(v)) for name, v in settings.items()]
+    return [word for pair in pairs for word in pair]
+
+
+def post(url: str, body: Any, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
+    request = urllib.request.Request(
+        url,
+        data=json.dumps(body).encode(),
+        headers={
+            "content-type": "application/json",
+            "authorization": "Bearer secret",
+            **(headers or {}),
+        },
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def last_seen(cluster: Cluster) -> list[dict[str, Any]]:
+    """The SLO of the last request as the prefill and the decode scheduler saw it."""
+    seen = []
+    for base in (cluster.prefill_urls[0], cluster.decode_urls[0]):
+        request = urllib.request.Request(
+            base + "/server_info", headers={"authorization": "Bearer secret"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            seen.append(json.load(answer)["internal_states"][0]["kairos"]["last_request"])
+    return seen
+
+
+def native(**more: Any) -> dict[str, Any]:
+    return {"text": "Once upon", "sampling_params": {"max_new_tokens": 8}, **more}
+
+
+PATHS = {
+    "/generate": native(),
+    "/v1/completions": {"model": "m", "prompt": "Once upon", "max_tokens": 8},
+    "/v1/chat/completions": {
+        "model": "m",
+        "messages": [{"role": "user", "content": "Once"}],
+        "max_tokens": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_body_sets_the_slo_on_both_schedulers(cluster: Cluster, path: str) -> None:
+    status, text = post(cluster.url + path, {**PATHS[path], "ttft_ms": 900, "tpot_ms": 45.5})
+    assert status == 200, text
+    for seen in last_seen(cluster):
+        assert (seen["ttft_ms"], seen["tpot_ms"]) == (900, 45.5)
+        assert 0 <= seen["age_ms"] < 5000
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_headers_and_classes_set_it_and_the_rest_is_the_default(
+    cluster: Cluster, path: str
+) -> None:
+    assert post(cluster.url + path, PATHS[path], {"x-slo-ttft-ms": "800"})[0] == 200
+    assert [(s["ttft_ms"], s["tpot_ms"]) for s in last_seen(cluster)] == [(800, 210)] * 2
+    headers = {"x-dynamo-slo-ttft-ms": "801", "x-slo-tpot-ms": "33"}
+    assert post(cluster.url + path, PATHS[path], headers)[0] == 200
+    assert [(s["ttft_ms"], s["tpot_ms"]) for s in last_seen(cluster)] == [(801, 33)] * 2
+    assert post(cluster.url + path, {**PATHS[path], "slo_class": "chat"})[0] == 200
+    for seen in last_seen(cluster):
+        assert (seen["name"], seen["ttft_ms"], seen["tpot_ms"]) == ("chat", 700, 35)
+        assert seen["weight"] == 2
+    assert post(cluster.url + path, PATHS[path])[0] == 200
+    assert [(s["ttft_ms"], s["tpot_ms"]) for s in last_seen(cluster)] == [(4321, 210)] * 2
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("ttft_ms", -1), ("tpot_ms", "fast"), ("ttft_ms", 1e12), ("slo_class", "x")],
+)
+def test_a_bad_slo_is_a_400_that_names_it_at_router_and_servers(
+    cluster: Cluster, path: str, field: str, value: Any
+) -> None:
+    for base in (cluster.url, cluster.prefill_urls[0], cluster.decode_urls[0]):
+        status, text = post(base + path, {**PATHS[path], field: value})
+        assert status == 400
+        assert field in text.decode()
+    nan = json.dumps(PATHS[path])[:-1] + ', "ttft_ms": NaN}'
+    request = urllib.request.Request(
+        cluster.url + path, data=nan.encode(), headers={"authorization": "Bearer secret"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=30)
+    assert caught.value.code == 400
+
+
+def test_the_openai_client_streams_with_an_slo_in_extra_body(cluster: Cluster) -> None:
+    client = openai.OpenAI(base_url=cluster.url + "/v1", api_key="secret")
+    stream = client.chat.completions.create(
+        model="m",
+        messages=[{"role": "user", "content": "Tell me"}],
+        max_tokens=20,
+        stream=True,
+        extra_body={"ttft_ms": 950, "tpot_ms": 60},
+    )
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert len([piece for piece in pieces if piece]) >= 5
+    assert [seen["ttft_ms"] for seen in last_seen(cluster)] == [950, 950]
+    with pytest.raises(openai.BadRequestError, match="ttft_ms"):
+        client.completions.create(model="m", prompt="x", extra_body={"ttft_ms": -1})
+
+
+def test_curl_streams_token_by_token(cluster: Cluster) -> None:
+    body = native(stream=True, ttft_ms=1000)
+    command = ["curl", "-sN", cluster.url + "/generate", "-d", json.dumps(body)]
+    command += ["-H", "content-type: application/json", "-H", "authorization: Bearer secret"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    events = [line for line in run.stdout.splitlines() if line.startswith("data: ")]
+    assert len(events) >= 5
+    assert events[-1] == "data: [DONE]"
+
+
+def test_a_wrong_key_is_refused_by_the_server_behind_the_router(cluster: Cluster) -> None:
+    status, _ = post(cluster.url + "/generate", native(), {"authorization": "Bearer wrong"})
+    assert status == 401
+
+
+def test_a_client_that_leaves_ends_its_request_on_both_servers(cluster: Cluster) -> None:
+    body = {"text": "Go on", "stream": True, "sampling_params": {"max_new_tokens": 20_000}}
+    request = urllib.request.Request(
+        cluster.url + "/generate",
+        data=json.dumps(body).encode(),
+        headers={"authorization": "Bearer secret", "content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert answer.readline().startswith(b"data: ")
+    deadline = time.monotonic() + 30
+    for base in (cluster.prefill_urls[0], cluster.decode_urls[0]):
+        while post(base + "/flush_cache", {})[0] != 200:
+            assert time.monotonic() < deadline, f"{base} still holds the request"
+            time.sleep(0.5)
+    assert not trouble_in(cluster.logs)
+
+
+def test_sglang_serve_loads_the_same_plugin_and_says_what_is_off(
+    tiny_model: str, out_dir: Path
+) -> None:
+    """Unified serving under SGLang's own launcher: urgency order on, decode packing off."""
+    log = out_dir / "serve.log"
+    port = 20_000 + time.time_ns() % 10_000
+    command = [str(Path(sys.executable).parent / "sglang"), "serve"]
+    command += with_server_flags(
+        ["--model-path", tiny_model, "--host", "127.0.0.1", "--port", str(port)], fast_start=True
+    )
+    environment = {"KAIROS_CPU_START": "fork", "KAIROS_TTFT_MS": "1234"}
+    with log.open("wb") as file:
+        server = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **environment},
+        )
+    try:
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 240
+        while True:
+            assert server.poll() is None, log.read_text()[-2000:]
+            assert time.monotonic() < deadline
+            try:
+                with urllib.request.urlopen(url + "/health", timeout=5) as answer:
+                    if answer.status == 200:
+                        break
+            except OSError:
+                time.sleep(0.5)
+        assert post(url + "/generate", native(tpot_ms=55))[0] == 200
+        assert post(url + "/generate", native(ttft_ms=-1))[0] == 400
+        with urllib.request.urlopen(url + "/server_info", timeout=30) as answer:
+            kairos = json.load(answer)["internal_states"][0]["kairos"]
+        assert kairos["mode"] == "null"
+        assert kairos["last_request"]["ttft_ms"] == 1234
+        assert "decode packing are off" in log.read_text()
+    finally:
+        server.terminate()
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def test_no_part_died_or_complained_in_all_this(cluster: Cluster) -> None:
+    assert cluster.dead() is None
+    assert not trouble_in(cluster.logs)
