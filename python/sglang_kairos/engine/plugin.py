@@ -11,7 +11,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -58,10 +57,11 @@ def install() -> None:
         logger.warning("Kairos runs without a seam (--kairos-strict off): %s", problem)
     broken = {problem.split(": ")[0] for problem in problems}
     usable = [seam for seam in SEAMS if seam.target not in broken]
-    if SCHEDULER_MODULE in sys.modules:
-        _wrap([seam for seam in usable if seam.process == "scheduler"], config.strict)
-    http = [seam for seam in usable if seam.process == "http"]
-    when_imported(HTTP_MODULE, lambda: _wrap(http, config.strict))
+    # In the main process neither module is there yet. It needs the scheduler's seams only to hand
+    # them to children that are forked; spawned ones come through here with their module loaded.
+    for process, module in (("scheduler", SCHEDULER_MODULE), ("http", HTTP_MODULE)):
+        seams = [seam for seam in usable if seam.process == process]
+        when_imported(module, functools.partial(_wrap, seams, config.strict))
 
 
 def _resolve(path: str) -> Any:

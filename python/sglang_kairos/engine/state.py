@@ -189,6 +189,11 @@ def run_event_loop(original: Callable[..., Any], scheduler: Any) -> Any:
     return original(scheduler)
 
 
+def get_init_info(original: Callable[..., Any], scheduler: Any) -> Any:
+    """Seam of Scheduler.get_init_info: tell the launcher that this scheduler has Kairos."""
+    return {**original(scheduler), "kairos": dict(INSTALLED)}
+
+
 def get_internal_state(original: Callable[..., Any], controller: Any, recv_req: Any) -> Any:
     """Seam of the /server_info readback: add Kairos' own entry."""
     output = original(controller, recv_req)
