@@ -247,12 +247,12 @@ def _apply_plan(state: KairosState, scheduler: Any) -> list[Any]:
         if slot_req is not None:
             state.paused.append(Paused(slot_req, state.now()))
             state.counters["pauses"] += 1
-            state.counters["max_paused"] = max(state.counters["max_paused"], len(state.paused))
         scheduler.chunked_req = None
         for entry in state.paused:
             if entry.req is chosen:
                 _resume(state, scheduler, entry)
                 break
+        state.counters["max_paused"] = max(state.counters["max_paused"], len(state.paused))
     held_set = set(hold)
     held = [jobs[index] for index in hold]
     scheduler.waiting_queue = [waiting[i] for i in range(len(waiting)) if i not in held_set]

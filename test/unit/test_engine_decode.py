@@ -1,0 +1,183 @@
+"""Parking on a fake batch: only the chosen advance, the full batch keeps everybody."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_kairos.config import KairosConfig
+from sglang_kairos.engine import decode, state
+from sglang_kairos.policy.packing import StepChoice
+from sglang_kairos.predict.step_time import StepTimeModel
+
+torch = pytest.importorskip("torch")
+
+
+class Req:
+    def __init__(self, rid: str, tpot_ms: float, prompt: int = 10, ttft_ms: float = 1000) -> None:
+        self.rid, self.beam_group = rid, None
+        self.origin_input_ids, self.output_ids = [0] * prompt, [1, 2]
+        wire = {"kairos": {"ttft_ms": ttft_ms, "tpot_ms": tpot_ms}}
+        self.sampling_params = SimpleNamespace(custom_params=wire)
+        now = time.perf_counter()
+        self.time_stats = SimpleNamespace(
+            scheduler_recv_time=now, decode_prebuilt_finish_time=now, last_decode_finish_time=now
+        )
+
+    def __repr__(self) -> str:
+        return self.rid
+
+
+class Batch:
+    """The fields of SGLang's ScheduleBatch that the glue touches, with its rebinding semantics."""
+
+    def __init__(self, reqs: list[Req]) -> None:
+        count = len(reqs)
+        self.reqs = reqs
+        self.seq_lens = torch.arange(10, 10 + count)
+        self.orig_seq_lens = torch.arange(10, 10 + count)
+        self.seq_lens_cpu = torch.arange(10, 10 + count)
+        self.seq_lens_sum: int | None = 0
+        self.out_cache_loc: Any = "old"
+        self.input_ids: Any = "stale"
+        self.forward_mode = "prebuilt"
+        self.hisparse_coordinator = None
+        self.spec_algorithm = SimpleNamespace(is_none=lambda: True)
+        self.model_config = SimpleNamespace(is_encoder_decoder=False)
+        self.sampling_info = SimpleNamespace(
+            penalizer_orchestrator=SimpleNamespace(is_required=False)
+        )
+
+    def filter_batch(self, keep_indices: list[int]) -> None:
+        self.reqs = [self.reqs[i] for i in keep_indices]
+        for name in ("seq_lens", "orig_seq_lens", "seq_lens_cpu"):
+            setattr(self, name, getattr(self, name)[keep_indices])
+
+
+def upstream_prepare(batch: Batch) -> None:
+    batch.forward_mode = "decode"
+    for name in ("seq_lens", "orig_seq_lens", "seq_lens_cpu"):
+        setattr(batch, name, getattr(batch, name) + 1)
+    batch.out_cache_loc = f"new for {len(batch.reqs)}"
+
+
+def make_scheduler() -> Any:
+    return SimpleNamespace(
+        disaggregation_mode=SimpleNamespace(value="decode"),
+        device="cpu",
+        tp_size=1,
+        tp_worker=SimpleNamespace(get_decode_cuda_graph_bs=list),
+        enable_overlap=True,
+        result_queue=[],
+        require_mlp_sync=False,
+        req_to_token_pool=SimpleNamespace(),
+        waiting_queue=[],
+    )
+
+
+@pytest.fixture
+def kairos(monkeypatch: pytest.MonkeyPatch) -> state.KairosState:
+    """A decode state whose steps take 10 ms a request."""
+    made = state.KairosState(make_scheduler(), KairosConfig())
+    made.step_time = StepTimeModel(0.0, 10e-3, 0.0)
+    monkeypatch.setattr(state, "CURRENT", made)
+    return made
+
+
+def step(kairos: state.KairosState, batch: Batch) -> Any:
+    """One decision as the decode loop makes it; returns the batch to run."""
+
+    def upstream(scheduler: Any, running_batch: Any) -> Any:
+        decode.prepare_for_decode(upstream_prepare, running_batch)
+        return SimpleNamespace(batch_to_run=running_batch, running_batch=running_batch)
+
+    plan = decode.get_next_decode_batch(upstream, kairos.scheduler, batch)
+    assert plan.running_batch is batch
+    return plan.batch_to_run
+
+
+def test_with_slack_for_all_the_stock_batch_runs(kairos: state.KairosState) -> None:
+    batch = Batch([Req("a", 50), Req("b", 50)])
+    assert step(kairos, batch) is batch
+    assert batch.seq_lens.tolist() == [11, 12] and batch.out_cache_loc == "new for 2"
+    assert kairos.counters["subset_steps"] == 0
+
+
+def test_only_the_chosen_advance_and_nobody_leaves_the_running_batch(
+    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "choose_step", lambda *a, **k: StepChoice([0, 2], 0.02, "packed"))
+    reqs = [Req(name, 20) for name in "abc"]
+    batch = Batch(reqs)
+    before = batch.seq_lens
+    ran = step(kairos, batch)
+    assert ran is not batch and ran.reqs == [reqs[0], reqs[2]]
+    assert ran.seq_lens.tolist() == [11, 13] and ran.out_cache_loc == "new for 2"
+    assert batch.reqs == reqs
+    assert batch.seq_lens.tolist() == [11, 11, 13]
+    assert batch.orig_seq_lens.tolist() == [11, 11, 13]
+    assert batch.seq_lens_cpu.tolist() == [11, 11, 13]
+    assert before.tolist() == [10, 11, 12], "an in-flight forward may still read the old tensor"
+    assert batch.input_ids is None and batch.out_cache_loc is None and batch.seq_lens_sum is None
+    assert batch.forward_mode == "decode"
+    assert kairos.counters["parked"] == 1
+
+
+def test_somebody_always_runs_when_steps_are_far_too_slow(kairos: state.KairosState) -> None:
+    kairos.step_time = StepTimeModel(1.0, 1.0, 0.0)
+    assert step(kairos, Batch([Req("a", 20), Req("b", 20)])).reqs
+
+
+def test_a_failing_policy_runs_everybody(
+    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "choose_step", lambda *a, **k: 1 / 0)
+    batch = Batch([Req(name, 20) for name in "abc"])
+    assert step(kairos, batch) is batch
+    assert kairos.counters["packing_errors"] == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (lambda b: setattr(b.spec_algorithm, "is_none", lambda: False), "speculative"),
+        (lambda b: setattr(b.sampling_info.penalizer_orchestrator, "is_required", True), "penal"),
+        (lambda b: setattr(b.reqs[0], "beam_group", object()), "beam"),
+        (lambda b: setattr(b, "hisparse_coordinator", object()), "hisparse"),
+        (lambda b: setattr(b.model_config, "is_encoder_decoder", True), "encoder"),
+    ],
+)
+def test_what_cannot_run_in_part_runs_whole_and_says_so_once(
+    kairos: state.KairosState, caplog: pytest.LogCaptureFixture, spoil: Any, word: str
+) -> None:
+    for _ in range(3):
+        batch = Batch([Req(name, 20) for name in "abc"])
+        spoil(batch)
+        assert step(kairos, batch) is batch
+    assert sum(word in record.message for record in caplog.records) == 1
+    assert kairos.counters["fallback_steps"] == 3
+
+
+def test_decode_reserves_and_admits_by_deadline_late_ones_last(kairos: state.KairosState) -> None:
+    slow, late, soon = Req("slow", 50, ttft_ms=9000), Req("late", 50), Req("soon", 50, ttft_ms=500)
+    late.time_stats.scheduler_recv_time -= 100
+    queue = SimpleNamespace(queue=[SimpleNamespace(req=req) for req in (slow, late, soon)])
+    decode.pop_preallocated(lambda q: None, queue)
+    assert [entry.req for entry in queue.queue] == [soon, slow, late]
+    kairos.scheduler.waiting_queue = [slow, late, soon]
+    decode.get_new_prebuilt_batch(lambda s, b: None, kairos.scheduler, None)
+    assert kairos.scheduler.waiting_queue == [soon, slow, late]
+
+
+def test_an_idle_gap_is_not_learnt_as_a_step(kairos: state.KairosState) -> None:
+    batch = Batch([Req("a", 50)])
+    step(kairos, batch)
+    empty = SimpleNamespace(batch_to_run=None, running_batch=batch)
+    decode.get_next_decode_batch(lambda s, b: empty, kairos.scheduler, batch)
+    step(kairos, batch)
+    assert kairos.step_time.error.samples == 0
+    step(kairos, batch)
+    assert kairos.step_time.error.samples == 1
