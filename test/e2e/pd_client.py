@@ -17,12 +17,16 @@ from sglang_kairos.cluster import Cluster
 
 @dataclass(frozen=True)
 class Job:
-    """One greedy request: when it is sent (s), its prompt, how many tokens it wants."""
+    """One greedy request: when it is sent (s), its prompt, how many tokens it wants.
+
+    `abort_after_s` after sending, or after its first token when `decoding`, it is aborted.
+    """
 
     at_s: float
     prompt: list[int]
     tokens: int
     abort_after_s: float | None = None
+    decoding: bool = False
 
 
 def long_tail_jobs(count: int, seed: int, rate: float = 20.0) -> list[Job]:
@@ -41,20 +45,20 @@ def long_tail_jobs(count: int, seed: int, rate: float = 20.0) -> list[Job]:
     return jobs
 
 
-def doomed_jobs(count: int, seed: int, span_s: float) -> list[Job]:
-    """Requests that will be aborted: half in their long prefill, half while they decode."""
+def doomed_jobs(prefilling: int, decoding: int, seed: int, span_s: float) -> list[Job]:
+    """Requests that will be aborted, some in their long prefill, some while they decode."""
     rng = random.Random(seed)
-    jobs = []
-    for index in range(count):
-        at_s = rng.uniform(0.0, span_s)
-        if index % 2:
-            prompt, tokens = [rng.randrange(10, 500) for _ in range(4500)], 8
-            after = rng.uniform(0.3, 8.0)
-        else:
-            prompt, tokens = [rng.randrange(10, 500) for _ in range(20)], 1500
-            after = rng.uniform(0.5, 3.0)
-        jobs.append(Job(at_s, prompt, tokens, after))
-    return jobs
+
+    def prompt(length: int) -> list[int]:
+        return [rng.randrange(10, 500) for _ in range(length)]
+
+    return [
+        Job(rng.uniform(0.0, span_s), prompt(4500), 8, rng.uniform(0.3, 8.0))
+        for _ in range(prefilling)
+    ] + [
+        Job(rng.uniform(0.0, span_s), prompt(20), 1500, rng.uniform(0.05, 1.0), decoding=True)
+        for _ in range(decoding)
+    ]
 
 
 class PdClient:
@@ -86,16 +90,26 @@ class PdClient:
                 "max_new_tokens": job.tokens,
                 "ignore_eos": True,
             },
+            "stream": job.decoding,
             "bootstrap_host": "127.0.0.1",
             "bootstrap_port": self.bootstrap_port,
             "bootstrap_room": self._rooms.getrandbits(62),
         }
 
+        decodes = asyncio.Event()
+
         async def post(url: str, path: str, content: Any) -> tuple[int, Any]:
             async with session.post(url + path, json=content) as response:
-                return response.status, await response.json(content_type=None)
+                if not job.decoding:
+                    return response.status, await response.json(content_type=None)
+                async for _ in response.content:
+                    if url == self.decode:
+                        decodes.set()
+                return response.status, {}
 
         async def abort(url: str, answering: asyncio.Task[tuple[int, Any]]) -> None:
+            if job.decoding:
+                await decodes.wait()
             await asyncio.sleep(job.abort_after_s or 0.0)
             # An abort that overtakes its request is lost, and SGLang then waits for a hand-shake.
             while not answering.done():

@@ -20,7 +20,7 @@ from sglang_kairos.cluster_layout import ClusterSpec
 from sglang_kairos.cpu.zygote import Zygote
 
 JOBS = long_tail_jobs(200, seed=7)
-DOOMED = doomed_jobs(48, seed=8, span_s=9.0)
+DOOMED = doomed_jobs(24, 40, seed=8, span_s=9.0)
 SERVER_ARGS = ("--chunked-prefill-size", "512", "--max-total-tokens", "49152")
 
 

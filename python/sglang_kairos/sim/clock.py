@@ -1,0 +1,29 @@
+"""Simulated time: what happens when, in order."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+
+
+class Clock:
+    """Runs actions in order of their time (seconds); those of one time in order of asking."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self._asked = 0
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+
+    def at(self, time_s: float, action: Callable[[], None]) -> None:
+        """Run `action` at `time_s`, which must not have passed."""
+        if time_s < self.now_s:
+            raise ValueError(f"{time_s} s is before now, {self.now_s} s")
+        self._asked += 1
+        heapq.heappush(self._heap, (time_s, self._asked, action))
+
+    def run(self) -> None:
+        """Until nothing is left to do."""
+        heap = self._heap
+        while heap:
+            self.now_s, _, action = heapq.heappop(heap)
+            action()

@@ -1,0 +1,257 @@
+"""A decode server: KV reservation, admission, retraction and stepping as in SGLang.
+
+Between two steps, in this order: retracted requests come back, KV is reserved for new ones (only
+then may their prefill start), requests whose KV has arrived join the running batch, which streams
+their first token, and the most recent ones are retracted if the next step's KV does not fit.
+`_choose` mirrors `engine/decode.py` (`_choose`, `_pack`) on the same policy function.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sglang_kairos.policy.packing import choose_step
+from sglang_kairos.sim.clock import Clock
+from sglang_kairos.sim.policies import Policy
+from sglang_kairos.sim.predictions import Predictor
+from sglang_kairos.sim.request import SimRequest
+from sglang_kairos.sim.times import System
+
+# SGLang's CLIP_MAX_NEW_TOKEN: longer outputs are planned for as if this long.
+CLIP_TOKENS = 4096
+# Rows of the running batch's table.
+CONTEXT, EMITTED, LEFT, FIRST_S, TPOT_S, LAST_S = range(6)
+_TOKEN = np.array([[1.0], [1.0], [-1.0]])
+
+
+class DecodeServer:
+    """`reserved` is called when a request's KV is set aside, `finished` after its last token."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        system: System,
+        policy: Policy,
+        predictor: Predictor,
+        reserved: Callable[[SimRequest], None],
+        finished: Callable[[SimRequest], None],
+    ) -> None:
+        self._clock, self._system, self._policy = clock, system, policy
+        self._predictor, self._reserved, self._finished = predictor, reserved, finished
+        self.asking: list[SimRequest] = []
+        self.in_flight = 0
+        self.ready: list[SimRequest] = []
+        self.running: list[SimRequest] = []
+        self.retracted: list[SimRequest] = []
+        self.kv_tokens = 0
+        """Reserved and running."""
+        self.max_kv_tokens = 0
+        self.counters: Counter[str] = Counter()
+        self.busy_s = 0.0
+        self._table: NDArray[np.float64] = np.zeros((6, system.max_running))
+        self._context = 0
+        self._soonest = 0
+        self._tightest_s = 0.0
+        self._busy = False
+
+    def ask(self, req: SimRequest) -> None:
+        """A new request wants its KV reserved."""
+        self.asking.append(req)
+        self._wake()
+
+    def receive(self, req: SimRequest) -> None:
+        """A reserved request's KV has arrived."""
+        self.in_flight -= 1
+        self.ready.append(req)
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self._busy:
+            self._busy = True
+            self._clock.at(self._clock.now_s, self._step)
+
+    def _step(self) -> None:
+        now = self._clock.now_s
+        self._restore()
+        if not self.retracted:
+            self._reserve()
+        self._admit()
+        if self.kv_tokens + len(self.running) > self._system.decode_kv_tokens:
+            self._retract()
+        self.max_kv_tokens = max(self.max_kv_tokens, self.kv_tokens)
+        count = len(self.running)
+        self._busy = count > 0
+        if not count:
+            return
+        keep = self._choose() if self._policy.park else None
+        table = self._table
+        batch = count if keep is None else len(keep)
+        if keep is None:
+            table[:3, :count] += _TOKEN
+            self._context += count
+        else:
+            table[:3, keep] += _TOKEN
+            self._context += batch
+            self.counters["subset_steps"] += 1
+            self.counters["parked"] += count - batch
+        self.kv_tokens += batch
+        self.max_kv_tokens = max(self.max_kv_tokens, self.kv_tokens)
+        read = self._context if keep is None else int(table[CONTEXT, keep].sum())
+        seconds = self._system.times.decode_s(batch, read)
+        self.busy_s += seconds
+        self.counters["decode_steps"] += 1
+        self._clock.at(now + seconds, lambda: self._ended(keep, batch, read, seconds))
+
+    def _ended(self, keep: list[int] | None, batch: int, read: int, seconds: float) -> None:
+        now, count = self._clock.now_s, len(self.running)
+        if self._policy.park:
+            self._predictor.saw_decode(batch, read, seconds)
+            self._table[LAST_S, slice(count) if keep is None else keep] = now
+        self._soonest -= 1
+        if self._soonest <= 0:
+            left = self._table[LEFT, :count]
+            for index in np.flatnonzero(left == 0.0).tolist():
+                req = self.running[index]
+                self._leave(req, index)
+                req.finish(now)
+                self._finished(req)
+            self._drop(left > 0.0)
+        self._step()
+
+    def _restore(self) -> None:
+        """Retracted requests return, oldest first, as soon as memory allows."""
+        while self.retracted:
+            req = self.retracted[0]
+            need = req.context + min(self._system.reserved_tokens, req.output - req.emitted)
+            if need > self._allocatable():
+                return
+            self.kv_tokens += req.context
+            self.ready.append(self.retracted.pop(0))
+
+    def _allocatable(self) -> int:
+        """Tokens that may be given away: free, less what the active may still grow by."""
+        active = len(self.running) + self.in_flight + len(self.ready)
+        free = self._system.decode_kv_tokens - self.kv_tokens
+        return free - active * self._system.reserved_tokens
+
+    def _reserve(self) -> None:
+        if not self.asking:
+            return
+        self._sort(self.asking)
+        room = self._allocatable()
+        keep = self._system.reserved_tokens
+        slots = self._system.max_running - len(self.running) - self.in_flight - len(self.ready)
+        count = 0
+        for req in self.asking:
+            grown = req.prompt + min(req.output, CLIP_TOKENS) - self._context
+            if count >= slots or max(req.prompt + keep, grown) > room:
+                break
+            room -= req.prompt + keep
+            count += 1
+        admitted, self.asking = self.asking[:count], self.asking[count:]
+        for req in admitted:
+            self.kv_tokens += req.prompt
+            self.in_flight += 1
+            self._reserved(req)
+
+    def _sort(self, queue: list[SimRequest]) -> None:
+        """Kairos: earliest deadline first, late ones behind, shortest prompt first."""
+        if len(queue) < 2:
+            return
+        if self._policy.by_deadline:
+            now = self._clock.now_s
+
+            def key(req: SimRequest) -> tuple[bool, float]:
+                late = req.due_s <= now
+                return late, float(req.prompt) if late else req.due_s
+
+            queue.sort(key=key)
+        elif self._policy.order == "priority":
+            queue.sort(key=lambda req: req.priority)
+
+    def _admit(self) -> None:
+        if not self.ready:
+            return
+        self._sort(self.ready)
+        now, table = self._clock.now_s, self._table
+        for req in self.ready:
+            if req.emitted == 0:
+                req.first_token_s, req.emitted = now, 1
+                if req.output == 1:
+                    self.kv_tokens -= req.prompt
+                    req.finish(now)
+                    self._finished(req)
+                    continue
+            table[:, len(self.running)] = (
+                req.context,
+                req.emitted,
+                req.output - req.emitted,
+                req.first_token_s,
+                req.tpot_s,
+                now,
+            )
+            self._context += req.context
+            self.running.append(req)
+        self.ready.clear()
+        self._changed()
+
+    def _retract(self) -> None:
+        """The fewest output tokens go first and, among those, the longest prompt."""
+        table, count = self._table, len(self.running)
+        for index, req in enumerate(self.running):
+            req.emitted = int(table[EMITTED, index])
+        order = sorted(range(count), key=lambda i: (-self.running[i].emitted, self.running[i].prompt))
+        keep = np.ones(count, bool)
+        while order and self.kv_tokens + len(order) > self._system.decode_kv_tokens:
+            index = order.pop()
+            keep[index] = False
+            req = self.running[index]
+            self._leave(req, index)
+            self.retracted.append(req)
+            self.counters["retractions"] += 1
+        self.retracted.sort(key=lambda req: req.arrival_s)
+        self._drop(keep)
+
+    def _leave(self, req: SimRequest, index: int) -> None:
+        context = int(self._table[CONTEXT, index])
+        req.emitted = int(self._table[EMITTED, index])
+        self.kv_tokens -= context
+        self._context -= context
+
+    def _drop(self, keep: NDArray[np.bool_]) -> None:
+        count, left = len(self.running), int(np.count_nonzero(keep))
+        if left < count:
+            self._table[:, :left] = self._table[:, :count][:, keep]
+            self.running = [self.running[i] for i in np.flatnonzero(keep).tolist()]
+        self._changed()
+
+    def _changed(self) -> None:
+        count = len(self.running)
+        if count:
+            self._soonest = int(self._table[LEFT, :count].min())
+            self._tightest_s = float(self._table[TPOT_S, :count].min())
+
+    def _choose(self) -> list[int] | None:
+        """Indices of the running requests that take part, None for everybody."""
+        count, config = len(self.running), self._policy.config
+        if count < 2:
+            return None
+        step: Any = self._predictor.decode_step(config.margin)
+        if float(step(count, float(self._context))) <= self._tightest_s:
+            return None
+        table, now = self._table[:, :count], self._clock.now_s
+        choice = choose_step(
+            table[FIRST_S] + table[EMITTED] * table[TPOT_S] - now,
+            table[TPOT_S],
+            table[CONTEXT],
+            now - table[LAST_S],
+            step,
+            max_itl_s=config.max_itl_ms / 1e3,
+        )
+        self.counters[f"steps_{choice.reason}"] += 1
+        return None if len(choice.run) == count else choice.run

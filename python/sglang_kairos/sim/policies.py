@@ -1,0 +1,45 @@
+"""The policies that can be compared, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from sglang_kairos.config import KairosConfig
+from sglang_kairos.sim.orders import ORDERS
+
+KAIROS = KairosConfig()
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`order`: prefill order, a name in `orders.ORDERS` or "urgency". `by_deadline`: the decode
+    server reserves KV, and admits, in order of deadline. `park`: decode packing. `route`: pairs by
+    prediction instead of in turn. `config` holds the Kairos settings that apply."""
+
+    name: str
+    order: str = "fcfs"
+    by_deadline: bool = False
+    park: bool = False
+    route: bool = False
+    config: KairosConfig = KAIROS
+
+    @property
+    def urgent(self) -> bool:
+        """Whether prefill follows `policy.urgency`."""
+        return self.order == "urgency"
+
+
+_FULL = Policy("kairos", "urgency", by_deadline=True, park=True, route=True)
+
+POLICIES: dict[str, Policy] = {
+    policy.name: policy
+    for policy in (
+        *(Policy(name, name) for name in ORDERS),
+        replace(_FULL, name="kairos-prefill", park=False, route=False),
+        Policy("kairos-decode", park=True),
+        Policy("kairos-router", route=True),
+        replace(_FULL, name="kairos-no-pause", config=replace(KAIROS, pause=False)),
+        replace(_FULL, name="kairos-no-reserve-order", by_deadline=False),
+        _FULL,
+    )
+}
