@@ -109,7 +109,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, help="requests/s (default: measured, see below)")
     parser.add_argument("--utilisation", type=float, default=0.87, help="of the prefill capacity")
     parser.add_argument("--ttft-ms", type=float, default=1000.0)
-    parser.add_argument("--tpot-ms", type=float, default=50.0)
+    parser.add_argument("--tpot-ms", type=float, default=75.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeat", type=int, default=1, help="rounds, order reversed in between")
     parser.add_argument("--out", type=Path, default=Path("out/demo"))

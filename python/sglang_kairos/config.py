@@ -93,6 +93,12 @@ class KairosConfig:
     max_itl_ms: float = _setting(
         2000.0, "a parked request is never silent longer than this (ms)", low=1.0, high=3_600_000.0
     )
+    max_step_error: float = _setting(
+        0.2,
+        "circuit breaker: no parking while decode steps are predicted worse than this (mean error)",
+        low=0.0,
+        high=100.0,
+    )
     margin: float = _setting(
         0.05, "safety margin added to predicted times, as a fraction", low=0.0, high=10.0
     )

@@ -15,7 +15,7 @@ from sglang_kairos.predict.prefill_time import PrefillTimeModel
 from sglang_kairos.predict.rls import least_squares
 from sglang_kairos.predict.step_time import StepTimeModel
 
-H200 = Path("/work/shared/h200")
+H200 = Path(__file__).resolve().parents[3] / "shared" / "h200"
 SIZES = [1, 2, 4, 8, 16, 24, 32, 64]
 
 

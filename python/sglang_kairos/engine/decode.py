@@ -17,6 +17,8 @@ import numpy as np
 from sglang_kairos.engine.state import KairosState, current
 from sglang_kairos.policy.packing import choose_step
 
+LEARNT_STEPS = 32  # before that the step-time model is a guess for unknown hardware
+
 
 def pop_preallocated(original: Callable[..., Any], queue: Any, *args: Any, **kwargs: Any) -> Any:
     """Seam of DecodePreallocQueue.pop_preallocated: reserve KV for the most urgent first."""
@@ -107,10 +109,27 @@ def _choose(state: KairosState, batch: Any) -> list[int]:
 
     def decide() -> list[int] | None:
         full = float(state.step_time.step_s(count, float(context.sum()))) * margin
-        return None if full <= tpot.min() else _pack(state, batch, promises, tpot, context, margin)
+        if full <= tpot.min() or not _trusted(state):
+            return None
+        return _pack(state, batch, promises, tpot, context, margin)
 
     agreed = state.agree(state.guarded("packing", decide, None))
     return everyone if agreed is None else list(agreed)
+
+
+def _trusted(state: KairosState) -> bool:
+    """The circuit breaker: parking on wrong step times harms whom it should help."""
+    error = state.step_time.error
+    if error.samples >= LEARNT_STEPS and error.mape <= state.config.max_step_error:
+        return True
+    state.counters["breaker_steps"] += 1
+    if error.samples >= LEARNT_STEPS:
+        state.log_once(
+            "breaker",
+            f"decode packing pauses while steps are predicted {100 * error.mape:.0f} % wrong "
+            f"(--kairos-max-step-error {state.config.max_step_error:g})",
+        )
+    return False
 
 
 def _pack(

@@ -53,6 +53,8 @@ class DecodeServer:
         self.max_kv_tokens = 0
         self.counters: Counter[str] = Counter()
         self.busy_s = 0.0
+        self.watch: Callable[[DecodeServer, list[int] | None], None] | None = None
+        """Sees who runs (None: everybody) of `running` before each step that packing may change."""
         self._table: NDArray[np.float64] = np.zeros((6, system.max_running))
         self._context = 0
         self._soonest = 0
@@ -89,6 +91,8 @@ class DecodeServer:
         if not count:
             return
         keep = self._choose() if self._policy.park else None
+        if self.watch is not None:
+            self.watch(self, keep)
         table = self._table
         batch = count if keep is None else len(keep)
         if keep is None:
@@ -205,7 +209,9 @@ class DecodeServer:
         table, count = self._table, len(self.running)
         for index, req in enumerate(self.running):
             req.emitted = int(table[EMITTED, index])
-        order = sorted(range(count), key=lambda i: (-self.running[i].emitted, self.running[i].prompt))
+        order = sorted(
+            range(count), key=lambda i: (-self.running[i].emitted, self.running[i].prompt)
+        )
         keep = np.ones(count, bool)
         while order and self.kv_tokens + len(order) > self._system.decode_kv_tokens:
             index = order.pop()

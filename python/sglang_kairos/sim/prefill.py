@@ -55,7 +55,8 @@ class PrefillServer:
         self._plans = 0
         self._busy = False
         self._link_free_s = 0.0
-        self.on_plan: Callable[[PrefillQueue, int, int, PrefillPlan], None] | None = None
+        self.watch: Callable[[PrefillServer, PrefillPlan], None] | None = None
+        """Sees every plan, before it is carried out."""
 
     def add(self, req: SimRequest) -> None:
         """A decode server has reserved KV for `req`: it may be computed."""
@@ -152,7 +153,6 @@ class PrefillServer:
             self.slot = None
             if chosen is not None:
                 self._resume(chosen)
-            self.counters["max_paused"] = max(self.counters["max_paused"], len(self.paused))
         held = [jobs[index] for index in plan.hold]
         without = set(plan.hold)
         rest = [i for i in range(starts_with) if i not in without]
@@ -241,18 +241,17 @@ class PrefillServer:
             starving=[req.starving for req in jobs],
         )
         current = len(waiting) if self.slot is not None else -1
-        free_tokens = self.cache.free_tokens
         plan = plan_prefill(
             queue,
             chunk_tokens=chunk_tokens,
             current=current,
-            free_tokens=free_tokens,
+            free_tokens=self.cache.free_tokens,
             max_paused=config.max_paused if config.pause else 0,
             forced=self._overdue(len(waiting) + (self.slot is not None)),
             least_tokens=model.worthwhile_tokens(float(prefix.max()), chunk_tokens),
         )
-        if self.on_plan is not None:
-            self.on_plan(queue, current, free_tokens, plan)
+        if self.watch is not None:
+            self.watch(self, plan)
         return plan, jobs, len(waiting)
 
     def _mark_starving(self, jobs: list[SimRequest]) -> None:

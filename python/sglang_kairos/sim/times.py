@@ -53,12 +53,18 @@ class LawTimes:
     ) -> None:
         self.captured_sizes = captured_sizes
         self._coefficients = prefill, decode
-        self._prefill, self._decode = self.prefill_model(), self.decode_model()
+        self._prefill, law = self.prefill_model(), self.decode_model()
+        most = max(captured_sizes or (1024,))
+        # The law is a straight line in the KV tokens: what it adds to is looked up.
+        self._decode, self._fixed_s = law, [law.step_s(size, 0.0) for size in range(most + 1)]
+        self._kv_token_s = decode[-1]
 
     def prefill_s(self, new_tokens: Sequence[int], prefix_tokens: Sequence[int]) -> float:
         return self._prefill.step_s(new_tokens, prefix_tokens)
 
     def decode_s(self, batch: int, kv_tokens: int) -> float:
+        if batch < len(self._fixed_s):
+            return self._fixed_s[batch] + self._kv_token_s * kv_tokens
         return float(self._decode.step_s(batch, kv_tokens))
 
     def prefill_model(self) -> PrefillTimeModel:

@@ -1,0 +1,137 @@
+"""N prefill and M decode servers, a router and a trace: runs it and tells what became of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+from typing import Any
+
+from sglang_kairos.sim.clock import Clock
+from sglang_kairos.sim.decode import DecodeServer
+from sglang_kairos.sim.policies import Policy
+from sglang_kairos.sim.predictions import PredictionError, Predictor
+from sglang_kairos.sim.prefill import PrefillServer
+from sglang_kairos.sim.request import SimRequest
+from sglang_kairos.sim.router import Router
+from sglang_kairos.sim.times import System
+from sglang_kairos.tools.replay import Result
+from sglang_kairos.tools.traces import MOONCAKE_BLOCK_TOKENS, Request
+
+HONEST = PredictionError()
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is simulated. `ttft_ms`: one target, or tiers that requests draw from evenly."""
+
+    system: System
+    ttft_ms: tuple[float, ...] = (2000.0,)
+    tpot_ms: float = 100.0
+    prefills: int = 1
+    decodes: int = 1
+    seed: int = 0
+    error: PredictionError = HONEST
+
+
+class Cluster:
+    """One run of one policy over one trace; `run` may be called once."""
+
+    def __init__(self, setup: Setup, policy: Policy, rows: Sequence[Request]) -> None:
+        self.setup, self.policy = setup, policy
+        self.clock = Clock()
+        self.requests = make_requests(rows, setup)
+        system, error, seed = setup.system, setup.error, setup.seed
+        prefill_minds = [
+            Predictor(system.times, error, f"{seed}/p{i}") for i in range(setup.prefills)
+        ]
+        decode_minds = [
+            Predictor(system.times, error, f"{seed}/d{i}") for i in range(setup.decodes)
+        ]
+        self.router = Router(system, policy, prefill_minds, decode_minds, seed)
+        block_tokens = rows[0].block_tokens if rows else MOONCAKE_BLOCK_TOKENS
+        self.prefills = [
+            PrefillServer(
+                self.clock, system, policy, mind, block_tokens, self._prefilled, self._arrived
+            )
+            for mind in prefill_minds
+        ]
+        self.decodes = [
+            DecodeServer(self.clock, system, policy, mind, self._reserved, self.router.finished)
+            for mind in decode_minds
+        ]
+
+    def run(self) -> Result:
+        """Serves every request to its end."""
+        for req in self.requests:
+            self.clock.at(req.arrival_s, partial(self._arrive, req))
+        self.clock.run()
+        duration = max((req.ended_s for req in self.requests), default=0.0)
+        return Result([req.outcome() for req in self.requests], duration)
+
+    def facts(self) -> dict[str, Any]:
+        """What happened inside, for the report: shares of time and tokens, and counts."""
+        counters: Counter[str] = Counter()
+        for one in [s.counters for s in self.prefills] + [s.counters for s in self.decodes]:
+            counters.update(one)
+        span = max((req.ended_s for req in self.requests), default=0.0) or 1.0
+        prompt = sum(req.done for req in self.requests) or 1
+        return {
+            "prefill_busy": sum(s.busy_s for s in self.prefills) / span / len(self.prefills),
+            "decode_busy": sum(s.busy_s for s in self.decodes) / span / len(self.decodes),
+            "cache_hit": sum(req.hit for req in self.requests) / prompt,
+            "counters": dict(sorted(counters.items())),
+        }
+
+    def _arrive(self, req: SimRequest) -> None:
+        why = too_large(req, self.setup.system)
+        if why:
+            req.refuse(self.clock.now_s, why)
+            return
+        self.router.place(req, self.clock.now_s)
+        self.decodes[req.decode].ask(req)
+
+    def _reserved(self, req: SimRequest) -> None:
+        self.prefills[req.prefill].add(req)
+
+    def _prefilled(self, req: SimRequest) -> None:
+        self.router.prefilled(req, self.clock.now_s)
+
+    def _arrived(self, req: SimRequest) -> None:
+        self.decodes[req.decode].receive(req)
+
+
+def make_requests(rows: Sequence[Request], setup: Setup) -> list[SimRequest]:
+    """The trace's rows with their targets; what is drawn depends on the seed alone."""
+    tiers, noise = Random(f"{setup.seed}/tiers"), Random(f"{setup.seed}/work")
+    sizes = {row.block_tokens for row in rows if row.hash_ids}
+    if len(sizes) > 1:
+        raise ValueError(f"cache blocks of one size needed, the trace has {sorted(sizes)}")
+    requests = []
+    for index, row in enumerate(rows):
+        ttft_ms = tiers.choice(setup.ttft_ms)
+        blocks = (row.hash_ids or ())[: row.input_tokens // row.block_tokens]
+        requests.append(
+            SimRequest(
+                index=index,
+                row=row,
+                ttft_s=ttft_ms / 1e3,
+                tpot_s=setup.tpot_ms / 1e3,
+                blocks=blocks,
+                work_error=setup.error.draw(noise),
+                priority=ttft_ms,
+            )
+        )
+    return requests
+
+
+def too_large(req: SimRequest, system: System) -> str:
+    """Why an empty cluster could not serve the request; "" if it could."""
+    if req.prompt > system.prefill_kv_tokens:
+        return f"prompt of {req.prompt} tokens exceeds the prefill server's KV memory"
+    grown = req.prompt + max(system.reserved_tokens, req.output)
+    if grown > system.decode_kv_tokens:
+        return f"{grown} tokens exceed the decode server's KV memory"
+    return ""

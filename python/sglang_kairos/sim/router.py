@@ -1,0 +1,114 @@
+"""The router: pairs by `policy.placement`, or in turn as a router that knows nothing does.
+
+It keeps the same books as `router/fleet.py`: what each prefill server owes, by deadline, and what
+each decode server has been promised.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from random import Random
+
+from sglang_kairos.policy.placement import (
+    DecodeState,
+    PlacedRequest,
+    PrefillSpeed,
+    PrefillState,
+    StepCost,
+    choose_pair,
+)
+from sglang_kairos.sim.policies import Policy
+from sglang_kairos.sim.predictions import Predictor
+from sglang_kairos.sim.request import SimRequest
+from sglang_kairos.sim.times import System
+
+# As in router/proxy.py: an output is expected to be half as long as it may be.
+OUTPUT_SHARE = 0.5
+
+
+class _Owed:
+    """Tickets of one prefill server: (deadline, request's index, work) ascending."""
+
+    def __init__(self) -> None:
+        self.tickets: list[tuple[float, int, float]] = []
+        self.busy_since_s = 0.0
+
+
+class Router:
+    """Places requests on `prefills` x `decodes` servers, whose predictors it asks for their laws."""
+
+    def __init__(
+        self,
+        system: System,
+        policy: Policy,
+        prefills: list[Predictor],
+        decodes: list[Predictor],
+        seed: int,
+    ) -> None:
+        self._system, self._policy = system, policy
+        self._prefills, self._decodes = prefills, decodes
+        self._owed = [_Owed() for _ in prefills]
+        self._promised = [(0, 0.0) for _ in decodes]
+        self._rng = Random(f"{seed}/router")
+        self._turn = 0
+
+    def place(self, req: SimRequest, now_s: float) -> None:
+        """Sets the request's servers."""
+        turn, width = self._turn, len(self._prefills)
+        self._turn += 1
+        req.prefill, req.decode = turn % width, turn // width % len(self._decodes)
+        if not self._policy.route or width * len(self._decodes) == 1:
+            return
+        pair = choose_pair(
+            [self._prefill_state(index, now_s) for index in range(width)],
+            [self._decode_state(index) for index in range(len(self._decodes))],
+            PlacedRequest(
+                tokens=req.prompt,
+                deadline_s=req.due_s,
+                output_tokens=OUTPUT_SHARE * req.output,
+                handoff_s=self._policy.config.handoff_ms / 1e3,
+            ),
+            self._rng,
+        )
+        if pair is not None:
+            req.prefill, req.decode = pair.prefill, pair.decode
+        owed = self._owed[req.prefill]
+        if not owed.tickets:
+            owed.busy_since_s = now_s
+        work = self._speed(req.prefill).work_s(req.prompt)
+        insort(owed.tickets, (req.due_s, req.index, work))
+        self._promise(req, 1)
+
+    def prefilled(self, req: SimRequest, now_s: float) -> None:
+        """Its prompt is done."""
+        owed = self._owed[req.prefill]
+        at = bisect_left(owed.tickets, (req.due_s, req.index, 0.0))
+        if at < len(owed.tickets) and owed.tickets[at][1] == req.index:
+            del owed.tickets[at]
+            owed.busy_since_s = now_s
+
+    def finished(self, req: SimRequest) -> None:
+        """Its last token is out."""
+        self._promise(req, -1)
+
+    def _promise(self, req: SimRequest, sign: int) -> None:
+        running, tokens = self._promised[req.decode]
+        grown = req.prompt + OUTPUT_SHARE * req.output
+        self._promised[req.decode] = running + sign, tokens + sign * grown
+
+    def _speed(self, index: int) -> PrefillSpeed:
+        law = self._prefills[index].prefill.coefficients
+        return PrefillSpeed(law["a_s"], law["b_s"], law["c_s"], self._system.chunk_tokens)
+
+    def _prefill_state(self, index: int, now_s: float) -> PrefillState:
+        owed = self._owed[index]
+        works = [work for *_, work in owed.tickets]
+        progress = min(now_s - owed.busy_since_s, works[0]) if works else 0.0
+        deadlines = [deadline for deadline, *_ in owed.tickets]
+        return PrefillState(self._speed(index), deadlines, works, progress, self._policy.urgent)
+
+    def _decode_state(self, index: int) -> DecodeState:
+        law = self._decodes[index].decode.coefficients
+        cost = StepCost(law["a_s"], law["b_s"], law["c_s"])
+        running, tokens = self._promised[index]
+        return DecodeState(cost, running, tokens, self._system.decode_kv_tokens)
