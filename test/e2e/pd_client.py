@@ -75,7 +75,8 @@ class PdClient:
 
     async def _run(self, jobs: list[Job], timeout_s: float) -> list[tuple[int, Any]]:
         limits = aiohttp.ClientTimeout(total=timeout_s)
-        connector = aiohttp.TCPConnector(limit=0)
+        # SGLang closes idle connections after 5 s: on a slow machine a reused one is closed as we write.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(timeout=limits, connector=connector) as session:
             return list(await asyncio.gather(*(self._one(session, job) for job in jobs)))
 

@@ -224,7 +224,8 @@ async def replay(
     limit = asyncio.Semaphore(concurrency) if concurrency else None
     outcomes: list[Outcome] = []
     tasks: list[asyncio.Task[None]] = []
-    connector = aiohttp.TCPConnector(limit=0)
+    # A reused connection may be closed by the server just as we write: not the scheduler's fault.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     async with aiohttp.ClientSession(
         connector=connector, timeout=timeout, headers=headers, read_bufsize=2**20
