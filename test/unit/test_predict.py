@@ -164,7 +164,7 @@ def test_snapshot_survives_json_and_goes_on_learning_alike() -> None:
 
 
 def test_a_foreign_or_damaged_snapshot_is_refused() -> None:
-    with pytest.raises(ValueError, match="4 coefficients, expected 5"):
+    with pytest.raises(ValueError, match="kind: 'prefill_time', expected 'step_time'"):
         StepTimeModel.generic().restore(PrefillTimeModel.generic().snapshot())
     damaged = PrefillTimeModel.generic().snapshot()
     damaged["theta"][0] = float("nan")

@@ -5,41 +5,29 @@ scaled by its own duration, so that 5 % counts the same on a short step as on a 
     A     <- A - (1 - KEEP) (A u)(A u)' / (u' A u) + u u',     u = x / seconds
     theta <- theta + A^-1 u (1 - u . theta)
 Forgetting acts along u only (directional forgetting, Cao & Schwartz, Automatica 2000): what the
-current load does not exercise stays known. A time farther from its prediction than a few times the
-running error is first moved to that bound, and what was learnt before counts less from then on:
-one outlier does little, a lasting change gets through in a few steps.
+current load does not exercise stays known. Outliers are bounded (`error.Outliers`); when several
+come in a row the regime has changed, and what was learnt before counts less from then on.
 A negative coefficient is set to 0 and the others move to the optimum on that face.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sglang_kairos.predict.error import SHORTEST_S, ErrorWindow, Outliers, PredictError
+
+__all__ = ["PredictError", "Rls", "least_squares"]
+
 Vector = NDArray[np.float64]
 
 KEEP = 0.98
-CLIP = 3.0  # bound on a residual, in running mean errors ...
-CLIP_FLOOR = 0.1  # ... but never tighter than this
-DOUBT = 0.4  # what an observation beyond the bound leaves of earlier knowledge
+DOUBT = 0.4  # what a step of a new regime leaves of earlier knowledge
 PRIOR = 0.001  # weight of the first guess, in observations
-SHORTEST_S = 1e-5  # no step is shorter; keeps the arithmetic in range
-WINDOW = 256
-
-
-@dataclass(frozen=True, slots=True)
-class PredictError:
-    """Relative error of the latest predictions, made before their step ran; all observed so far."""
-
-    mape: float
-    p90: float
-    samples: int
 
 
 class Rls:
@@ -51,30 +39,33 @@ class Rls:
         weight = PRIOR / max(float(self._theta.sum()), 1e-9) ** 2
         self._prior = weight * np.eye(len(self._theta))
         self._information = self._prior.copy()
-        self._spread = 10.0
-        self._errors: deque[float] = deque(maxlen=WINDOW)
-        self._samples = 0
+        self._outliers = Outliers()
+        self._window = ErrorWindow()
+        self._listed: list[float] | None = None
 
     @property
     def theta(self) -> list[float]:
         """The coefficients, per unit of each feature."""
-        theta: list[float] = (self._theta / self._scale).tolist()
-        return theta
+        if self._listed is None:
+            self._listed = (self._theta / self._scale).tolist()
+        return list(self._listed)
 
-    def observe(self, features: Sequence[float], seconds: float) -> None:
-        """One executed step. A time that is not positive and finite is ignored."""
+    def observe(
+        self, features: Sequence[float], seconds: float, predicted_s: float | None = None
+    ) -> tuple[float, bool]:
+        """One executed step. A time that is not positive and finite is ignored.
+
+        `predicted_s`: what was predicted where that is more than the law; error and outliers are
+        judged by it. Returns the time to learn from and whether what was learnt before is in doubt.
+        """
         if not 0.0 < seconds < math.inf:
-            return
+            return seconds, False
         x = np.asarray(features, float) / self._scale
-        expected = max(float(x @ self._theta), SHORTEST_S)
-        self._errors.append(abs(expected / seconds - 1.0))
-        self._samples += 1
-        ratio = max(seconds / expected, expected / seconds)
-        bound = 1.0 + max(CLIP_FLOOR, CLIP * self._spread)
-        if ratio > bound:
-            seconds = min(max(seconds, expected / bound), expected * bound)
+        expected = max(float(x @ self._theta) if predicted_s is None else predicted_s, SHORTEST_S)
+        self._window.add(expected, seconds)
+        seconds, doubt = self._outliers.bounded(expected, seconds)
+        if doubt:
             self._information += (1.0 - DOUBT) * (self._prior - self._information)
-        self._spread += 0.1 * (min(ratio - 1.0, 10.0 * max(self._spread, 0.02)) - self._spread)
         u = x / max(seconds, SHORTEST_S)
         seen = self._information @ u
         forgotten = (1.0 - KEEP) / float(u @ seen) * np.outer(seen, seen)
@@ -83,35 +74,69 @@ class Rls:
         theta = self._theta + gain * (1.0 - float(u @ self._theta))
         if np.isfinite(theta).all():
             self._information, self._theta = information, _nonnegative(information, theta)
+            self._listed = None
+        return seconds, doubt
 
     @property
     def error(self) -> PredictError:
-        """Over the last WINDOW observations; zeros before the first."""
-        if not self._errors:
-            return PredictError(0.0, 0.0, 0)
-        recent = np.asarray(self._errors)
-        return PredictError(float(recent.mean()), float(np.quantile(recent, 0.9)), self._samples)
+        """How wrong the latest predictions were."""
+        return self._window.error
+
+    def upper_ratio(self, quantile: float) -> float:
+        """Upper bound of measured over predicted, see `ErrorWindow.upper_ratio`."""
+        return self._window.upper_ratio(quantile)
 
     def snapshot(self) -> dict[str, Any]:
-        """All state but the error window, as JSON scalars and lists."""
+        """What was learnt, as JSON scalars and lists; errors are of this process and stay here."""
         return {
             "theta": self.theta,
             "information": self._information.tolist(),
-            "spread": self._spread,
-            "samples": self._samples,
+            "spread": self._outliers.spread,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a `snapshot`; ValueError when it is of another model or damaged."""
-        theta = np.asarray(state["theta"], float)
-        information = np.asarray(state["information"], float)
-        if theta.shape != self._theta.shape or information.shape != self._information.shape:
-            raise ValueError(f"snapshot of {theta.size} coefficients, expected {self._theta.size}")
-        if not (np.isfinite(theta).all() and np.isfinite(information).all() and (theta >= 0).all()):
-            raise ValueError("snapshot holds a coefficient that is negative or not finite")
+        theta = array_of(state, "theta", self._theta.shape)
+        information = array_of(state, "information", self._information.shape)
+        spread = float(array_of(state, "spread", ()))
+        if (theta < 0).any():
+            raise ValueError("theta: holds a coefficient that is negative")
+        if spread < 0 or not np.allclose(information, information.T):
+            raise ValueError("information or spread: damaged")
+        eigenvalues = np.linalg.eigvalsh(information)
+        if eigenvalues[0] < -1e-9 * eigenvalues[-1] or eigenvalues[-1] <= 0:
+            raise ValueError("information: must be positive definite")
         self._theta, self._information = theta * self._scale, information
-        self._spread, self._samples = float(state["spread"]), int(state["samples"])
-        self._errors.clear()
+        self._outliers = Outliers()
+        self._outliers.spread = spread
+        self._listed = None
+
+
+def check_kind(state: Mapping[str, Any], kind: str) -> None:
+    """ValueError unless this is a snapshot of that kind of model."""
+    if state.get("kind") != kind:
+        raise ValueError(f"kind: {state.get('kind')!r}, expected {kind!r}")
+
+
+def mapping_of(state: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    """A nested object out of a snapshot; ValueError naming the field otherwise."""
+    found = state.get(field)
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{field}: missing or not an object")
+    return found
+
+
+def array_of(state: Mapping[str, Any], field: str, shape: tuple[int, ...]) -> Vector:
+    """A finite array of this shape out of a snapshot; ValueError naming the field otherwise."""
+    try:
+        found = np.asarray(state[field], float)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{field}: missing or not made of numbers") from None
+    if found.shape != shape:
+        raise ValueError(f"{field}: shape {found.shape}, expected {shape}")
+    if not np.isfinite(found).all():
+        raise ValueError(f"{field}: holds a number that is not finite")
+    return found
 
 
 def least_squares(

@@ -17,7 +17,7 @@ from sglang_kairos.sim.prefill import PrefillServer
 from sglang_kairos.sim.request import SimRequest
 from sglang_kairos.sim.router import Router
 from sglang_kairos.sim.times import System
-from sglang_kairos.tools.replay import Result
+from sglang_kairos.tools.replay import OK, Result
 from sglang_kairos.tools.traces import MOONCAKE_BLOCK_TOKENS, Request
 
 HONEST = PredictionError()
@@ -51,7 +51,7 @@ class Cluster:
             Predictor(system.times, error, f"{seed}/d{i}") for i in range(setup.decodes)
         ]
         self.router = Router(system, policy, prefill_minds, decode_minds, seed)
-        block_tokens = rows[0].block_tokens if rows else MOONCAKE_BLOCK_TOKENS
+        block_tokens = cache_block_tokens(rows)
         self.prefills = [
             PrefillServer(
                 self.clock, system, policy, mind, block_tokens, self._prefilled, self._arrived
@@ -82,8 +82,24 @@ class Cluster:
             "prefill_busy": sum(s.busy_s for s in self.prefills) / span / len(self.prefills),
             "decode_busy": sum(s.busy_s for s in self.decodes) / span / len(self.decodes),
             "cache_hit": sum(req.hit for req in self.requests) / prompt,
+            "arrival_tokens_per_s": self._tokens_while_arriving_per_s(),
             "counters": dict(sorted(counters.items())),
         }
+
+    def _tokens_while_arriving_per_s(self) -> float | None:
+        """Output tokens per second until the last arrival: the drain after it, whose length one
+        late long request decides, is left out. A request's tokens count as evenly spread."""
+        until = self.requests[-1].arrival_s if self.requests else 0.0
+        if until <= 0.0:
+            return None
+        tokens = 0.0
+        for req in self.requests:
+            if req.status != OK or req.first_token_s >= until:
+                continue
+            lasted = req.last_token_s - req.first_token_s
+            share = 1.0 if req.last_token_s <= until else (until - req.first_token_s) / lasted
+            tokens += share * req.emitted
+        return tokens / until
 
     def _arrive(self, req: SimRequest) -> None:
         why = too_large(req, self.setup.system)
@@ -125,6 +141,11 @@ def make_requests(rows: Sequence[Request], setup: Setup) -> list[SimRequest]:
             )
         )
     return requests
+
+
+def cache_block_tokens(rows: Sequence[Request]) -> int:
+    """Size of the trace's cache blocks; any will do if it names none."""
+    return next((row.block_tokens for row in rows if row.hash_ids), MOONCAKE_BLOCK_TOKENS)
 
 
 def too_large(req: SimRequest, system: System) -> str:

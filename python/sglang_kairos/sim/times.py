@@ -1,10 +1,17 @@
-"""How long steps really take in the simulated cluster, and how big its servers are."""
+"""How long steps really take in the simulated cluster, and how big its servers are.
+
+`SYSTEMS` are the built-in ones: laws fitted to step times of aiconfigurator-core and stored in
+`data/systems.json`, which `scripts/fit_systems.py` writes. `systems.load_system` can put the step
+times themselves in the laws' place.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from typing import Any, Protocol
 
 from sglang_kairos.predict.prefill_time import PrefillTimeModel
 from sglang_kairos.predict.step_time import StepTimeModel
@@ -41,13 +48,13 @@ class StepTimes(Protocol):
 class LawTimes:
     """Step times that follow the predictors' own laws exactly.
 
-    `prefill`: a, b, c, d of `predict.prefill_time`. `decode`: a, b, the knees' d_j and c of
-    `predict.step_time`.
+    `prefill`: a, b, c, d and maybe e of `predict.prefill_time`. `decode`: a, b, the knees' d_j and
+    c of `predict.step_time`.
     """
 
     def __init__(
         self,
-        prefill: tuple[float, float, float, float],
+        prefill: tuple[float, ...],
         decode: tuple[float, float, float, float, float],
         captured_sizes: Sequence[int] | None = CAPTURED_SIZES,
     ) -> None:
@@ -96,26 +103,64 @@ class System:
     notes: tuple[str, ...] = field(default=())
 
 
-# MiniMax-M2.5, TP4 on H200 SXM, SGLang. The laws are `predict.*.fit` of step times computed with
-# aiconfigurator-core 0.12.0 (SGLang 0.5.14 operator database): 81 prefill points (prefix up to
-# 131,072, 64 to 16,384 new tokens), mean error 2.3 %; 180 decode points (batch 1 to 512, context
-# 256 to 131,072 each), mean error 1.8 %, largest 6.6 %.
-MINIMAX_M25_H200_TP4 = System(
-    LawTimes(
-        (1.9055697686809907e-2, 1.405754143434806e-5, 5.675340609602099e-10, 0.0),
-        (
-            4.487385074560402e-3,
-            1.932787008939443e-5,
-            3.623066603439634e-4,
-            1.511747182655648e-4,
-            1.2688752266510454e-8,
-        ),
-    ),
-    notes=(
-        "step times: laws fitted to aiconfigurator-core 0.12.0, H200 SXM, SGLang 0.5.14, TP4",
-        "assumed: 1,000,000 KV tokens a server, 253,952 bytes a token (62 layers x 2 x 8 heads x "
-        "128 in bf16), 100 GB/s and 5 ms for the KV transfer",
-    ),
-)
+def captured_up_to(largest: int) -> tuple[int, ...]:
+    """SGLang's captured decode batches when told to stop at `largest`."""
+    return tuple(size for size in CAPTURED_SIZES if size <= largest)
 
-SYSTEMS = {"minimax-m2.5-h200-tp4": MINIMAX_M25_H200_TP4}
+
+def built_in() -> dict[str, dict[str, Any]]:
+    """`data/systems.json`: name -> sizes, laws and where each came from."""
+    text = files("sglang_kairos.sim").joinpath("data/systems.json").read_text("utf-8")
+    entries: dict[str, dict[str, Any]] = json.loads(text)
+    return entries
+
+
+def system_of(entry: Mapping[str, Any], times: StepTimes, about_times: str) -> System:
+    """A System of an entry's sizes with these step times; the notes say where all came from."""
+    system = System(
+        times,
+        chunk_tokens=entry["chunk_tokens"],
+        prefill_kv_tokens=entry["kv_tokens"],
+        decode_kv_tokens=entry["kv_tokens"],
+        max_running=entry["largest_captured"],
+        kv_bytes=float(entry["kv_bytes"]),
+    )
+    notes = [
+        f"step times: {about_times}",
+        f"{entry['kv_tokens']:,} KV tokens a server: {entry['kv_tokens_from']}",
+        f"{entry['kv_bytes']:,} bytes of KV a token: {entry['kv_bytes_from']}",
+        f"assumed: {system.link_bytes_per_s / 1e9:g} GB/s and {system.link_latency_s * 1e3:g} ms "
+        f"for the KV transfer, chunks of {system.chunk_tokens} tokens",
+    ]
+    return replace(system, notes=(*notes, *entry["remarks"]))
+
+
+def law_of(entry: Mapping[str, Any]) -> LawTimes:
+    """The laws stored with an entry."""
+    prefill, decode = entry["prefill"]["coefficients"], entry["decode"]["coefficients"]
+    return LawTimes(tuple(prefill), tuple(decode), captured_up_to(entry["largest_captured"]))
+
+
+def origin(entry: Mapping[str, Any]) -> str:
+    """Where an entry's step times come from, in words."""
+    return (
+        f"{entry['package']}, H200 SXM, SGLang {entry['database']} operator database, "
+        f"{entry['model']} TP{entry['tp']}, KV cache in {entry['kv_cache']}"
+    )
+
+
+def law_note(entry: Mapping[str, Any]) -> str:
+    """How well an entry's laws fit."""
+    parts = [
+        f"{phase} {law['points']} points, mean error {law['mean_error']:.1%}, "
+        f"largest {law['max_error']:.1%}"
+        for phase, law in (("prefill", entry["prefill"]), ("decode", entry["decode"]))
+    ]
+    return "; ".join(parts)
+
+
+SYSTEMS: dict[str, System] = {
+    name: system_of(entry, law_of(entry), f"laws fitted to {origin(entry)} ({law_note(entry)})")
+    for name, entry in built_in().items()
+}
+MINIMAX_M25_H200_TP4 = SYSTEMS["minimax-m2.5-h200-tp4"]

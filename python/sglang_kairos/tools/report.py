@@ -99,12 +99,12 @@ def write_png(path: Path, runs: Sequence[Run], title: str) -> None:
     import matplotlib.pyplot as plt
 
     groups = by_policy(runs)
-    colours = dict(zip(groups, _colours(list(groups)), strict=True))
+    colours = dict(zip(groups, colours_of(list(groups)), strict=True))
     figure, (bars, curves, payers) = plt.subplots(1, 3, figsize=(17, 5.2), layout="constrained")
     figure.suptitle(title + "\n", fontsize=12)
     _draw_attainment(bars, groups, colours)
-    _draw_ttft(curves, groups, colours)
-    _draw_payers(payers, groups, colours)
+    draw_ttft(curves, groups, colours)
+    draw_payers(payers, groups, colours)
     for axes in (bars, curves, payers):
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
@@ -114,7 +114,8 @@ def write_png(path: Path, runs: Sequence[Run], title: str) -> None:
     plt.close(figure)
 
 
-def _colours(policies: list[str]) -> list[str]:
+def colours_of(policies: list[str]) -> list[str]:
+    """One per policy: greys, and red for kairos."""
     greys = iter(("#9aa5b1", "#6f8fb5", "#c2a15f", "#8a7fb0", "#7fae9b", "#b08f8f") * 4)
     return ["#d1495b" if policy == "kairos" else next(greys) for policy in policies]
 
@@ -139,7 +140,8 @@ def _draw_attainment(axes: Any, groups: Mapping[str, list[Run]], colours: dict[s
     axes.grid(axis="y", alpha=0.3)
 
 
-def _draw_ttft(axes: Any, groups: Mapping[str, list[Run]], colours: dict[str, str]) -> None:
+def draw_ttft(axes: Any, groups: Mapping[str, list[Run]], colours: dict[str, str]) -> None:
+    """Share of requests answered within each TTFT, of all runs of a policy."""
     targets = {o.ttft_slo_ms for group in groups.values() for run in group for o in _all(run)}
     for policy, group in groups.items():
         outcomes = [outcome for run in group for outcome in _all(run)]
@@ -151,7 +153,7 @@ def _draw_ttft(axes: Any, groups: Mapping[str, list[Run]], colours: dict[str, st
         axes.axvline(target, color="#333333", linestyle="--", linewidth=1)
         axes.annotate(f" target {target:g} s", (target, 3), fontsize=9)
     axes.set_xscale("log")
-    _plain_numbers(axes.xaxis)
+    plain_numbers(axes.xaxis)
     axes.set_ylim(0, 102)
     axes.set_xlabel("time to first token, s")
     axes.set_ylabel("requests answered within, % of sent")
@@ -159,7 +161,8 @@ def _draw_ttft(axes: Any, groups: Mapping[str, list[Run]], colours: dict[str, st
     axes.grid(alpha=0.3)
 
 
-def _draw_payers(axes: Any, groups: Mapping[str, list[Run]], colours: dict[str, str]) -> None:
+def draw_payers(axes: Any, groups: Mapping[str, list[Run]], colours: dict[str, str]) -> None:
+    """Mean wait by prompt length, a tenth of the requests each."""
     labels: list[str] = []
     for policy, group in groups.items():
         outcomes = sorted((o for run in group for o in _all(run)), key=lambda o: o.input_tokens)
@@ -174,7 +177,7 @@ def _draw_payers(axes: Any, groups: Mapping[str, list[Run]], colours: dict[str, 
             label=policy,
         )
     axes.set_yscale("log")
-    _plain_numbers(axes.yaxis)
+    plain_numbers(axes.yaxis)
     axes.set_xticks(range(1, len(labels) + 1), [f"≤{label}" for label in labels], fontsize=8)
     axes.set_xlabel("prompt length, tokens (a tenth of the requests each)")
     axes.set_ylabel("mean time to first token, s")
@@ -182,7 +185,7 @@ def _draw_payers(axes: Any, groups: Mapping[str, list[Run]], colours: dict[str, 
     axes.grid(alpha=0.3)
 
 
-def _plain_numbers(axis: Any) -> None:
+def plain_numbers(axis: Any) -> None:
     """Labels 0.1, 0.2, 0.5, 1, … on a logarithmic axis instead of powers."""
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")

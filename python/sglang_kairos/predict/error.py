@@ -1,0 +1,107 @@
+"""How far predictions are off: their error, an upper bound for the next, and what is an outlier."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from dataclasses import dataclass
+
+WINDOW = 256  # latest predictions that count
+MOST = 10.0  # no single relative error counts more than this
+SHORTEST_S = 1e-5  # no step is shorter; keeps the arithmetic in range
+
+CLIP = 3.0  # bound on a residual, in running mean errors ...
+CLIP_FLOOR = 0.1  # ... but never tighter than this
+LONGEST_RUN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class PredictError:
+    """Relative error of the latest predictions, made before their step ran.
+
+    `mape`: mean of |predicted / measured - 1|; `p90`: its 90 % quantile; `bias`: mean of
+    predicted / measured - 1, positive when predictions are too long; over the last WINDOW steps.
+    `samples`: all steps observed by this process.
+    """
+
+    mape: float
+    p90: float
+    samples: int
+    bias: float = 0.0
+
+
+class ErrorWindow:
+    """The last WINDOW predictions with what was measured; sorted as they come, so reading is cheap."""
+
+    def __init__(self) -> None:
+        self._latest: deque[tuple[float, float]] = deque()
+        self._errors: list[float] = []
+        self._ratios: list[float] = []
+        self._samples = 0
+
+    def add(self, predicted_s: float, measured_s: float) -> None:
+        """A step took `measured_s` (positive, finite)."""
+        error = float(min(predicted_s / measured_s - 1.0, MOST))
+        ratio = float(min(measured_s / max(predicted_s, SHORTEST_S), MOST))
+        if len(self._latest) == WINDOW:
+            old_error, old_ratio = self._latest.popleft()
+            del self._errors[bisect_left(self._errors, abs(old_error))]
+            del self._ratios[bisect_left(self._ratios, old_ratio)]
+        self._latest.append((error, ratio))
+        insort(self._errors, abs(error))
+        insort(self._ratios, ratio)
+        self._samples += 1
+
+    @property
+    def error(self) -> PredictError:
+        """Zeros before the first step."""
+        count = len(self._errors)
+        if not count:
+            return PredictError(0.0, 0.0, 0)
+        mape = sum(self._errors) / count
+        bias = sum(error for error, _ in self._latest) / count
+        return PredictError(mape, self._errors[_rank(0.9, count)], self._samples, bias)
+
+    def upper_ratio(self, quantile: float) -> float:
+        """A step takes at most this times its prediction with probability `quantile`, in (0, 1).
+
+        The split-conformal quantile of measured / predicted: valid without a distribution, as long
+        as the next step is like the last WINDOW. Too few steps for it: the largest ratio seen. No
+        step: 1. ValueError for a quantile that is none.
+        """
+        if not 0.0 < quantile < 1.0:
+            raise ValueError(f"quantile must be between 0 and 1, got {quantile!r}")
+        count = len(self._ratios)
+        return self._ratios[_rank(quantile, count)] if count else 1.0
+
+
+def _rank(quantile: float, count: int) -> int:
+    return min(count, math.ceil((count + 1) * quantile)) - 1
+
+
+class Outliers:
+    """Bounds how far one measured time may pull, and tells a hiccup from a change.
+
+    A time farther from its prediction than CLIP running mean errors is moved to that bound. Every
+    further one on the same side in a row widens the bound by the same factor and casts doubt on
+    what was learnt before: one outlier does little, a lasting change gets through in a few steps.
+    """
+
+    def __init__(self) -> None:
+        self.spread = 10.0
+        self._run = 0
+
+    def bounded(self, predicted_s: float, measured_s: float) -> tuple[float, bool]:
+        """The time to learn from, and whether earlier knowledge is in doubt."""
+        ratio = max(measured_s / predicted_s, predicted_s / measured_s)
+        bound = 1.0 + max(CLIP_FLOOR, CLIP * self.spread)
+        self.spread += 0.1 * (min(ratio, bound) - 1.0 - self.spread)
+        if ratio <= bound:
+            self._run = 0
+            return measured_s, False
+        side = 1 if measured_s > predicted_s else -1
+        self._run = self._run + side if self._run * side > 0 else side
+        run = min(abs(self._run), LONGEST_RUN)
+        reach = bound**run
+        return min(max(measured_s, predicted_s / reach), predicted_s * reach), run > 1

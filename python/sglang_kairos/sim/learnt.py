@@ -1,0 +1,102 @@
+"""A cluster whose servers have run for a while, for comparison with real ones on a CPU.
+
+What `cluster` leaves out and a measurement has in it: predictors that start calibrated and go on
+learning from noisy steps, the circuit breaker that watches their error (`engine/decode.py`,
+`_trusted`), and SGLang's overlap loop where the forward runs inside the launch, as on a CPU: there
+a prefill step's result is looked at, and its KV sent, only after the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sglang_kairos.sim.cluster import Cluster, Setup
+from sglang_kairos.sim.decode import DecodeServer
+from sglang_kairos.sim.policies import Policy
+from sglang_kairos.sim.predictions import PredictionError, Predictor
+from sglang_kairos.sim.prefill import PrefillServer
+from sglang_kairos.sim.request import SimRequest
+from sglang_kairos.sim.times import StepTimes
+from sglang_kairos.tools.traces import Request
+
+# As in engine/decode.py.
+LEARNT_STEPS = 32
+
+
+class LearntCluster(Cluster):
+    """A `Cluster` of the servers below. `late_results`: prefill results wait for the next step."""
+
+    def __init__(
+        self, setup: Setup, policy: Policy, rows: Sequence[Request], late_results: bool
+    ) -> None:
+        super().__init__(setup, policy, rows)
+        system, seed = setup.system, setup.seed
+        kind = LatePrefillServer if late_results else PrefillServer
+        self.prefills = [
+            kind(
+                self.clock,
+                system,
+                policy,
+                learning(system.times, f"{seed}/p{index}"),
+                server.cache.block_tokens,
+                self._prefilled,
+                self._arrived,
+            )
+            for index, server in enumerate(self.prefills)
+        ]
+        self.decodes = [
+            GuardedDecodeServer(
+                self.clock,
+                system,
+                policy,
+                learning(system.times, f"{seed}/d{index}"),
+                self._reserved,
+                self.router.finished,
+            )
+            for index in range(setup.decodes)
+        ]
+
+
+def learning(times: StepTimes, seed: str) -> Predictor:
+    """Predictors that start from the hardware's laws and observe every step."""
+    predictor = Predictor(times, PredictionError(learn=True), seed)
+    predictor.prefill, predictor.decode = times.prefill_model(), times.decode_model()
+    return predictor
+
+
+class LatePrefillServer(PrefillServer):
+    """Sends a step's KV after the next step, or at once if there is none."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._results: list[tuple[SimRequest, int]] = []
+
+    def _send(self, req: SimRequest, tokens: int) -> None:
+        self._results.append((req, tokens))
+
+    def _ended(self, *step: Any) -> None:
+        self._look_at_results()
+        super()._ended(*step)
+
+    def _step(self) -> None:
+        super()._step()
+        if not self._busy:
+            self._look_at_results()
+
+    def _look_at_results(self) -> None:
+        results, self._results = self._results, []
+        for req, tokens in results:
+            super()._send(req, tokens)
+
+
+class GuardedDecodeServer(DecodeServer):
+    """Parks nobody while decode steps are predicted worse than `max_step_error`."""
+
+    def _choose(self) -> list[int] | None:
+        error = self._predictor.decode.error
+        limit = self._policy.config.max_step_error
+        if error.samples < LEARNT_STEPS or error.mape > limit:
+            self.counters["breaker_steps"] += 1
+            return None
+        return super()._choose()

@@ -1,0 +1,140 @@
+"""The simulator decides on recorded queues as the real servers did that recorded them.
+
+`data/decisions.jsonl.gz`: decisions of Kairos on real SGLang servers, one JSON object a line, made by
+`python -m benchmark.record_decisions`. Each holds the queue as the engine saw it and what it decided.
+Here the same queue is set up in a simulated server, whose own code then has to decide the same.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sglang_kairos.policy.urgency import PrefillPlan
+from sglang_kairos.predict.prefill_time import PrefillTimeModel
+from sglang_kairos.predict.step_time import StepTimeModel
+from sglang_kairos.sim.cluster import Cluster, Setup
+from sglang_kairos.sim.decode import CONTEXT, FIRST_S, LAST_S, TPOT_S
+from sglang_kairos.sim.policies import POLICIES
+from sglang_kairos.sim.request import SimRequest
+from sglang_kairos.sim.times import LawTimes, System
+from sglang_kairos.tools.traces import Request
+
+RECORDED = Path(__file__).parent / "data" / "decisions.jsonl.gz"
+RECORDS: list[dict[str, Any]] = [
+    json.loads(line) for line in gzip.decompress(RECORDED.read_bytes()).decode().splitlines()
+]
+PREFILL = [record for record in RECORDS if record["kind"] == "prefill"]
+DECODE = [record for record in RECORDS if record["kind"] == "decode"]
+KAIROS = POLICIES["kairos"]
+
+
+def cluster_of(chunk_tokens: int, free_tokens: int, **settings: Any) -> Cluster:
+    """An empty cluster at time 0 with these Kairos settings."""
+    times = LawTimes((1.0, 0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0, 0.0), None)
+    system = System(times, chunk_tokens=chunk_tokens, prefill_kv_tokens=free_tokens)
+    config = replace(KAIROS.config, **settings)
+    return Cluster(Setup(system), replace(KAIROS, config=config), [])
+
+
+def job(index: int, prompt: int, deadline_s: float) -> SimRequest:
+    """A request due at `deadline_s`, which is all that its arrival and target are good for here."""
+    row = Request(deadline_s, max(1, prompt), 1)
+    return SimRequest(index=index, row=row, ttft_s=0.0, tpot_s=1.0)
+
+
+def planned_by_simulator(record: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> PrefillPlan:
+    """The plan of a simulated prefill server with the queue of `record`, at time 0."""
+    cluster = cluster_of(
+        record["chunk_tokens"],
+        record["free_tokens"],
+        handoff_ms=0.0,  # the recorded deadlines have it taken off
+        margin=record["margin"],
+        max_paused=record["max_paused"],
+    )
+    server = cluster.prefills[0]
+
+    def mark_as_recorded(jobs: list[SimRequest]) -> None:
+        for req in jobs:
+            req.starving = record["starving"][req.index]
+
+    # Who is starving follows from the whole run so far, not from this queue.
+    monkeypatch.setattr(server, "_mark_starving", mark_as_recorded)
+    server._predictor.prefill = PrefillTimeModel(*record["law"])
+    columns = zip(
+        record["tokens"], record["prefix"], record["deadline_s"], record["partial"], strict=True
+    )
+    for index, (tokens, prefix, deadline_s, partial) in enumerate(columns):
+        req = job(index, tokens + prefix, deadline_s)
+        if not partial:
+            req.matched = prefix
+            server.waiting.append(req)
+            continue
+        req.done = prefix
+        if index == record["current"]:
+            server.slot = req
+        else:
+            overdue = index == record["forced"]
+            req.paused_since_s = -1e9 if overdue else 0.0
+            server.paused.append(req)
+    return server._plan()[0]
+
+
+def step_model(record: dict[str, Any]) -> StepTimeModel:
+    """The decode predictor as it was: all that it had learnt, or a law's a, b, d_1, d_2, c."""
+    if "model" in record:
+        model = StepTimeModel.generic()
+        model.restore(record["model"])
+        return model
+    a, b, near, far, c = record["law"]
+    return StepTimeModel(a, b, c, None, (near, far))
+
+
+def test_the_recording_is_worth_replaying() -> None:
+    assert min(len(PREFILL), len(DECODE)) >= 40
+    assert sum(record["order"] != sorted(record["order"]) for record in PREFILL) >= 20
+    assert any(record["current"] >= 0 and record["slot"] != record["current"] for record in PREFILL)
+    assert any(len(record["run"]) < len(record["slack_s"]) for record in DECODE)
+    assert any(len(record["run"]) == len(record["slack_s"]) for record in DECODE)
+
+
+@pytest.mark.parametrize("record", PREFILL, ids=range(len(PREFILL)))
+def test_prefill_is_planned_as_recorded(
+    record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned_by_simulator(record, monkeypatch)
+    told = (plan.order, plan.slot, plan.chunk_limit, plan.on_time, plan.hold)
+    names = ("order", "slot", "chunk_limit", "on_time", "hold")
+    assert told == tuple(record[name] for name in names)
+
+
+@pytest.mark.parametrize("record", PREFILL, ids=range(len(PREFILL)))
+def test_remaining_work_is_predicted_as_recorded(record: dict[str, Any]) -> None:
+    law = PrefillTimeModel(*record["law"])
+    work = law.remaining_s(record["tokens"], record["prefix"], record["chunk_tokens"])
+    assert (work * (1 + record["margin"])).tolist() == record["work_s"]
+
+
+@pytest.mark.parametrize("record", DECODE, ids=range(len(DECODE)))
+def test_decode_runs_whom_the_record_ran(record: dict[str, Any]) -> None:
+    cluster = cluster_of(512, 1000, margin=record["margin"], max_itl_ms=1e3 * record["max_itl_s"])
+    server, count = cluster.decodes[0], len(record["slack_s"])
+    server._predictor.decode = step_model(record)
+    server.running = [job(index, 1, 0.0) for index in range(count)]
+    table = server._table
+    # At time 0 with nothing emitted, the slack is the time of the first token.
+    table[FIRST_S, :count] = record["slack_s"]
+    table[TPOT_S, :count] = record["tpot_s"]
+    table[CONTEXT, :count] = record["context_tokens"]
+    table[LAST_S, :count] = -np.array(record["silent_s"])
+    server._context = sum(record["context_tokens"])
+    server._tightest_s = min(record["tpot_s"])
+    chosen = server._choose()
+    assert (list(range(count)) if chosen is None else chosen) == record["run"]
+    assert server.counters[f"steps_{record['reason']}"] == 1
