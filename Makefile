@@ -3,10 +3,11 @@ PYTHON := .venv/bin/python
 TESTS ?= test
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+RESULTS_ARGS ?=
 CHECKED := python test benchmark scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap demo test test-all lint format clean distclean
+.PHONY: help bootstrap demo results test test-all lint format clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -16,6 +17,9 @@ bootstrap: ## build or update .venv (the targets below do it by themselves)
 
 demo: bootstrap ## stock SGLang against Kairos on real servers, on this machine (DEMO_ARGS=…)
 	@$(PYTHON) benchmark/demo.py $(DEMO_ARGS)
+
+results: bootstrap ## every simulated figure: docs/results/simulated.md (RESULTS_ARGS=…)
+	@$(PYTHON) -m benchmark.results_simulated $(RESULTS_ARGS)
 
 test: lint ## lint, then unit, simulator, end-to-end and fault tests (TESTS=…, PYTEST_ARGS=…)
 	@bash scripts/pytest.sh -m "not slow" $(TESTS) $(PYTEST_ARGS)
