@@ -223,8 +223,8 @@ def _goals(measured: Measured) -> str:
         [
             "## Goals\n",
             _table(("goal", "wanted", "lowest to highest (mean)", "cells", "where"), goals),
-            "TTFT attainment, %, where fcfs meets half. Over best: points above the best upstream policy,",
-            "of those that the bound leaves room for.\n",
+            "TTFT attainment, %, where fcfs meets half. Over best: points above the best upstream",
+            "policy, of those that the bound leaves room for.\n",
             _table(HALF_HEADER, rows),
         ]
     )

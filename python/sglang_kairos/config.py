@@ -114,6 +114,7 @@ class KairosConfig:
         low=-1,
         high=2**31,
     )
+    profile: str = _setting("", "file that keeps what was learnt about step times across restarts")
     decision_log: str = _setting("", "append every scheduling decision to this JSONL file")
 
     def __post_init__(self) -> None:

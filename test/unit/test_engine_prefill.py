@@ -1,4 +1,4 @@
-"""Pausing on a fake scheduler: who gets the chunk slot, and that nobody is lost on the way."""
+"""Planning on a fake scheduler: who gets the chunk slot, and that nobody is lost on the way."""
 
 from __future__ import annotations
 
@@ -8,73 +8,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sglang_kairos.config import KairosConfig
+from helpers.fake_prefill import Req, build, built, make_scheduler, make_state
 from sglang_kairos.engine import prefill, state
-from sglang_kairos.predict.prefill_time import PrefillTimeModel
-
-
-class Req:
-    """As much of SGLang's request as the glue looks at. `done` tokens of `length` are computed."""
-
-    def __init__(
-        self, rid: str, length: int, ttft_ms: float, done: int = 0, age_ms: float = 0
-    ) -> None:
-        self.rid = rid
-        self.origin_input_ids = [0] * length
-        self.output_ids: list[int] = []
-        self.extend_end = done or None
-        self.prefix_len = done
-        self.num_matched_prefix_tokens = 0
-        self.pending_bootstrap = False
-        wire = {"kairos": {"ttft_ms": ttft_ms, "tpot_ms": 50.0, "age_ms": age_ms}}
-        self.sampling_params = SimpleNamespace(custom_params=wire)
-        self.time_stats = SimpleNamespace(scheduler_recv_time=time.perf_counter())
-
-    def __repr__(self) -> str:
-        return self.rid
-
-
-def make_scheduler(waiting: list[Req], chunked: Req | None) -> Any:
-    return SimpleNamespace(
-        waiting_queue=list(waiting),
-        chunked_req=chunked,
-        _pending_chunked_abort_req=None,
-        chunked_prefill_size=512,
-        max_prefill_tokens=16384,
-        page_size=1,
-        tp_size=1,
-        device="cpu",
-        tree_cache=SimpleNamespace(disable=True, evictable_size=lambda: 0),
-        token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 100_000),
-        disaggregation_mode=SimpleNamespace(value="prefill"),
-        tp_worker=SimpleNamespace(get_decode_cuda_graph_bs=list),
-    )
 
 
 @pytest.fixture
 def kairos(monkeypatch: pytest.MonkeyPatch) -> state.KairosState:
-    """A prefill state whose predictor knows 100 us a token, as this process' current one."""
-    made = state.KairosState(make_scheduler([], None), KairosConfig())
-    made.prefill_time = PrefillTimeModel(1e-3, 1e-4, 0.0)
+    """A prefill state as this process' current one."""
+    made = make_state()
     monkeypatch.setattr(state, "CURRENT", made)
     return made
-
-
-def built(extend: list[int], prefix: list[int]) -> Any:
-    return SimpleNamespace(extend_lens=extend, prefix_lens=prefix, launch_ts=time.monotonic())
-
-
-def build(result: Any = SimpleNamespace(extend_lens=None)) -> Any:  # noqa: B008
-    """An upstream get_new_batch_prefill that notes what it was given."""
-
-    def original(scheduler: Any, running_batch: Any) -> Any:
-        prefill.calc_priority(lambda *a: None, None, scheduler.waiting_queue)
-        original.calls.append((scheduler.chunked_req, list(scheduler.waiting_queue)))
-        return SimpleNamespace(batch_to_run=result, running_batch=running_batch)
-
-    original.calls = []
-    return original
 
 
 def test_a_long_chunk_is_paused_for_urgent_prompts_that_fill_the_budget(
@@ -169,39 +115,6 @@ def test_pausing_can_be_switched_off(kairos: state.KairosState) -> None:
     assert scheduler.chunked_req is long and not kairos.paused
 
 
-def test_an_abort_reaches_a_paused_request_and_upstream_tears_it_down(
-    kairos: state.KairosState,
-) -> None:
-    gone, stays = Req("gone", 900, 1000, done=512), Req("stays", 900, 1000, done=512)
-    kairos.paused += [state.Paused(gone, 0.0), state.Paused(stays, 0.0)]
-    slot = Req("slot", 900, 1000, done=512)
-    scheduler = make_scheduler([], slot)
-    request = SimpleNamespace(abort_all=False, rid="gone")
-    prefill.abort_request(lambda *a: None, scheduler, request)
-    torn: list[Any] = []
-
-    def upstream(scheduler: Any) -> None:
-        req = scheduler._pending_chunked_abort_req
-        if req is not None:
-            assert scheduler.chunked_req is req
-            torn.append(req)
-            scheduler.chunked_req = scheduler._pending_chunked_abort_req = None
-
-    prefill.process_pending_chunked_abort(upstream, scheduler)
-    assert torn == [gone]
-    assert [entry.req for entry in kairos.paused] == [stays]
-    assert scheduler.chunked_req is slot
-
-
-def test_a_scheduler_with_paused_work_is_not_idle_and_reports_it(
-    kairos: state.KairosState,
-) -> None:
-    assert prefill.is_fully_idle(lambda *a, **k: True, None) is True
-    kairos.paused.append(state.Paused(Req("p", 1000, 1000, done=400), 0.0))
-    assert prefill.is_fully_idle(lambda *a, **k: True, None, for_health_check=True) is False
-    assert prefill.num_pending_tokens(lambda *a, **k: 50, None) == 650
-
-
 def test_a_request_paused_too_long_runs_next(kairos: state.KairosState) -> None:
     old = Req("old", 8000, ttft_ms=60_000, done=512)
     kairos.paused.append(state.Paused(old, kairos.now() - 61.0))
@@ -271,3 +184,139 @@ def test_the_predictor_learns_a_cpu_step_when_the_next_one_is_planned(
     assert kairos.prefill_time.error.samples == 1
     prefill.get_new_batch_prefill(build(), make_scheduler([], None), "r")
     assert kairos.prefill_time.error.samples == 1
+
+
+def test_a_crumb_for_a_short_partial_is_not_judged_by_a_long_prompt_in_the_queue(
+    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def worthwhile(prefix: float, chunk_tokens: int) -> int:
+        asked.append(prefix)
+        return 64
+
+    monkeypatch.setattr(kairos.prefill_time, "worthwhile_tokens", worthwhile)
+    matched = Req("matched", 9000, 5000)
+    scheduler = make_scheduler([matched], Req("slot", 1500, 60_000, done=700))
+    row = kairos.roster.rows([matched])[0]
+    kairos.roster.matched_tokens[row] = 8000
+    prefill.get_new_batch_prefill(build(), scheduler, "r")
+    assert asked == [700.0]
+
+
+def test_a_policy_that_loses_a_request_leaves_stock_behaviour(
+    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = SimpleNamespace(order=[0], slot=-1, chunk_limit=None, hold=[], on_time=1)
+    monkeypatch.setattr(prefill, "plan_prefill", lambda *a, **k: plan)
+    waiting = [Req("a", 9, 200), Req("b", 9, 100)]
+    upstream = build()
+    prefill.get_new_batch_prefill(upstream, make_scheduler(waiting, None), "r")
+    assert upstream.calls == [(None, waiting)]
+    assert kairos.counters["urgency_errors"] == 1
+
+
+def test_the_order_of_the_plan_survives_upstreams_own_sort(kairos: state.KairosState) -> None:
+    slow, soon = Req("slow", 10, 9000), Req("soon", 10, 100)
+    late_comer = Req("grammar", 10, 100)
+    seen: list[Any] = []
+
+    def upstream(scheduler: Any, running: Any) -> Any:
+        scheduler.waiting_queue.append(late_comer)  # its grammar is ready
+        sort = lambda policy, queue, *a: queue.sort(key=lambda req: req.rid, reverse=True)  # noqa: E731
+        prefill.calc_priority(sort, None, scheduler.waiting_queue)
+        seen.extend(scheduler.waiting_queue)
+        return SimpleNamespace(batch_to_run=None, running_batch=running)
+
+    prefill.get_new_batch_prefill(upstream, make_scheduler([slow, soon], None), "r")
+    assert seen == [soon, slow, late_comer]
+
+
+def test_a_starving_request_goes_first_and_pays_from_the_late_share(
+    kairos: state.KairosState,
+) -> None:
+    kairos.config = dataclasses.replace(kairos.config, max_wait=2.0)
+    kairos.roster._max_wait = 2.0
+    old = Req("old", 400, ttft_ms=100, age_ms=300_000)
+    fresh = [Req(f"f{i}", 300, ttft_ms=700) for i in range(3)]
+    kairos.late_share.earn(20_000)
+    before = kairos.late_share._balance
+    upstream = build(built([400], reqs=[old]))
+    prefill.get_new_batch_prefill(upstream, make_scheduler([*fresh, old], None), "r")
+    assert upstream.calls[0][1][0] is old
+    assert kairos.late_share._balance < before - 300
+
+
+@pytest.mark.parametrize("reason", ["enable_lora", "is_hybrid_swa", "require_mlp_sync"])
+def test_where_pausing_is_not_proven_the_chunk_runs_through(
+    monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    long = Req("long", 8000, ttft_ms=60_000, done=512)
+    scheduler = make_scheduler([Req(f"u{i}", 256, ttft_ms=200) for i in range(2)], long)
+    setattr(scheduler, reason, True)
+    made = make_state()
+    made.cannot_pause = state._cannot_pause(scheduler)
+    monkeypatch.setattr(state, "CURRENT", made)
+    prefill.get_new_batch_prefill(build(), scheduler, "r")
+    assert made.cannot_pause and scheduler.chunked_req is long and not made.paused
+    assert make_state().cannot_pause == ""
+
+
+def test_prefixes_are_looked_up_for_a_bounded_number_stalest_first(
+    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_up: list[Req] = []
+
+    def match(req: Req, cache: Any) -> None:
+        looked_up.append(req)
+        req.num_matched_prefix_tokens = 7
+
+    module = SimpleNamespace(match_kv_cache=match)
+    monkeypatch.setitem(__import__("sys").modules, "sglang.srt.mem_cache.common", module)
+    waiting = [Req(f"r{i}", 100, 1000) for i in range(100)]
+    scheduler = make_scheduler(waiting, None)
+    scheduler.tree_cache.disable = False
+    for _ in range(4):
+        prefill.get_new_batch_prefill(build(), scheduler, "r")
+    assert len(looked_up) == 100 and set(looked_up) == set(waiting)
+    assert (kairos.roster.matched_tokens[kairos.roster.rows(waiting)] == 7).all()
+
+
+sizes = st.integers(1, 3000)
+
+
+@given(
+    waiting=st.lists(st.tuples(sizes, st.integers(1, 9000)), max_size=12),
+    partials=st.lists(st.tuples(sizes, st.integers(1, 9000)), max_size=4),
+    free=st.integers(0, 9000),
+    admits=st.integers(0, 6),
+)
+def test_no_decision_loses_a_request(
+    waiting: list[tuple[int, int]], partials: list[tuple[int, int]], free: int, admits: int
+) -> None:
+    queue = [Req(f"w{i}", n, ttft) for i, (n, ttft) in enumerate(waiting)]
+    begun = [Req(f"p{i}", n + 1, ttft, done=1) for i, (n, ttft) in enumerate(partials)]
+    made = make_state()
+    made.paused = [state.Paused(req, made.now()) for req in begun[1:]]
+    scheduler = make_scheduler(queue, begun[0] if begun else None)
+    scheduler.token_to_kv_pool_allocator.available_size = lambda: free
+    gone: list[Req] = []
+
+    def upstream(scheduler: Any, running: Any) -> Any:
+        prefill.calc_priority(lambda *a: None, None, scheduler.waiting_queue)
+        gone.extend(scheduler.waiting_queue[:admits])
+        scheduler.waiting_queue = scheduler.waiting_queue[admits:]
+        batch = built([1]) if gone or scheduler.chunked_req else None
+        return SimpleNamespace(batch_to_run=batch, running_batch=running)
+
+    state.CURRENT = made
+    try:
+        prefill.get_new_batch_prefill(upstream, scheduler, "r")
+    finally:
+        state.CURRENT = None
+    slot = [scheduler.chunked_req] if scheduler.chunked_req else []
+    after = [*gone, *scheduler.waiting_queue, *slot, *(entry.req for entry in made.paused)]
+    assert sorted(map(repr, after)) == sorted(map(repr, [*queue, *begun]))
+    assert made.counters["urgency_errors"] == 0
+    assert len(made.paused) <= max(made.config.max_paused, len(begun))
+    assert not begun or gone or slot, "prefills have begun, but nothing runs"

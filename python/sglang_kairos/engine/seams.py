@@ -114,7 +114,7 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.process_pending_chunked_abort",
-        handler="sglang_kairos.engine.prefill:process_pending_chunked_abort",
+        handler="sglang_kairos.engine.pausing:process_pending_chunked_abort",
         process="scheduler",
         why="an aborted request that is paused must be torn down like the chunk in progress",
         how="lends each aborted paused request the chunk slot while upstream tears it down",
@@ -123,7 +123,7 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.abort_request",
-        handler="sglang_kairos.engine.prefill:abort_request",
+        handler="sglang_kairos.engine.pausing:abort_request",
         process="scheduler",
         why="an abort looks through upstream's queues only, a paused prefill is in none",
         how="marks matching paused requests, then runs upstream's",
@@ -131,8 +131,27 @@ SEAMS: tuple[Seam, ...] = (
         fingerprints={"0.5.23": "cebc4184977cd857"},
     ),
     Seam(
+        target="sglang.srt.managers.scheduler:Scheduler._collect_inflight_batches",
+        handler="sglang_kairos.engine.pausing:collect_inflight_batches",
+        process="scheduler",
+        why="running timeouts and weight-version records look for started requests in batches only",
+        how="adds the paused requests as one more batch",
+        gone_when="pausing is upstream",
+        fingerprints={"0.5.23": "981b1ac61118ddba"},
+    ),
+    Seam(
+        target="sglang.srt.disaggregation.prefill:"
+        "SchedulerDisaggregationPrefillMixin.resolve_waiting_queue_bootstrap",
+        handler="sglang_kairos.engine.pausing:resolve_waiting_queue_bootstrap",
+        process="scheduler",
+        why="a paused request whose decode peer failed would keep its KV until it is resumed",
+        how="lets the paused stand in the waiting queue while upstream polls that queue's senders",
+        gone_when="pausing is upstream",
+        fingerprints={"0.5.23": "0e7f8e816d0c1555"},
+    ),
+    Seam(
         target="sglang.srt.managers.scheduler:Scheduler.is_fully_idle",
-        handler="sglang_kairos.engine.prefill:is_fully_idle",
+        handler="sglang_kairos.engine.pausing:is_fully_idle",
         process="scheduler",
         why="idle checks and cache flushes would run over the KV of a paused prefill",
         how="not idle while anything is paused",
@@ -151,12 +170,52 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         target="sglang.srt.managers.scheduler_components.load_inquirer:"
         "SchedulerLoadInquirer._get_num_pending_tokens",
-        handler="sglang_kairos.engine.prefill:num_pending_tokens",
+        handler="sglang_kairos.engine.pausing:num_pending_tokens",
         process="scheduler",
         why="load reports would not count the work left in paused prefills",
         how="adds it",
         gone_when="pausing is upstream",
         fingerprints={"0.5.23": "7915cd6491be23b3"},
+    ),
+    Seam(
+        target="sglang.srt.managers.scheduler_components.load_inquirer:"
+        "SchedulerLoadInquirer.get_num_waiting_uncached_tokens",
+        handler="sglang_kairos.engine.pausing:num_waiting_uncached_tokens",
+        process="scheduler",
+        why="load reports would not count the work left in paused prefills",
+        how="adds it",
+        gone_when="pausing is upstream",
+        fingerprints={"0.5.23": "3b9d0ea0e1ae0fa0"},
+    ),
+    Seam(
+        target="sglang.srt.managers.scheduler_components.load_inquirer:"
+        "SchedulerLoadInquirer.get_loads",
+        handler="sglang_kairos.engine.pausing:get_loads",
+        process="scheduler",
+        why="/v1/loads and data-parallel balancing would not see the paused requests",
+        how="counts them as waiting and adds the tokens they still need",
+        gone_when="pausing is upstream",
+        fingerprints={"0.5.23": "2bad1914b5d61190"},
+    ),
+    Seam(
+        target="sglang.srt.managers.scheduler_components.metrics_reporter:"
+        "SchedulerMetricsReporter.report_prefill_stats",
+        handler="sglang_kairos.engine.pausing:report_with_paused",
+        process="scheduler",
+        why="the log's #queue-req and the Prometheus queue gauges count the waiting queue only",
+        how="lets the paused stand in the waiting queue meanwhile",
+        gone_when="pausing is upstream",
+        fingerprints={"0.5.23": "25f50a03ae0ee2bc"},
+    ),
+    Seam(
+        target="sglang.srt.managers.scheduler_components.metrics_reporter:"
+        "SchedulerMetricsReporter._build_queued_request_metrics",
+        handler="sglang_kairos.engine.pausing:report_with_paused",
+        process="scheduler",
+        why="forward-pass metrics describe the waiting queue only",
+        how="lets the paused stand in the waiting queue meanwhile",
+        gone_when="pausing is upstream",
+        fingerprints={"0.5.23": "a42176bd00bdbb8e"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler_components.internal_state:"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +13,11 @@ from typing import Any, TextIO, TypeVar
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine.chaos import Chaos
 from sglang_kairos.engine.plugin import INSTALLED, active_config
+from sglang_kairos.engine.profile import Profile
+from sglang_kairos.engine.ranks import Clock, agreement
+from sglang_kairos.engine.roster import Roster
 from sglang_kairos.policy.urgency import LateShare, PrefillPlan
-from sglang_kairos.predict.prefill_time import PrefillTimeModel
-from sglang_kairos.predict.step_time import StepTimeModel
-from sglang_kairos.slo import WIRE_KEY, Slo, SloError, SloTable, from_wire
+from sglang_kairos.slo import WIRE_KEY, RequestSlo, Slo, SloError, SloTable, from_wire
 
 logger = logging.getLogger("sglang_kairos")
 
@@ -27,13 +27,15 @@ LOGGED_ERRORS = 5  # the rest is only counted, or a broken step would fill the d
 
 @dataclass(slots=True)
 class Promise:
-    """What Kairos keeps for one request. Times are `time.perf_counter` seconds of this process."""
+    """What Kairos keeps for one request. Times are `time.perf_counter` seconds of this process.
+
+    `paused_s` is how long its prefill sat out in all, the pause it may be in excepted.
+    """
 
     slo: Slo
     arrival_s: float
-    matched_at_plan: int = -1_000_000
     first_token_s: float | None = None
-    starving: bool = False
+    paused_s: float = 0.0
 
     @property
     def ttft_due_s(self) -> float:
@@ -48,38 +50,73 @@ class Paused:
     since_s: float
     aborted: bool = False
 
+    @property
+    def kv_tokens(self) -> int:
+        """Prompt tokens computed, whose KV it keeps."""
+        return int(self.req.extend_end or self.req.prefix_len)
+
+    @property
+    def tokens_left(self) -> int:
+        """Prompt tokens that no launched chunk covers yet."""
+        return tokens_left(self.req)
+
+
+def tokens_left(req: Any) -> int:
+    """Prompt tokens of a started chunked prefill that no launched chunk covers yet."""
+    done = req.extend_end if req.extend_end is not None else req.prefix_len
+    return max(1, len(req.origin_input_ids) - done)
+
 
 class KairosState:
-    """The state of one scheduler. `mode` is prefill, decode or null (unified serving)."""
+    """The state of one scheduler."""
 
     def __init__(self, scheduler: Any, config: KairosConfig) -> None:
         self.config = config
+        self.scheduler = scheduler
         self.table: SloTable = config.slo_table()
-        self.mode: str = scheduler.disaggregation_mode.value
-        self.prefill_time = PrefillTimeModel.generic()
-        self.step_time = StepTimeModel.generic(_captured_sizes(scheduler))
+        self.profile = Profile(scheduler, config.profile)
+        self.prefill_time, self.step_time = self.profile.start(_captured_sizes(scheduler))
         self.late_share = LateShare(config.late_share)
         self.paused: list[Paused] = []
+        self.held: list[Any] = []
         self.plan: PrefillPlan | None = None
-        self.plan_rank: dict[Any, int] = {}
+        self.plan_order: list[Any] = []
         self.plans = 0
+        self.roster = Roster(self.promise, config.max_wait)
+        self.starving: Any = None
+        self.cannot_pause = _cannot_pause(scheduler)
         # A CPU runs the forward inside the launch; a GPU's launch returns at once.
         self.synchronous: bool = scheduler.device == "cpu"
         self.launched: Any = None
         self.deciding = False
         self.subset: Any = None
-        self.scheduler = scheduler
         self.last_step: tuple[float, int, float] | None = None
         self.counters: Counter[str] = Counter()
         self.logged: set[str] = set()
-        self.last_request: dict[str, Any] = {}
+        self.last_request: RequestSlo | None = None
         self.chaos = Chaos(config.chaos_seed) if config.chaos_seed >= 0 else None
         self._log: TextIO | None = open(config.decision_log, "a") if config.decision_log else None  # noqa: SIM115
-        self._agree: Callable[[Any], Any] = _agreement(scheduler)
+        self.clock = Clock(scheduler)
+        self._agree: Callable[[Any], Any] = agreement(scheduler, self.counters)
+
+    @property
+    def mode(self) -> str:
+        """prefill, decode or null (unified serving); SGLang can switch it while idle."""
+        return str(self.scheduler.disaggregation_mode.value)
+
+    @property
+    def max_paused(self) -> int:
+        """How many prefills may be paused at once on this server."""
+        return self.config.max_paused if self.config.pause and not self.cannot_pause else 0
+
+    @property
+    def logging(self) -> bool:
+        """Whether `record` writes anything: what it is given may be costly to prepare."""
+        return self._log is not None
 
     def now(self) -> float:
         """The clock of SGLang's request time stats, seconds."""
-        return time.perf_counter()
+        return self.clock.now()
 
     def agree(self, decision: Any) -> Any:
         """Rank 0's `decision` on every tensor-parallel rank; clocks differ, decisions must not.
@@ -107,7 +144,7 @@ class KairosState:
             req._kairos = found
             if not req.rid.startswith("HEALTH_CHECK"):
                 self.counters["requests"] += 1
-                self.last_request = {**dataclasses.asdict(asked.slo), "age_ms": asked.age_ms}
+                self.last_request = asked
         return found
 
     def log_once(self, key: str, message: str) -> None:
@@ -126,6 +163,15 @@ class KairosState:
                 logger.exception("Kairos: %s failed, this step runs as stock SGLang's", what)
             return fallback
 
+    def keep_profile(self) -> None:
+        """After a learnt step: write the profile file now and then."""
+        decode = self.mode == "decode"
+        self.profile.keep(
+            self.now(),
+            lambda: None if decode else self.prefill_time.snapshot(),
+            lambda: self.step_time.snapshot() if decode else None,
+        )
+
     def record(self, kind: str, **facts: Any) -> None:
         """Append one decision to the decision log, if there is one."""
         if self._log is not None:
@@ -139,9 +185,12 @@ class KairosState:
             "ttft_ms": self.config.ttft_ms,
             "tpot_ms": self.config.tpot_ms,
             "counters": dict(self.counters),
-            "last_request": self.last_request,
+            "last_request": {},
             "seams": dict(INSTALLED),
+            "profile": self.profile.source,
         }
+        if (last := self.last_request) is not None:
+            report["last_request"] = {**dataclasses.asdict(last.slo), "age_ms": last.age_ms}
         if self.mode == "decode":
             report["decode"] = self.step_time.coefficients
             report["decode_error"] = _error(self.step_time.error)
@@ -149,6 +198,8 @@ class KairosState:
             report["prefill"] = self.prefill_time.coefficients
             report["prefill_error"] = _error(self.prefill_time.error)
             report["paused"] = len(self.paused)
+            report["paused_tokens"] = sum(entry.kv_tokens for entry in self.paused)
+            report["cannot_pause"] = self.cannot_pause
         return report
 
 
@@ -164,12 +215,7 @@ def run_event_loop(original: Callable[..., Any], scheduler: Any) -> Any:
     """Seam of Scheduler.run_event_loop: set Kairos up, then serve."""
     global CURRENT
     config = active_config()
-    from sglang.srt.runtime_context import get_parallel
-
-    if get_parallel().pp_size > 1:
-        raise RuntimeError(
-            "Kairos does not support pipeline parallelism (--pp-size > 1); start with --kairos off"
-        )
+    refuse_unsupported()
     CURRENT = KairosState(scheduler, config)
     logger.info(
         "Kairos is on: mode=%s, default SLO ttft=%g ms tpot=%g ms, order=%s pause=%s park=%s%s",
@@ -181,6 +227,12 @@ def run_event_loop(original: Callable[..., Any], scheduler: Any) -> Any:
         config.park,
         "" if config.chaos_seed < 0 else f", CHAOS seed {config.chaos_seed}",
     )
+    if CURRENT.mode == "prefill" and config.pause and CURRENT.cannot_pause:
+        logger.warning("Kairos: chunked prefills are not paused: %s", CURRENT.cannot_pause)
+    if config.order and getattr(scheduler, "enable_priority_scheduling", False):
+        logger.warning(
+            "Kairos: urgency comes before SGLang's request priorities; use weights of SLO classes"
+        )
     if CURRENT.mode == "null":
         logger.info(
             "Kairos: unified serving: the urgency order applies, pausing and decode packing are off "
@@ -191,6 +243,7 @@ def run_event_loop(original: Callable[..., Any], scheduler: Any) -> Any:
 
 def get_init_info(original: Callable[..., Any], scheduler: Any) -> Any:
     """Seam of Scheduler.get_init_info: tell the launcher that this scheduler has Kairos."""
+    refuse_unsupported()  # before the hand-shake: the server must not come up and die then
     return {**original(scheduler), "kairos": dict(INSTALLED)}
 
 
@@ -203,7 +256,12 @@ def get_internal_state(original: Callable[..., Any], controller: Any, recv_req: 
 
 
 def _error(error: Any) -> dict[str, float]:
-    return {"mape": float(error.mape), "p90": float(error.p90), "samples": int(error.samples)}
+    return {
+        "mape": float(error.mape),
+        "p90": float(error.p90),
+        "bias": float(error.bias),
+        "samples": int(error.samples),
+    }
 
 
 def _captured_sizes(scheduler: Any) -> list[int] | None:
@@ -212,19 +270,35 @@ def _captured_sizes(scheduler: Any) -> list[int] | None:
     return [int(size) for size in sizes] if sizes else None
 
 
-def _agreement(scheduler: Any) -> Callable[[Any], Any]:
-    if scheduler.tp_size == 1:
-        return lambda decision: decision
-    import torch.distributed as dist
+# Pausing is proven where the identity tests run. Elsewhere a prefill may carry state beside its KV,
+# or be counted somewhere that does not know of pauses: there the chunk in progress runs through.
+_NO_PAUSE = {
+    "is_hybrid_swa": "the model has a sliding-window KV pool",
+    "is_hybrid_ssm": "the model has state-space layers",
+    "enable_lora": "LoRA is on",
+    "enable_hisparse": "hisparse is on",
+    "enable_hierarchical_cache": "the hierarchical cache is on",
+    "enable_lmcache": "LMCache is on",
+    "enable_staging": "KV transfer is staged",
+    "require_mlp_sync": "DP attention synchronises batches",
+    "dllm_config": "the model is a diffusion LLM",
+}
 
-    group = scheduler.attn_tp_cpu_group
-    leader = dist.get_global_rank(group, 0)
-    if dist.get_world_size(group) == 1:
-        return lambda decision: decision
 
-    def broadcast(decision: Any) -> Any:
-        box = [decision]
-        dist.broadcast_object_list(box, src=leader, group=group)
-        return box[0]
+def _cannot_pause(scheduler: Any) -> str:
+    """Why this server's chunked prefills must not be paused, in words; empty when they may."""
+    reasons = [text for name, text in _NO_PAUSE.items() if getattr(scheduler, name, None)]
+    speculative = getattr(scheduler, "spec_algorithm", None)
+    if speculative is not None and not speculative.is_none():
+        reasons.append("speculative decoding is on")
+    return ", ".join(reasons)
 
-    return broadcast
+
+def refuse_unsupported() -> None:
+    """RuntimeError where Kairos cannot schedule correctly at all."""
+    from sglang.srt.runtime_context import get_parallel
+
+    if get_parallel().pp_size > 1:
+        raise RuntimeError(
+            "Kairos does not support pipeline parallelism (--pp-size > 1); start with --kairos off"
+        )

@@ -82,15 +82,16 @@ def moore_hodgson(
     first = int(overflow[0])
     heap = ranks[:first]
     heapq.heapify(heap)
+    push, push_pop = heapq.heappush, heapq.heappushpop  # a look-up each in a loop of thousands
     dropped: list[int] = []
     total = float(end[first - 1]) if first else 0.0
     steps = zip(ranks[first:], work[jobs[first:]].tolist(), due[first:].tolist(), strict=True)
     for place, seconds, latest in steps:
         total += seconds
         if total <= latest:
-            heapq.heappush(heap, place)
+            push(heap, place)
             continue
-        worst = heapq.heappushpop(heap, place)
+        worst = push_pop(heap, place)
         total -= work_of[worst]
         dropped.append(worst)
         while total > latest and heap:
@@ -146,9 +147,10 @@ def plan_prefill(
     `max_paused` is 0. `forced` (-1: none) is a partial that runs now, uncapped.
     """
     tokens = np.asarray(queue.tokens, np.int64).tolist()
-    partial = np.asarray(queue.partial, bool).tolist()
+    begun = np.flatnonzero(np.asarray(queue.partial, bool)).tolist()
     urgency = urgency_order(queue.work_s, queue.deadline_s, queue.weight, queue.starving)
-    partials = [index for index in urgency.order if partial[index]]
+    partial = frozenset(begun)
+    partials = begun if len(begun) < 2 else [i for i in urgency.order if i in partial]
     candidates = [current] if max_paused == 0 and current >= 0 else partials
     must_run = len(partials) > max_paused
     committed = sum(tokens[index] for index in partials)
@@ -186,9 +188,10 @@ def plan_prefill(
         take_slot(forced)
     for at, index in enumerate(urgency.order):
         if left == 0:
-            waiting += [i for i in urgency.order[at:] if not partial[i]]
+            rest = urgency.order[at:]
+            waiting += [i for i in rest if i not in partial] if partial else rest
             break
-        if partial[index]:
+        if index in partial:
             if slot < 0 and not unfinished and index in candidates:
                 take_slot(index)
             continue

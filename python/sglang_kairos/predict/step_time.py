@@ -153,10 +153,11 @@ class StepTimeModel:
         return self._rls.error
 
     @property
-    def coefficients(self) -> dict[str, float]:
-        """The law for a small batch, in seconds per unit: a_s, b_s (knees included), c_s."""
-        a, *slopes, c = self._rls.theta
-        return {"a_s": a, "b_s": sum(slopes), "c_s": c}
+    def coefficients(self) -> dict[str, Any]:
+        """The law's a_s, b_s and c_s, in seconds per unit, and its `knees`: [size, seconds] each."""
+        a, b, *knees, c = self._rls.theta
+        pairs = [[knee, slope_s] for knee, slope_s in zip(KNEES, knees, strict=True)]
+        return {"a_s": a, "b_s": b, "c_s": c, "knees": pairs}
 
     def snapshot(self) -> dict[str, Any]:
         """What was learnt, ready for JSON."""

@@ -169,6 +169,7 @@ class PrefillServer:
 
     def _resume(self, req: SimRequest) -> None:
         self.paused.remove(req)
+        req.paused_s += self._clock.now_s - req.paused_since_s
         self.slot = req
         self.counters["resumes"] += 1
 
@@ -241,6 +242,7 @@ class PrefillServer:
             starving=[req.starving for req in jobs],
         )
         current = len(waiting) if self.slot is not None else -1
+        begun = float(prefix[len(waiting) :].max(initial=0.0))
         plan = plan_prefill(
             queue,
             chunk_tokens=chunk_tokens,
@@ -248,7 +250,7 @@ class PrefillServer:
             free_tokens=self.cache.free_tokens,
             max_paused=config.max_paused if config.pause else 0,
             forced=self._overdue(len(waiting) + (self.slot is not None)),
-            least_tokens=model.worthwhile_tokens(float(prefix.max()), chunk_tokens),
+            least_tokens=model.worthwhile_tokens(begun, chunk_tokens),
         )
         if self.watch is not None:
             self.watch(self, plan)
@@ -268,9 +270,11 @@ class PrefillServer:
             starving.starving = True
 
     def _overdue(self, first: int) -> int:
-        """Index of a request paused for too long, -1 when there is none."""
-        since_s = self._clock.now_s - self._policy.config.max_pause_ms / 1e3
+        """Index of a request paused for too long in all, -1 when there is none."""
+        now, limit_s = self._clock.now_s, self._policy.config.max_pause_ms / 1e3
+        if self.slot is not None and self.slot.paused_s > limit_s:
+            return first - 1
         for offset, req in enumerate(self.paused):
-            if req.paused_since_s < since_s:
+            if req.paused_s + now - req.paused_since_s > limit_s:
                 return first + offset
         return -1

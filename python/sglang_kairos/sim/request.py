@@ -34,6 +34,7 @@ class SimRequest:
     arrival_processed_tokens: int = 0
     starving: bool = False
     paused_since_s: float = 0.0
+    paused_s: float = 0.0
     hit: int = 0
     held: int = 0
     done: int = 0

@@ -1,0 +1,177 @@
+"""Pausing chunked prefills: the chunk slot changes hands, and nobody upstream loses sight of anyone.
+
+A pause is only ever made around `Scheduler.get_new_batch_prefill`: there the finished chunk's KV is
+already in the cache with its node locked, its send boundary is set, and `Scheduler.chunked_req` can
+be swapped without anyone noticing. A paused request is in none of upstream's queues, so everything
+that looks for requests has a seam here: aborts, timeouts, peers that failed, idle checks, reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+from sglang_kairos.engine.state import KairosState, Paused, current
+
+
+def give_slot(state: KairosState, scheduler: Any, chosen: Any) -> None:
+    """Let `chosen` (None: nobody) have the chunk slot; who had it is paused."""
+    before = scheduler.chunked_req
+    if chosen is before:
+        return
+    if before is not None:
+        state.paused.append(Paused(before, state.now()))
+        state.counters["pauses"] += 1
+    scheduler.chunked_req = None
+    for entry in state.paused:
+        if entry.req is chosen:
+            state.paused.remove(entry)
+            state.promise(chosen).paused_s += state.now() - entry.since_s
+            scheduler.chunked_req = chosen
+            state.counters["resumes"] += 1
+            break
+    state.counters["max_paused"] = max(state.counters["max_paused"], len(state.paused))
+
+
+def overdue(state: KairosState, now: float, slot_req: Any) -> int:
+    """Which partial has sat out for `max_pause_ms` in all and runs to its end now.
+
+    0 is the one in the slot, if there is one, the paused follow in the order of `state.paused`;
+    -1: none has.
+    """
+    limit_s = state.config.max_pause_ms / 1e3
+    if slot_req is not None and state.promise(slot_req).paused_s > limit_s:
+        return 0
+    for place, entry in enumerate(state.paused, start=int(slot_req is not None)):
+        if state.promise(entry.req).paused_s + now - entry.since_s > limit_s:
+            return place
+    return -1
+
+
+def process_pending_chunked_abort(original: Callable[..., Any], scheduler: Any) -> None:
+    """Seam of Scheduler.process_pending_chunked_abort: tear aborted paused requests down too."""
+    original(scheduler)
+    state = current()
+    if state is None:
+        return
+    for entry in [entry for entry in state.paused if entry.aborted]:
+        state.paused.remove(entry)
+        slot, pending = scheduler.chunked_req, scheduler._pending_chunked_abort_req
+        scheduler.chunked_req = scheduler._pending_chunked_abort_req = entry.req
+        try:
+            original(scheduler)
+        finally:
+            scheduler.chunked_req, scheduler._pending_chunked_abort_req = slot, pending
+        state.counters["paused_aborts"] += 1
+
+
+def abort_request(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
+    """Seam of Scheduler.abort_request: an abort reaches paused requests as well.
+
+    Parked ones need no help (they are in the running batch); they are only counted.
+    """
+    state = current()
+    if state is not None:
+
+        def meant(req: Any) -> bool:
+            return bool(recv_req.abort_all or req.rid.startswith(recv_req.rid))
+
+        for entry in state.paused:
+            entry.aborted = entry.aborted or meant(entry.req)
+        if state.subset is not None:
+            parked = set(scheduler.running_batch.reqs).difference(state.subset.reqs)
+            state.counters["parked_aborts"] += sum(map(meant, parked))
+    return original(scheduler, recv_req)
+
+
+def collect_inflight_batches(original: Callable[..., Any], scheduler: Any) -> list[Any]:
+    """Seam of Scheduler._collect_inflight_batches: the paused, as one more batch.
+
+    Running timeouts, aborts and weight-version records look for started requests there.
+    """
+    batches: list[Any] = original(scheduler)
+    state = current()
+    if state is None or not state.paused:
+        return batches
+    return [*batches, SimpleNamespace(reqs=[entry.req for entry in state.paused])]
+
+
+def resolve_waiting_queue_bootstrap(original: Callable[..., Any], scheduler: Any) -> None:
+    """Seam of Scheduler.resolve_waiting_queue_bootstrap: paused requests whose peer failed go too.
+
+    Upstream polls the senders of the waiting queue and releases those that failed.
+    """
+    state = current()
+    if state is None or not state.paused:
+        original(scheduler)
+        return
+    with _in_the_queue(state, scheduler) as paused:
+        original(scheduler)
+        left = set(scheduler.waiting_queue)
+        state.paused = [entry for entry in state.paused if entry.req in left]
+        state.counters["paused_failures"] += len(paused) - len(state.paused)
+
+
+@contextmanager
+def _in_the_queue(state: KairosState, scheduler: Any) -> Iterator[set[Any]]:
+    """The paused stand at the end of the waiting queue meanwhile; yields them."""
+    paused = {entry.req: None for entry in state.paused}
+    scheduler.waiting_queue = [*scheduler.waiting_queue, *paused]
+    try:
+        yield set(paused)
+    finally:
+        scheduler.waiting_queue = [r for r in scheduler.waiting_queue if r not in paused]
+
+
+def is_fully_idle(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> bool:
+    """Seam of Scheduler.is_fully_idle: a paused prefill owns KV, so the scheduler is not idle."""
+    state = current()
+    return bool(original(scheduler, *args, **kwargs)) and not (state is not None and state.paused)
+
+
+def num_pending_tokens(
+    original: Callable[..., Any], inquirer: Any, *args: Any, **kwargs: Any
+) -> int:
+    """Seam of _get_num_pending_tokens: what is left of paused requests, and those held back."""
+    pending = int(original(inquirer, *args, **kwargs))
+    state = current()
+    if state is None:
+        return pending
+    return pending + _paused_tokens(state) + sum(req.seqlen for req in state.held)
+
+
+def num_waiting_uncached_tokens(original: Callable[..., Any], inquirer: Any) -> int:
+    """Seam of get_num_waiting_uncached_tokens: what is left of paused requests waits as well."""
+    state = current()
+    return int(original(inquirer)) + (0 if state is None else _paused_tokens(state))
+
+
+def get_loads(original: Callable[..., Any], inquirer: Any) -> Any:
+    """Seam of SchedulerLoadInquirer.get_loads: paused requests wait, and need KV for their rest."""
+    snapshot = original(inquirer)
+    state = current()
+    if state is not None and state.paused:
+        count, tokens = len(state.paused), _paused_tokens(state)
+        snapshot.num_waiting_reqs += count
+        snapshot.num_total_tokens += tokens
+        snapshot.num_active_tokens += tokens
+        if snapshot.queues is not None:
+            snapshot.queues.waiting += count
+    return snapshot
+
+
+def report_with_paused(
+    original: Callable[..., Any], reporter: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Seam of the metrics reporter's methods that count the waiting queue (log lines, gauges)."""
+    state = current()
+    if state is None or not state.paused:
+        return original(reporter, *args, **kwargs)
+    with _in_the_queue(state, reporter.scheduler):
+        return original(reporter, *args, **kwargs)
+
+
+def _paused_tokens(state: KairosState) -> int:
+    return sum(entry.tokens_left for entry in state.paused)

@@ -1,0 +1,112 @@
+"""Where the predictors of a server start, and the file in which they keep what they learnt.
+
+A server starts from its own entry of ``--kairos-profile FILE``, else from the profile that ships for
+its (model, GPU, TP), else from a generic law that some ten steps replace.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sglang_kairos.predict.cache import Key, load_profile, resume, save_profile
+from sglang_kairos.predict.prefill_time import PrefillTimeModel
+from sglang_kairos.predict.seeds import ProfileError, Seed, seed_for
+from sglang_kairos.predict.step_time import StepTimeModel
+
+logger = logging.getLogger("sglang_kairos")
+
+SAVE_EVERY_S = 60.0
+UNKNOWN = Seed("", "", 1)
+# What decides which kernels run, by SGLang's names.
+_BACKENDS = ("attention_backend", "moe_runner_backend", "quantization", "kv_cache_dtype", "dtype")
+
+
+class Profile:
+    """One server's. `start` gives the predictors, `keep` writes them once a minute."""
+
+    def __init__(self, scheduler: Any, path: str) -> None:
+        self.key = _key(scheduler)
+        self.source = "generic"
+        """Where the predictors came from: generic, shipped or file."""
+        self._path = Path(path) if path else None
+        self._saved_s: float | None = None
+        self._saving = threading.Lock()
+        self._writes = self._path is not None and _is_first_rank(scheduler)
+
+    def start(self, captured_sizes: list[int] | None) -> tuple[PrefillTimeModel, StepTimeModel]:
+        """New predictors; a file that cannot be used is named in the log and left alone."""
+        key = self.key
+        seed = seed_for(key.model, key.gpu, key.tp)
+        if seed is not None:
+            self.source = "shipped"
+        learnt = self._load()
+        chosen = seed or UNKNOWN
+        prefill, decode = chosen.prefill_model(), chosen.decode_model(captured_sizes)
+        if learnt is not None:
+            try:
+                resume(learnt, prefill=prefill)
+                resume(learnt, decode=decode)
+                self.source = "file"
+            except ProfileError as error:
+                logger.warning("Kairos: --kairos-profile %s: %s: not used", self._path, error)
+        return prefill, decode
+
+    def keep(self, now_s: float, prefill: Callable[[], Any], decode: Callable[[], Any]) -> None:
+        """Write what was learnt if the last time is a minute ago; each gives a snapshot or None.
+
+        The disk is waited for in a thread of its own. OSError is logged there, nothing is raised.
+        """
+        if not self._writes:
+            return
+        if self._saved_s is None or now_s - self._saved_s < SAVE_EVERY_S:
+            self._saved_s = now_s if self._saved_s is None else self._saved_s
+            return
+        self._saved_s = now_s
+        parts = prefill(), decode()
+        threading.Thread(target=self._save, args=parts, daemon=True).start()
+
+    def _save(self, prefill: Any, decode: Any) -> None:
+        assert self._path is not None
+        with self._saving:
+            try:
+                save_profile(self._path, self.key, prefill_state=prefill, decode_state=decode)
+            except OSError as error:
+                logger.warning(
+                    "Kairos: --kairos-profile %s cannot be written: %s", self._path, error
+                )
+
+    def _load(self) -> Seed | None:
+        if self._path is None:
+            return None
+        try:
+            return load_profile(self._path, self.key)
+        except ProfileError as error:
+            logger.warning("Kairos: --kairos-profile ignored: %s", error)
+            return None
+
+
+def _key(scheduler: Any) -> Key:
+    args = getattr(scheduler, "server_args", None)
+
+    def of(name: str) -> str:
+        return str(getattr(args, name, None) or "")
+
+    gpu = "cpu"
+    if scheduler.device == "cuda":
+        import torch
+
+        gpu = torch.cuda.get_device_name()
+    model = of("served_model_name") or of("model_path") or "unknown"
+    return Key(model, gpu, int(scheduler.tp_size), "/".join(map(of, _BACKENDS)))
+
+
+def _is_first_rank(scheduler: Any) -> bool:
+    if scheduler.tp_size == 1:
+        return True
+    import torch.distributed as dist
+
+    return bool(dist.get_rank() == 0)

@@ -1,0 +1,108 @@
+"""The ranks of one server must decide alike: what rank 0 says counts, whatever other clocks show.
+
+Every rank schedules for itself from equal inputs, so a decision that differs on one rank launches
+different batches and hangs the collectives. Clocks and measured times do differ.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+logger = logging.getLogger("sglang_kairos")
+
+# What a first message between ranks holds: a decision over some hundred requests.
+FIRST_BYTES = 2048
+# Testing only: milliseconds by which the clocks of the ranks differ and jitter.
+CHAOS_CLOCK = "KAIROS_CHAOS_CLOCK_MS"
+
+
+def agreement(scheduler: Any, counters: Counter[str]) -> Callable[[Any], Any]:
+    """A function that gives rank 0's plain-data argument on every rank of `scheduler`.
+
+    All ranks that share requests take part: tensor parallel and context parallel ones. Each call
+    is collective. Under `CHAOS_CLOCK` it also counts in `counters` how often the ranks disagreed.
+    """
+    names = ("attn_tp_cpu_group", "attn_cp_cpu_group")
+    groups: list[tuple[Any, int]] = []
+    if scheduler.tp_size > 1:
+        import torch.distributed as dist
+
+        for group in filter(None, (getattr(scheduler, name, None) for name in names)):
+            if dist.get_world_size(group) > 1:
+                groups.append((group, dist.get_global_rank(group, 0)))
+    if not groups:
+        return lambda decision: decision
+
+    def broadcast(decision: Any) -> Any:
+        for group, leader in groups:
+            decision = _from_leader(decision, group, leader)
+        return decision
+
+    def watched(decision: Any) -> Any:
+        agreed = broadcast(decision)
+        for group, _ in groups:
+            wanted = [None] * dist.get_world_size(group)
+            dist.all_gather_object(wanted, decision, group=group)
+            counters["decisions"] += 1
+            counters["disagreements"] += any(other != wanted[0] for other in wanted)
+        return agreed
+
+    return watched if os.environ.get(CHAOS_CLOCK) else broadcast
+
+
+def _from_leader(decision: Any, group: Any, leader: int) -> Any:
+    """The leader's plain-data `decision`: one collective for a short one, two for a long one."""
+    import torch
+    import torch.distributed as dist
+
+    sends = dist.get_rank() == leader
+    data = pickle.dumps(decision) if sends else b""
+    first = torch.zeros(FIRST_BYTES, dtype=torch.uint8)
+    if sends:
+        head = len(data).to_bytes(8, "little") + data[: FIRST_BYTES - 8]
+        first[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+    dist.broadcast(first, src=leader, group=group)
+    received = first.numpy().tobytes()
+    size, shown = int.from_bytes(received[:8], "little"), received[8:]
+    if size > len(shown):
+        rest = torch.empty(size - len(shown), dtype=torch.uint8)
+        if sends:
+            rest = torch.frombuffer(bytearray(data[len(shown) :]), dtype=torch.uint8)
+        dist.broadcast(rest, src=leader, group=group)
+        shown += rest.numpy().tobytes()
+    return decision if sends else pickle.loads(shown[:size])
+
+
+class Clock:
+    """`time.perf_counter`, or with `CHAOS_CLOCK` one that differs from rank to rank and jitters."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.skew_s = float(os.environ.get(CHAOS_CLOCK) or 0.0) / 1e3
+        if not self.skew_s:
+            return
+        rank = 0
+        if scheduler.tp_size > 1:
+            import torch.distributed as dist
+
+            rank = dist.get_rank()
+        self._random = random.Random(rank)
+        self._offset_s = rank * self.skew_s
+        logger.warning("Kairos: CHAOS clock on rank %d, off by %g ms", rank, 1e3 * self.skew_s)
+
+    def now(self) -> float:
+        """Seconds on the clock of SGLang's request time stats."""
+        now = time.perf_counter()
+        if self.skew_s:
+            now += self._offset_s + self.skew_s * self._random.random()
+        return now
+
+    def measured(self, seconds: float) -> float:
+        """A measured duration as this rank sees it."""
+        return seconds * self._random.uniform(0.5, 1.5) if self.skew_s else seconds

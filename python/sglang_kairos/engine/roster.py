@@ -1,0 +1,86 @@
+"""What never changes about a waiting request, in columns: a decision gathers, it does not look up.
+
+A request gets a row when it is first seen and keeps it until it is gone, so that planning over
+10,000 of them is a handful of vector operations. Not even the request is touched: 10,000 objects
+all over the memory cost more to visit than the whole plan.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+NEVER = -(1 << 40)
+
+Rows = NDArray[np.intp]
+
+
+class Roster:
+    """One row per living request. Times in seconds of this process' clock.
+
+    `promise(req)` gives its SLO and arrival. `tokens` is prompt plus output at that time,
+    `matched_tokens` the last prefix-cache hit known, `matched_at` the plan that looked it up.
+    """
+
+    def __init__(self, promise: Callable[[Any], Any], max_wait: float, rows: int = 1024) -> None:
+        self._promise, self._max_wait = promise, max_wait
+        self._row_of: dict[int, int] = {}  # by id(); entries go before their id can come again
+        self._guards: dict[int, weakref.ref[Any]] = {}
+        self._free: list[int] = []
+        self.arrival_s, self.due_s, self.starves_s, self.weight = (np.zeros(0) for _ in range(4))
+        self.tokens, self.matched_tokens, self.matched_at = (np.zeros(0, np.int64),) * 3
+        self._grow(rows)
+
+    def __len__(self) -> int:
+        return len(self._row_of)
+
+    def _grow(self, rows: int) -> None:
+        self._free += range(len(self.tokens) + rows - 1, len(self.tokens) - 1, -1)
+        for name in ("arrival_s", "due_s", "starves_s", "weight"):
+            setattr(self, name, np.concatenate([getattr(self, name), np.zeros(rows)]))
+        for name in ("tokens", "matched_tokens", "matched_at"):
+            column = np.concatenate([getattr(self, name), np.zeros(rows, np.int64)])
+            setattr(self, name, column)
+
+    def rows(self, reqs: Sequence[Any]) -> Rows:
+        """The row of each request, (n,); unknown ones are entered."""
+        row_of = self._row_of
+        try:
+            return np.fromiter(map(row_of.__getitem__, map(id, reqs)), np.intp, len(reqs))
+        except KeyError:  # somebody is new
+            for req in [req for req in reqs if id(req) not in row_of]:
+                self._enter(req)
+        return np.fromiter(map(row_of.__getitem__, map(id, reqs)), np.intp, len(reqs))
+
+    def _enter(self, req: Any) -> None:
+        if not self._free:
+            self._grow(len(self.tokens))
+        promise, row, key = self._promise(req), self._free.pop(), id(req)
+        self.arrival_s[row], self.due_s[row] = promise.arrival_s, promise.ttft_due_s
+        self.starves_s[row] = promise.arrival_s + self._max_wait * promise.slo.ttft_ms / 1e3
+        self.weight[row] = promise.slo.weight
+        self.tokens[row] = len(req.origin_input_ids) + len(req.output_ids)
+        self.matched_tokens[row], self.matched_at[row] = 0, NEVER
+        self._row_of[key] = row
+        self._guards[key] = weakref.ref(req, functools.partial(self._forget, key))
+
+    def _forget(self, key: int, _: Any) -> None:
+        self._free.append(self._row_of.pop(key))
+        del self._guards[key]
+
+    def to_match(self, rows: Rows, plan: int, every: int, at_most: int) -> list[int]:
+        """Which of `rows` (indices into it) to look up in the prefix cache now, stalest first.
+
+        Those whose last look-up is `every` plans old, at most `at_most` of them. Counts plans, not
+        time, so that all ranks of a server look up the same ones.
+        """
+        age = plan - self.matched_at[rows]
+        stale = np.flatnonzero(age >= every)
+        if stale.size > at_most:
+            stale = stale[np.argsort(-age[stale], kind="stable")[:at_most]]
+        return stale.tolist()

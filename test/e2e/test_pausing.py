@@ -1,0 +1,334 @@
+"""A paused prefill on real servers: nothing that may happen to a request is lost on it.
+
+One long prompt with all the time in the world begins, then a crowd of urgent prompts arrives, each
+of which fills the chunk budget: the long one sits out with its KV until the crowd is through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from pd_client import PdClient, doomed_jobs, long_tail_jobs, trouble_in
+
+from sglang_kairos.cluster import Cluster
+from sglang_kairos.cluster_layout import ClusterSpec
+from sglang_kairos.cpu.zygote import Zygote
+
+SIZES = ("--chunked-prefill-size", "512", "--max-total-tokens", "49152")
+LONG_TOKENS, URGENT_TOKENS, CROWD = 7000, 500, 40
+OUTPUT_TOKENS = 6
+HOUR_MS = 3_600_000
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(10, 500) for _ in range(length)]
+
+
+class Servers:
+    """The pair's HTTP side."""
+
+    def __init__(self, cluster: Cluster, session: aiohttp.ClientSession) -> None:
+        self.prefill, self.decode = cluster.prefill_urls[0], cluster.decode_urls[0]
+        self._port, self._session = cluster.bootstrap_ports[0], session
+        self._rooms = random.Random()
+
+    async def call(self, method: str, url: str, **body: Any) -> tuple[int, Any]:
+        """Status and decoded answer; status 0 when nobody answers."""
+        sent = {"json": body} if method == "POST" else {}
+        try:
+            async with self._session.request(method, url, **sent) as answer:
+                return answer.status, await answer.json(content_type=None)
+        except (aiohttp.ClientError, ValueError) as error:
+            found = answer.status if isinstance(error, ValueError) else 0
+            return found, str(error)
+
+    async def generate(
+        self, rid: str, tokens: list[int], ttft_ms: float
+    ) -> tuple[tuple[int, Any], tuple[int, Any]]:
+        """What prefill and decode answer to one greedy request."""
+        body = {
+            "rid": rid,
+            "input_ids": tokens,
+            "sampling_params": {
+                "temperature": 0,
+                "max_new_tokens": OUTPUT_TOKENS,
+                "ignore_eos": True,
+            },
+            "ttft_ms": ttft_ms,
+            "bootstrap_host": "127.0.0.1",
+            "bootstrap_port": self._port,
+            "bootstrap_room": self._rooms.getrandbits(62),
+        }
+        one, two = await asyncio.gather(
+            *(self.call("POST", url + "/generate", **body) for url in (self.prefill, self.decode))
+        )
+        return one, two
+
+    async def abort(self, url: str, rid: str) -> None:
+        await self.call("POST", url + "/abort_request", rid=rid)
+
+    async def kairos(self) -> dict[str, Any]:
+        """The prefill server's own report."""
+        _, info = await self.call("GET", self.prefill + "/server_info")
+        report: dict[str, Any] = info["internal_states"][0]["kairos"]
+        return report
+
+    async def until(
+        self, what: str, holds: Callable[[dict[str, Any]], bool], timeout_s: float = 30.0
+    ) -> dict[str, Any]:
+        """Waits until the prefill server's report says so."""
+        deadline = time.monotonic() + timeout_s
+        while not holds(report := await self.kairos()):
+            assert time.monotonic() < deadline, f"never {what}: {report}"
+            await asyncio.sleep(0.05)
+        return report
+
+
+class Scene:
+    """The long request, paused, and the crowd that made it so."""
+
+    def __init__(self, servers: Servers, seed: int, steps: int) -> None:
+        self.servers, self._steps = servers, steps
+        self.long_prompt = prompt(LONG_TOKENS, seed)
+        self.long = asyncio.create_task(servers.generate("long", self.long_prompt, HOUR_MS))
+        self.crowd: list[asyncio.Task[Any]] = []
+        self._seed = seed
+
+    async def pause(self, crowd: int) -> None:
+        await self.servers.until("began", lambda r: r["prefill_error"]["samples"] > self._steps)
+        for i in range(crowd):
+            tokens = prompt(URGENT_TOKENS, 1000 * self._seed + i)
+            urgent = self.servers.generate(f"urgent{i}", tokens, HOUR_MS / 60)
+            self.crowd.append(asyncio.create_task(urgent))
+        await self.servers.until("paused", lambda r: r["paused"] == 1)
+
+    async def crowd_is_served(self) -> None:
+        for (status, _), (decode_status, answer) in await asyncio.gather(*self.crowd):
+            assert (status, decode_status) == (200, 200), answer
+            assert len(answer["output_ids"]) == OUTPUT_TOKENS
+
+
+@asynccontextmanager
+async def paused_scene(cluster: Cluster, seed: int, crowd: int = CROWD) -> AsyncIterator[Scene]:
+    limits = aiohttp.ClientTimeout(total=40)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=limits, connector=connector) as session:
+        servers = Servers(cluster, session)
+        steps = (await servers.kairos())["prefill_error"]["samples"]
+        scene = Scene(servers, seed, steps)
+        await scene.pause(crowd)
+        yield scene
+
+
+@pytest.fixture(scope="module")
+def cluster(zygote: Zygote, tiny_model: str, out_dir: Path) -> Iterator[Cluster]:
+    """A pair with Kairos on; nothing in its logs may speak of trouble at the end."""
+    spec = ClusterSpec(
+        model_path=tiny_model,
+        router="none",
+        server_args=SIZES,
+        zygote=zygote,
+        log_dir=out_dir / "pausing",
+    )
+    with Cluster(spec) as running:
+        yield running
+        assert not trouble_in(running.logs)
+
+
+def play(
+    cluster: Cluster, seed: int, act: Callable[[Scene], Awaitable[None]], crowd: int = CROWD
+) -> None:
+    """Run `act` while the long request is paused; afterwards the pair must be idle and leak-free."""
+
+    async def run() -> None:
+        async with paused_scene(cluster, seed, crowd) as scene:
+            await act(scene)
+
+    asyncio.run(run())
+    client = PdClient(cluster)
+    assert client.settles(), "a server did not become idle"
+    assert client.kairos()[0]["paused"] == 0
+
+
+def test_a_paused_request_shows_in_load_reports_and_its_cache_is_not_flushed(
+    cluster: Cluster,
+) -> None:
+    async def act(scene: Scene) -> None:
+        servers, most = scene.servers, 0
+        status, _ = await servers.call("POST", servers.prefill + "/flush_cache")
+        assert status == 400, "a flush would have freed the KV of the paused request"
+        while (await servers.kairos())["paused"]:
+            _, loads = await servers.call("GET", servers.prefill + "/v1/loads?include=all")
+            (load,) = loads["loads"]
+            # All others in the queue are short: what exceeds them is the long one's rest.
+            shorts = URGENT_TOKENS * (load["queues"]["waiting"] - 1)
+            most = max(most, load["num_waiting_uncached_tokens"] - shorts)
+        assert LONG_TOKENS / 2 < most < LONG_TOKENS
+        (_, (status, _)) = await scene.long
+        assert status == 200
+        await scene.crowd_is_served()
+
+    play(cluster, 1, act)
+
+
+def test_an_abort_on_prefill_ends_a_paused_request(cluster: Cluster) -> None:
+    async def act(scene: Scene) -> None:
+        servers = scene.servers
+        await servers.abort(servers.prefill, "long")
+        await servers.until("released", lambda r: r["paused"] == 0, timeout_s=3.0)
+        assert not all(task.done() for task in scene.crowd), "released before its turn came"
+        await servers.abort(servers.decode, "long")  # as the router does: decode waits otherwise
+        (_, answer), _ = await scene.long
+        assert answer["meta_info"]["finish_reason"]["type"] == "abort"
+        await scene.crowd_is_served()
+
+    play(cluster, 2, act)
+
+
+def test_an_abort_on_decode_alone_releases_the_paused_prefill(cluster: Cluster) -> None:
+    async def act(scene: Scene) -> None:
+        servers = scene.servers
+        before = (await servers.kairos())["counters"].get("paused_failures", 0)
+        await servers.abort(servers.decode, "long")
+        report = await servers.until("released", lambda r: r["paused"] == 0, timeout_s=3.0)
+        assert report["counters"]["paused_failures"] == before + 1
+        assert not all(task.done() for task in scene.crowd), "released before its turn came"
+        (status, _), _ = await scene.long
+        assert status == 500
+        await scene.crowd_is_served()
+
+    play(cluster, 3, act)
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_pausing_the_whole_engine_changes_no_token_of_a_paused_request(
+    cluster: Cluster, mode: str
+) -> None:
+    seed = 4 if mode == "in_place" else 5
+
+    async def alone() -> Any:
+        async with aiohttp.ClientSession() as session:
+            servers = Servers(cluster, session)
+            _, (status, answer) = await servers.generate(
+                "alone", prompt(LONG_TOKENS, seed), HOUR_MS
+            )
+            assert status == 200
+            return answer["output_ids"]
+
+    async def act(scene: Scene) -> None:
+        servers = scene.servers
+        await servers.call("POST", servers.prefill + "/pause_generation", mode=mode)
+        await asyncio.sleep(0.5)
+        assert (await servers.kairos())["paused"] == 1
+        status, _ = await servers.call("POST", servers.prefill + "/flush_cache")
+        assert status == 400, "a flush would have freed the KV of the paused request"
+        await servers.call("POST", servers.prefill + "/continue_generation")
+        await scene.crowd_is_served()
+        (_, (status, answer)) = await scene.long
+        assert status == 200
+        outputs.append(answer["output_ids"])
+
+    outputs: list[Any] = []
+    play(cluster, seed, act)
+    assert outputs == [asyncio.run(alone())]
+
+
+def test_a_running_timeout_reaches_a_paused_request(
+    zygote: Zygote, tiny_model: str, out_dir: Path
+) -> None:
+    spec = ClusterSpec(
+        model_path=tiny_model,
+        router="none",
+        server_args=SIZES,
+        prefill_env={"SGLANG_REQ_RUNNING_TIMEOUT": "2.0"},
+        zygote=zygote,
+        log_dir=out_dir / "pausing-timeout",
+    )
+
+    async def act(scene: Scene) -> None:
+        report = await scene.servers.until("released", lambda r: r["paused"] == 0, timeout_s=5.0)
+        assert report["counters"]["paused_aborts"] == 1
+        await scene.servers.call("POST", scene.servers.decode + "/abort_request", abort_all=True)
+        await scene.long
+        await asyncio.gather(*scene.crowd)
+
+    with Cluster(spec) as running:
+        play(running, 6, act, crowd=3 * CROWD)
+        assert not trouble_in(running.logs)
+
+
+def test_prefill_outlives_a_decode_server_that_dies_while_requests_are_paused(
+    zygote: Zygote, tiny_model: str, out_dir: Path
+) -> None:
+    spec = ClusterSpec(
+        model_path=tiny_model,
+        router="none",
+        server_args=SIZES,
+        zygote=zygote,
+        log_dir=out_dir / "pausing-dead-decode",
+    )
+
+    async def idle(servers: Servers) -> None:
+        deadline = time.monotonic() + 60
+        while True:
+            status, _ = await servers.call("POST", servers.prefill + "/flush_cache")
+            if status == 200:
+                return
+            assert time.monotonic() < deadline, "prefill holds on to a request whose peer is dead"
+            await asyncio.sleep(0.5)
+
+    async def act(scene: Scene) -> None:
+        os.killpg(decode.process.pid, signal.SIGKILL)
+        await idle(scene.servers)
+        assert (await scene.servers.kairos())["paused"] == 0
+        for task in (scene.long, *scene.crowd):
+            task.cancel()
+
+    async def run() -> None:
+        async with paused_scene(running, 7) as scene:
+            await act(scene)
+
+    with Cluster(spec) as running:
+        decode = next(part for part in running.parts if part.name == "d0")
+        asyncio.run(run())
+        assert not trouble_in({"p0": running.logs["p0"]})
+
+
+@pytest.mark.parametrize("args", [("--disable-radix-cache",)], ids=["no-radix-cache"])
+def test_random_decisions_change_no_token(
+    zygote: Zygote, tiny_model: str, out_dir: Path, args: tuple[str, ...]
+) -> None:
+    jobs = long_tail_jobs(70, seed=12)
+    outputs = []
+    for name, kairos, more in (
+        ("stock", False, []),
+        ("chaos", {"chaos_seed": 5}, doomed_jobs(8, 8, seed=13, span_s=4.0)),
+    ):
+        spec = ClusterSpec(
+            model_path=tiny_model,
+            router="none",
+            kairos=kairos,
+            server_args=(*SIZES, *args),
+            zygote=zygote,
+            log_dir=out_dir / f"pausing-{name}{''.join(args)}",
+        )
+        with Cluster(spec) as running:
+            client = PdClient(running)
+            outputs.append(client.run([*jobs, *more])[: len(jobs)])
+            assert client.settles(), "a server did not become idle"
+            assert not trouble_in(running.logs)
+            report = client.kairos()[0]
+    assert outputs[0] == outputs[1]
+    assert all(status == 200 for status, _ in outputs[0])
+    assert report["counters"]["pauses"] >= 10 and report["paused"] == 0

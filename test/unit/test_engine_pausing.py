@@ -1,0 +1,216 @@
+"""Whoever looks for requests finds the paused ones: aborts, timeouts, failed peers, reports."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from helpers.fake_prefill import Req, build, make_scheduler, make_state
+from sglang_kairos.engine import pausing, prefill, state
+
+
+@pytest.fixture
+def kairos(monkeypatch: pytest.MonkeyPatch) -> state.KairosState:
+    """A prefill state as this process' current one."""
+    made = make_state()
+    monkeypatch.setattr(state, "CURRENT", made)
+    return made
+
+
+def pause(kairos: state.KairosState, *reqs: Req, since_s: float = 0.0) -> None:
+    kairos.paused += [state.Paused(req, since_s) for req in reqs]
+
+
+def test_an_abort_reaches_a_paused_request_and_upstream_tears_it_down(
+    kairos: state.KairosState,
+) -> None:
+    gone, stays = Req("gone", 900, 1000, done=512), Req("stays", 900, 1000, done=512)
+    pause(kairos, gone, stays)
+    slot = Req("slot", 900, 1000, done=512)
+    scheduler = make_scheduler([], slot)
+    request = SimpleNamespace(abort_all=False, rid="gone")
+    pausing.abort_request(lambda *a: None, scheduler, request)
+    torn: list[Any] = []
+
+    def upstream(scheduler: Any) -> None:
+        req = scheduler._pending_chunked_abort_req
+        if req is not None:
+            assert scheduler.chunked_req is req
+            torn.append(req)
+            scheduler.chunked_req = scheduler._pending_chunked_abort_req = None
+
+    pausing.process_pending_chunked_abort(upstream, scheduler)
+    assert torn == [gone]
+    assert [entry.req for entry in kairos.paused] == [stays]
+    assert scheduler.chunked_req is slot
+
+
+def test_timeouts_and_weight_updates_find_paused_requests_among_the_started(
+    kairos: state.KairosState,
+) -> None:
+    running = SimpleNamespace(reqs=[Req("r", 9, 9)])
+    assert pausing.collect_inflight_batches(lambda s: [running, None], None) == [running, None]
+    paused = Req("p", 900, 1000, done=512)
+    pause(kairos, paused)
+    *rest, ours = pausing.collect_inflight_batches(lambda s: [running, None], None)
+    assert rest == [running, None] and ours.reqs == [paused]
+
+
+def test_a_paused_request_whose_peer_failed_is_released_with_the_waiting_ones(
+    kairos: state.KairosState,
+) -> None:
+    failed, paused = Req("failed", 900, 1000, done=512), Req("p", 900, 1000, done=512)
+    waiting, lost = Req("w", 9, 9), Req("lost", 9, 9)
+    pause(kairos, failed, paused)
+    scheduler = make_scheduler([waiting, lost], None)
+
+    def upstream(scheduler: Any) -> None:
+        assert scheduler.waiting_queue == [waiting, lost, failed, paused]
+        scheduler.waiting_queue = [waiting, paused]
+
+    pausing.resolve_waiting_queue_bootstrap(upstream, scheduler)
+    assert scheduler.waiting_queue == [waiting]
+    assert [entry.req for entry in kairos.paused] == [paused]
+    assert kairos.counters["paused_failures"] == 1
+
+
+def test_a_poll_that_raises_leaves_queue_and_paused_as_they_were(
+    kairos: state.KairosState,
+) -> None:
+    paused, waiting = Req("p", 900, 1000, done=512), Req("w", 9, 9)
+    pause(kairos, paused)
+    scheduler = make_scheduler([waiting], None)
+    with pytest.raises(ZeroDivisionError):
+        pausing.resolve_waiting_queue_bootstrap(lambda s: 1 / 0, scheduler)
+    assert scheduler.waiting_queue == [waiting]
+    assert [entry.req for entry in kairos.paused] == [paused]
+
+
+def test_a_scheduler_with_paused_work_is_not_idle(kairos: state.KairosState) -> None:
+    assert pausing.is_fully_idle(lambda *a, **k: True, None) is True
+    pause(kairos, Req("p", 1000, 1000, done=400))
+    assert pausing.is_fully_idle(lambda *a, **k: True, None, for_health_check=True) is False
+    assert pausing.is_fully_idle(lambda *a, **k: True, None, ignore_waiting=True) is False
+
+
+def test_every_load_report_counts_what_is_left_of_paused_requests(
+    kairos: state.KairosState,
+) -> None:
+    def loads(inquirer: Any) -> Any:
+        return SimpleNamespace(
+            num_waiting_reqs=2,
+            num_total_tokens=50,
+            num_active_tokens=40,
+            queues=SimpleNamespace(waiting=2),
+        )
+
+    assert vars(pausing.get_loads(loads, None)) == vars(loads(None))
+    pause(kairos, Req("p", 1000, 1000, done=400), Req("q", 500, 1000, done=100))
+    snapshot = pausing.get_loads(loads, None)
+    assert (snapshot.num_waiting_reqs, snapshot.queues.waiting) == (4, 4)
+    assert (snapshot.num_total_tokens, snapshot.num_active_tokens) == (1050, 1040)
+    assert pausing.num_pending_tokens(lambda *a, **k: 50, None) == 1050
+    assert pausing.num_waiting_uncached_tokens(lambda *a: 50, None) == 1050
+    report = kairos.report()
+    assert (report["paused"], report["paused_tokens"]) == (2, 500)
+
+
+def test_a_request_held_back_still_counts_as_pending_while_the_batch_is_built(
+    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = [Req("a", 10, 100), Req("b", 33, 100)]
+    monkeypatch.setattr(prefill, "_decide", lambda *a: ([0], -1, None, [1]))
+    pending: list[int] = []
+
+    def upstream(scheduler: Any, running: Any) -> Any:
+        pending.append(pausing.num_pending_tokens(lambda i: 10, None))
+        return SimpleNamespace(batch_to_run=None, running_batch=running)
+
+    prefill.get_new_batch_prefill(upstream, make_scheduler(waiting, None), "r")
+    assert pending == [43] and pausing.num_pending_tokens(lambda i: 43, None) == 43
+
+
+def test_log_lines_and_gauges_count_paused_requests_in_the_queue(
+    kairos: state.KairosState,
+) -> None:
+    waiting, paused = Req("w", 9, 9), Req("p", 900, 1000, done=512)
+    reporter = SimpleNamespace(scheduler=make_scheduler([waiting], None))
+
+    def upstream(reporter: Any, batch: str) -> int:
+        assert batch == "batch"
+        return len(reporter.scheduler.waiting_queue)
+
+    assert pausing.report_with_paused(upstream, reporter, batch="batch") == 1
+    pause(kairos, paused)
+    assert pausing.report_with_paused(upstream, reporter, batch="batch") == 2
+    assert reporter.scheduler.waiting_queue == [waiting]
+
+
+def test_a_request_paused_too_long_runs_next(kairos: state.KairosState) -> None:
+    old = Req("old", 8000, ttft_ms=60_000, done=512)
+    pause(kairos, old, since_s=kairos.now() - 61.0)
+    scheduler = make_scheduler([Req(f"u{i}", 256, ttft_ms=200) for i in range(4)], None)
+    prefill.get_new_batch_prefill(build(), scheduler, "running")
+    assert scheduler.chunked_req is old
+
+
+def test_pauses_add_up_and_who_has_sat_out_its_share_keeps_the_slot(
+    kairos: state.KairosState,
+) -> None:
+    long = Req("long", 8000, ttft_ms=600_000, done=512)
+    urgent = [Req(f"u{i}", 256, ttft_ms=200) for i in range(4)]
+    for _ in range(2):
+        scheduler = make_scheduler(urgent, long)
+        kairos.paused.clear()
+        prefill.get_new_batch_prefill(build(), scheduler, "running")
+        assert scheduler.chunked_req is None, "a short pause is no reason to run"
+        kairos.paused[0].since_s -= 40.0
+        pausing.give_slot(kairos, scheduler, long)
+    assert kairos.promise(long).paused_s == pytest.approx(80.0, abs=1.0)
+    prefill.get_new_batch_prefill(build(), scheduler, "running")
+    assert scheduler.chunked_req is long and not kairos.paused
+
+
+def test_at_most_max_paused_sit_out(kairos: state.KairosState) -> None:
+    kairos.config = dataclasses.replace(kairos.config, max_paused=2)
+    pause(kairos, *(Req(f"p{i}", 8000, 600_000, done=512) for i in range(2)), since_s=kairos.now())
+    urgent = [Req(f"u{i}", 256, ttft_ms=200) for i in range(4)]
+    scheduler = make_scheduler(urgent, Req("slot", 8000, 600_000, done=512))
+    prefill.get_new_batch_prefill(build(), scheduler, "running")
+    assert len(kairos.paused) == 2 and scheduler.chunked_req is not None
+
+
+def test_no_second_long_prompt_starts_when_memory_could_not_finish_both(
+    kairos: state.KairosState,
+) -> None:
+    long = Req("long", 8000, ttft_ms=60_000, done=512)
+    pause(kairos, long, since_s=kairos.now())
+    urgent = Req("urgent", 4000, ttft_ms=2_000)
+    for free, starts in ((11_000, False), (12_000, True)):
+        scheduler, upstream = make_scheduler([urgent], None), build("batch")
+        scheduler.token_to_kv_pool_allocator.available_size = lambda free=free: free
+        kairos.paused[:] = [state.Paused(long, kairos.now())]
+        prefill._planned_batch(upstream, kairos, scheduler, "r")
+        assert (upstream.calls[0][0] is None) is starts, "the one begun goes on instead"
+        assert urgent in scheduler.waiting_queue
+
+
+def test_when_one_paused_prefill_finds_no_memory_the_next_is_tried(
+    kairos: state.KairosState,
+) -> None:
+    big, small = Req("big", 8000, 60_000, done=512), Req("small", 600, 90_000, done=512)
+    pause(kairos, big, small, since_s=kairos.now())
+    scheduler = make_scheduler([], None)
+
+    def upstream(scheduler: Any, running: Any) -> Any:
+        fits = scheduler.chunked_req is small
+        return SimpleNamespace(
+            batch_to_run=SimpleNamespace(extend_lens=None) if fits else None, running_batch=running
+        )
+
+    result = prefill.get_new_batch_prefill(upstream, scheduler, "r")
+    assert result.batch_to_run is not None and scheduler.chunked_req is small
+    assert [entry.req for entry in kairos.paused] == [big]
