@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import uvicorn
-
 from sglang_kairos.config import ConfigError, KairosConfig, add_flags
 from sglang_kairos.router.app import create_app
-from sglang_kairos.router.options import OptionError, build_parser, parse_options
+from sglang_kairos.router.flags import build_parser
+from sglang_kairos.router.options import OptionError, parse_options
+from sglang_kairos.router.serve import serve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,16 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, OptionError) as error:
         print(f"sglang_kairos.launch_router: {error}", file=sys.stderr)
         return 2
-    uvicorn.run(
-        app,
-        host=options.host,
-        port=options.port,
-        loop="uvloop",
-        log_level=options.log_level,
-        access_log=False,
-        timeout_graceful_shutdown=10,
-    )
-    return 0
+    return serve(app)
 
 
 if __name__ == "__main__":

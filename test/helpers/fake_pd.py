@@ -28,6 +28,7 @@ class Fake:
     role: str
     answer: Handler | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    loads: dict[str, Any] = field(default_factory=dict)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
@@ -57,6 +58,9 @@ class Fake:
     async def tell(self, _: web.Request) -> web.Response:
         return web.json_response({"role": self.role, **self.info})
 
+    async def load(self, _: web.Request) -> web.Response:
+        return web.json_response({"loads": [self.loads]})
+
     @contextlib.asynccontextmanager
     async def run(self) -> AsyncIterator[Fake]:
         app = web.Application()
@@ -64,6 +68,7 @@ class Fake:
             app.router.add_post(path, self.serve)
         app.router.add_post("/abort_request", self.abort)
         app.router.add_post("/flush_cache", self.flush)
+        app.router.add_get("/v1/loads", self.load)
         for path in ("/server_info", "/model_info", "/v1/models", "/health_generate"):
             app.router.add_get(path, self.tell)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
@@ -102,15 +107,16 @@ class Bench:
 
 @contextlib.asynccontextmanager
 async def bench(
-    prefill: Fake | None = None,
-    decode: Fake | None = None,
+    prefill: Fake | list[Fake] | None = None,
+    decode: Fake | list[Fake] | None = None,
     *,
     dead_prefills: int = 0,
     dead_decodes: int = 0,
     config: KairosConfig | None = None,
     **options: Any,
 ) -> AsyncIterator[Bench]:
-    prefills, decodes = [prefill or Fake("prefill")], [decode or Fake("decode")]
+    prefills = prefill if isinstance(prefill, list) else [prefill or Fake("prefill")]
+    decodes = decode if isinstance(decode, list) else [decode or Fake("decode")]
     async with contextlib.AsyncExitStack() as stack:
         for fake in (*prefills, *decodes):
             await stack.enter_async_context(fake.run())
@@ -133,7 +139,7 @@ async def bench(
         base = f"http://127.0.0.1:{port}"
         client = await stack.enter_async_context(aiohttp.ClientSession(base))
         try:
-            yield Bench(client, app.state.router, prefills, decodes)
+            yield Bench(client, app.router, prefills, decodes)
         finally:
             await client.close()
             server.should_exit = True

@@ -329,7 +329,10 @@ def test_fleet_endpoints_answer_for_all_servers() -> None:
             await b.post(GENERATE, {"text": "x"})
             async with b.client.get("/metrics") as response:
                 text = await response.text()
-            assert 'kairos_router_requests_total{endpoint="/generate",status="200"} 1.0' in text
+            assert (
+                'kairos_router_requests_total{endpoint="/generate",slo_class="default",status="200"} 1.0'
+                in text
+            )
             assert "kairos_router_in_flight 0.0" in text
 
     asyncio.run(main())
@@ -338,7 +341,7 @@ def test_fleet_endpoints_answer_for_all_servers() -> None:
 def test_health_is_503_when_a_side_is_gone() -> None:
     async def main() -> None:
         async with bench() as b:
-            b.router.fleet.prefills[0].mark_down()
+            b.router.fleet.prefills[0].draining = True
             async with b.client.get("/health") as response:
                 assert response.status == 503
 

@@ -8,10 +8,10 @@ import pytest
 
 from helpers.fake_pd import CHAT, COMPLETIONS, GENERATE
 from sglang_kairos.policy.placement import PrefillSpeed
-from sglang_kairos.router.fleet import PrefillServer
 from sglang_kairos.router.learn import SpeedEstimate
 from sglang_kairos.router.options import OptionError, parse_options
 from sglang_kairos.router.prompt import describe, unfold_samples
+from sglang_kairos.router.servers import PrefillServer
 
 
 def test_an_ipv6_prefill_is_named_without_brackets() -> None:

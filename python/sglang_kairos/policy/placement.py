@@ -1,52 +1,73 @@
-"""Which prefill and which decode server get a request: the pair with the earliest first token.
+"""Which prefill and which decode server get a request: keep most promises, then be earliest.
 
 Seconds everywhere; deadlines and `now_s` on one clock of the caller's choice.
 
-Prefill server s with speed (a, b, c) and chunk k, request of n uncached tokens and deadline d:
-    work(n)  = a ceil(n / k) + b n + c n^2 / 2
-    ahead    = sum of work_j over what s still owes with deadline_j <= d  (all of it if s is FCFS)
-    blocking = min(work(k), owed - ahead)      the chunk that is running cannot be taken back
-    TTFT     = ahead + blocking + work(n) + hand-off
-`progress_s` is what s has already done of what it owes; it shortens `ahead` first.
-Decode server, after the request has joined: step = a + b running + c tokens. A server whose KV
-would overflow queues the request for memory and comes after every one that has room.
-Least TTFT wins and, apart from it, least (overflow, step): the two choices do not depend on each
-other. Ties fall to the lower index, or to `rng` when one is given.
+Prefill server s does what it owes in `policy.backlog`'s order (a stock server: as it came). For a
+request of n tokens, of which s has h cached, w = seconds of n - h tokens after h:
+    ahead    = on-time work due before it + work nobody told us the deadline of
+    blocking = min(one chunk, work due later)      a running chunk cannot be taken back
+    TTFT     = ahead - progress + blocking + w + hand-off + one decode step
+The server as a whole then has w more to do: at most one request is pushed past its deadline by it
+(Moore and Hodgson), maybe the new one. `kept` is the weight won by accepting minus what is lost.
+Decode server, after the request has joined: step = a + b running + knees + c tokens (TPOT of
+everybody there); `kept` is 1 if the request's target allows that step, less the residents whose
+target does not any more. A server whose KV would overflow comes after all that have room.
+
+Most kept wins, then the earliest end (prefill) or the shortest step (decode); the two choices do
+not depend on each other. Ties fall to the lower index, or to `rng` when one is given. Above
+LOOK_AT_ALL servers a few are drawn and compared (Mitzenmacher 2001: two choices nearly suffice).
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple
 
+from sglang_kairos.policy.backlog import EMPTY, Backlog
+
 # Predictions closer than this are one: they are not that good, and a tie can be spread.
 TIE_S = 1e-4
+LOOK_AT_ALL = 64
+DRAWN = 8
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillSpeed:
-    """Seconds = a_s per chunk + b_s per token + c_s per token and token of context before it."""
+    """The law of `predict.prefill_time`: seconds per chunk, per token, per token and token of
+    context before it, and per squared context of a chunk."""
 
     a_s: float = 10e-3
     b_s: float = 50e-6
     c_s: float = 1e-9
     chunk_tokens: int = 8192
+    d_s: float = 0.0
 
-    def work_s(self, tokens: float) -> float:
-        """Seconds of prefilling `tokens` from nothing, alone on the server."""
+    def work_s(self, tokens: float, prefix: float = 0.0) -> float:
+        """Seconds of prefilling `tokens` after `prefix` cached ones, alone on the server."""
         if tokens <= 0.0:
             return 0.0
-        chunks = math.ceil(tokens / self.chunk_tokens)
-        return self.a_s * chunks + self.b_s * tokens + self.c_s * tokens * tokens / 2
+        size = self.chunk_tokens
+        chunks = math.ceil(tokens / size)
+        seconds = self.a_s * chunks + (self.b_s + self.c_s * (prefix + tokens / 2)) * tokens
+        if self.d_s:
+            full = chunks - 1
+            once, squared = full * (full + 1) / 2, full * (full + 1) * (2 * full + 1) / 6
+            padded = full * prefix**2 + 2 * prefix * size * once + size**2 * squared
+            seconds += self.d_s * (padded + (prefix + tokens) ** 2)
+        return seconds
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillState:
-    """A prefill server and what it owes: `deadlines_s` ascending, `works_s` beside it."""
+    """A prefill server and what it owes: `deadlines_s` ascending, `works_s` beside it.
+
+    `progress_s`: done already of that; `extra_s`: work besides, of unknown deadlines;
+    `cached_tokens`: of the request's prompt, expected in its prefix cache. `backlog` spares
+    building it from the two lists.
+    """
 
     speed: PrefillSpeed = PrefillSpeed()
     deadlines_s: Sequence[float] = ()
@@ -54,35 +75,54 @@ class PrefillState:
     progress_s: float = 0.0
     by_deadline: bool = True
     """False: first come, first served (stock SGLang)."""
+    extra_s: float = 0.0
+    cached_tokens: float = 0.0
+    backlog: Backlog | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Seconds of a decode step = a_s + b_s per running request + c_s per KV token."""
+    """Seconds of a decode step = a_s + b_s per running request + c_s per KV token, and
+    slope_s * min(running, knee) for each (knee, slope_s) of `knees`."""
 
     a_s: float = 3.5e-3
     b_s: float = 0.22e-3
     c_s: float = 0.65e-6
+    knees: tuple[tuple[float, float], ...] = ()
+
+    def step_s(self, requests: float, tokens: float) -> float:
+        """Seconds of a step over `requests` whose contexts are `tokens` long in all."""
+        seconds = self.a_s + self.b_s * requests + self.c_s * tokens
+        for knee, slope_s in self.knees:
+            seconds += slope_s * min(requests, knee)
+        return seconds
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeState:
-    """A decode server: requests and KV tokens it holds or has been promised, and its KV size."""
+    """A decode server: requests and KV tokens it holds or has been promised, and its KV size.
+
+    `tpots_s`: TPOT targets of the requests known there, ascending.
+    """
 
     cost: StepCost = StepCost()
     running: int = 0
     tokens: float = 0.0
     capacity_tokens: float = math.inf
+    tpots_s: Sequence[float] = ()
 
     def step_s(self, more_requests: int, more_tokens: float) -> float:
         """Seconds of a step once that much more has joined."""
-        requests, tokens = self.running + more_requests, self.tokens + more_tokens
-        return self.cost.a_s + self.cost.b_s * requests + self.cost.c_s * tokens
+        return self.cost.step_s(self.running + more_requests, self.tokens + more_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedRequest:
-    """`tokens` prompt tokens in all `prompts`; `output_tokens` it is expected to grow by."""
+    """`tokens` prompt tokens in all `prompts`; `output_tokens` it is expected to grow by.
+
+    `now_s` goes with `deadline_s`; without it nothing counts as late. `margin_s` is kept free
+    before the deadline, for what predictions miss.
+    """
 
     tokens: float
     deadline_s: float
@@ -91,25 +131,96 @@ class PlacedRequest:
     handoff_s: float = 0.0
     skip_prefills: frozenset[int] = field(default_factory=frozenset)
     skip_decodes: frozenset[int] = field(default_factory=frozenset)
+    now_s: float = -math.inf
+    tpot_s: float = math.inf
+    weight: float = 1.0
+    margin_s: float = 0.0
 
 
 class Pair(NamedTuple):
-    """Indices of the chosen servers, and the seconds from now to the first token."""
+    """Indices of the chosen servers, and the seconds from now to the first token.
+
+    `keeps_ttft`: the request is on time and pushes nobody else past a deadline. `keeps_tpot`: the
+    same for TPOT, and there is room in the KV. `tpot_s`: the step it is predicted to see.
+    """
 
     prefill: int
     decode: int
     ttft_s: float
+    keeps_ttft: bool = True
+    keeps_tpot: bool = True
+    tpot_s: float = 0.0
+
+
+class PrefillOutlook(NamedTuple):
+    """`end_s`: seconds from now to the end of the request's prefill; see the module's text."""
+
+    end_s: float
+    kept: float
+    harmless: bool
+
+
+class DecodeOutlook(NamedTuple):
+    """`step_s`: seconds of a step with the request in it; see the module's text."""
+
+    overflow: bool
+    kept: float
+    step_s: float
+
+
+def prefill_outlook(server: PrefillState, request: PlacedRequest) -> PrefillOutlook:
+    """What `server` would make of the request, and the request of what the server owes."""
+    speed = server.speed
+    cached = min(server.cached_tokens, max(0.0, request.tokens - 1.0))
+    work = speed.work_s(request.tokens - cached, cached)
+    limit = request.deadline_s - request.now_s - request.handoff_s - request.margin_s
+    backlog = server.backlog
+    if backlog is None:
+        backlog = Backlog.of(server.deadlines_s, server.works_s) if server.works_s else EMPTY
+    if not server.by_deadline:
+        end = max(0.0, backlog.total_s - server.progress_s) + server.extra_s + work
+        return PrefillOutlook(end, request.weight if end <= limit else 0.0, end <= limit)
+    place = backlog.place(request.deadline_s)
+    ahead = backlog.before_s(place)
+    behind = max(0.0, backlog.total_s - ahead)
+    blocking = min(speed.work_s(speed.chunk_tokens), behind) if behind else 0.0
+    done = server.progress_s - server.extra_s
+    end = max(0.0, ahead - done) + blocking + work
+    lag = -math.inf
+    if backlog.began_s > -math.inf:
+        lag = request.now_s + request.handoff_s - backlog.began_s - done
+    if end <= limit and work <= backlog.room_s(place) - lag:
+        return PrefillOutlook(end, request.weight, True)
+    victim = backlog.victim(place, end <= limit, work, request.weight, lag)
+    if victim is not None and work <= limit:
+        earlier = end - victim.work_s if victim.place < place else end
+        if earlier <= limit:
+            return PrefillOutlook(max(work, earlier), request.weight - victim.weight, False)
+    late = max(0.0, backlog.on_time_s - done) + backlog.late_before_s(work) + work
+    return PrefillOutlook(late, 0.0, False)
 
 
 def prefill_end_s(server: PrefillState, tokens: float, deadline_s: float) -> float:
     """Seconds from now until `server` has prefilled `tokens` more for a request due then."""
-    owed = sum(server.works_s)
-    if server.by_deadline:
-        ahead = sum(server.works_s[: bisect_right(server.deadlines_s, deadline_s)])
-        blocking = min(server.speed.work_s(server.speed.chunk_tokens), max(0.0, owed - ahead))
-    else:
-        ahead, blocking = owed, 0.0
-    return max(0.0, ahead - server.progress_s) + blocking + server.speed.work_s(tokens)
+    return prefill_outlook(server, PlacedRequest(tokens, deadline_s)).end_s
+
+
+def decode_outlook(server: DecodeState, request: PlacedRequest) -> DecodeOutlook:
+    """What a step on `server` takes with the request in it, and whose TPOT target that breaks."""
+    grown = request.tokens + request.output_tokens
+    step = server.step_s(request.prompts, grown)
+    kept = request.weight if step <= request.tpot_s else 0.0
+    if server.tpots_s and server.tpots_s[0] < step:
+        before = server.step_s(0, 0.0)
+        kept -= sum(1.0 for tpot in server.tpots_s if before <= tpot < step)
+    return DecodeOutlook(server.tokens + grown > server.capacity_tokens, kept, step)
+
+
+def drawn(count: int, rng: Random | None) -> Sequence[int]:
+    """Indices worth a look among `count` servers: all, or a few at random when there are many."""
+    if count <= LOOK_AT_ALL:
+        return range(count)
+    return (rng or Random(0)).sample(range(count), DRAWN)
 
 
 def choose_pair(
@@ -118,30 +229,36 @@ def choose_pair(
     request: PlacedRequest,
     rng: Random | None = None,
 ) -> Pair | None:
-    """The pair that serves `request` first, or None when either side has no server left."""
-    ends = {
-        index: prefill_end_s(server, request.tokens, request.deadline_s)
-        for index, server in enumerate(prefills)
-        if index not in request.skip_prefills
-    }
-    grown = request.tokens + request.output_tokens
-    loads = {
-        index: (
-            server.tokens + grown > server.capacity_tokens,
-            server.step_s(request.prompts, grown),
-        )
-        for index, server in enumerate(decodes)
-        if index not in request.skip_decodes
-    }
-    if not ends or not loads:
+    """The pair that keeps most promises, or None when either side has no server left."""
+    left = [i for i in range(len(prefills)) if i not in request.skip_prefills]
+    right = [i for i in range(len(decodes)) if i not in request.skip_decodes]
+    ends = {left[i]: prefill_outlook(prefills[left[i]], request) for i in drawn(len(left), rng)}
+    steps = {right[i]: decode_outlook(decodes[right[i]], request) for i in drawn(len(right), rng)}
+    if not ends or not steps:
         return None
-    soonest = min(ends.values())
-    prefill = _pick([i for i, end in ends.items() if end <= soonest + TIE_S], rng)
-    full, lightest = min(loads.values())
-    decode = _pick(
-        [i for i, load in loads.items() if load[0] == full and load[1] <= lightest + TIE_S], rng
+    most = max(found.kept for found in ends.values())
+    soonest = min(found.end_s for found in ends.values() if found.kept == most)
+    prefill = _pick(
+        [i for i, o in ends.items() if o.kept == most and o.end_s <= soonest + TIE_S], rng
     )
-    return Pair(prefill, decode, ends[prefill] + request.handoff_s + loads[decode][1])
+    full, loss, shortest = min((o.overflow, -o.kept, o.step_s) for o in steps.values())
+    decode = _pick(
+        [
+            i
+            for i, o in steps.items()
+            if o.overflow == full and o.kept == -loss and o.step_s <= shortest + TIE_S
+        ],
+        rng,
+    )
+    first, second = ends[prefill], steps[decode]
+    return Pair(
+        prefill,
+        decode,
+        first.end_s + request.handoff_s + second.step_s,
+        first.harmless,
+        not second.overflow and second.kept >= request.weight,
+        second.step_s,
+    )
 
 
 def _pick(tied: list[int], rng: Random | None) -> int:

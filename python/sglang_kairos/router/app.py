@@ -1,30 +1,54 @@
-"""The router as an ASGI app: the serving endpoints, and the ones that speak for the whole fleet."""
+"""The router as an ASGI app: which path goes where, and what starts and stops with it."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncIterator
-from typing import Any
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import aiohttp
-import orjson
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.router.exchange import forwarded
-from sglang_kairos.router.fleet import Fleet, Server
+from sglang_kairos.router.admin import Admin
+from sglang_kairos.router.answers import Receive, Scope, Send, refuse
+from sglang_kairos.router.ask import Asker, as_json
+from sglang_kairos.router.auth import bears, is_open
+from sglang_kairos.router.fleet import Fleet
 from sglang_kairos.router.metrics import RouterMetrics
 from sglang_kairos.router.options import RouterOptions
 from sglang_kairos.router.proxy import PairProxy
-from sglang_kairos.slo_http import SLO_PATHS, error_body
+from sglang_kairos.router.watch import Watch
+from sglang_kairos.slo_http import SLO_PATHS
 
-_ASK_TIMEOUT_S = 30.0
 # SGLang closes idle connections after 5 s: let go before it does, or a request meets the closing.
 _KEEP_ALIVE_S = 3.0
+# Answered by one server for all: they say the same, or it does not matter who does the work.
+_ANY = (
+    ("/v1/models", ["GET"]),
+    ("/v1/models/{model:path}", ["GET"]),
+    ("/model_info", ["GET"]),
+    ("/get_model_info", ["GET"]),
+    ("/tokenize", ["POST"]),
+    ("/v1/tokenize", ["POST"]),
+    ("/detokenize", ["POST"]),
+    ("/v1/detokenize", ["POST"]),
+    ("/parse_function_call", ["POST"]),
+    ("/separate_reasoning", ["POST"]),
+)
+# Every server must do it.
+_EVERY = (
+    ("/flush_cache", ["GET", "POST"]),
+    ("/abort_request", ["POST"]),
+    ("/start_profile", ["GET", "POST"]),
+    ("/stop_profile", ["GET", "POST"]),
+    ("/update_weights_from_disk", ["POST"]),
+    ("/pause_generation", ["POST"]),
+    ("/continue_generation", ["POST"]),
+)
 
 
 class Router:
@@ -34,159 +58,127 @@ class Router:
         self.options = options
         self.fleet = Fleet(options)
         self.metrics = RouterMetrics()
+        self.draining = False
         self._config = config
         self._table = config.slo_table()
         self._session: aiohttp.ClientSession | None = None
         self._proxy: PairProxy | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self._watch: Watch | None = None
+        self._asker: Asker | None = None
+        self._admin: Admin | None = None
 
     @property
-    def session(self) -> aiohttp.ClientSession:
-        """The one client session. RuntimeError before `start`."""
-        if self._session is None:
+    def proxy(self) -> PairProxy:
+        """What serves requests. RuntimeError before `start`."""
+        if self._proxy is None:
             raise RuntimeError("the router has not been started")
-        return self._session
+        return self._proxy
+
+    @property
+    def asker(self) -> Asker:
+        """What asks servers for clients. RuntimeError before `start`."""
+        if self._asker is None:
+            raise RuntimeError("the router has not been started")
+        return self._asker
 
     async def start(self) -> None:
         """Open the client session and start looking at the servers."""
         options = self.options
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
-            timeout=aiohttp.ClientTimeout(
-                total=options.request_timeout_s, sock_connect=options.connect_timeout_s
+        verify: ssl.SSLContext | bool = True
+        if options.ca_cert:
+            verify = ssl.create_default_context(cafile=options.ca_cert)
+        self._session = session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=_KEEP_ALIVE_S, ssl=verify, use_dns_cache=True
             ),
+            # Requests have a timer of their own, which counts retries, too.
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=options.connect_timeout_s),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
         )
         self._proxy = PairProxy(
             self.fleet,
-            self._session,
+            session,
             self._table,
             self.metrics,
+            options,
             carries=self._config.enabled,
-            max_retries=options.max_retries,
+            max_wait=self._config.max_wait,
         )
-        self._watching = asyncio.create_task(self.fleet.watch(self._session))
+        self._asker = Asker(self.fleet, session, options)
+        self._watch = Watch(self.fleet, session, options, self.metrics)
+        self._admin = Admin(self.fleet, self._watch, self.metrics, options.admin_api_key)
+        self._watch.start()
 
     async def stop(self) -> None:
         """Stop looking, give aborts a second, close all connections."""
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, return_exceptions=True)
+        if self._watch is not None:
+            await self._watch.stop()
         if self._proxy is not None:
             await self._proxy.finish()
-        await self.session.close()
-
-    async def serve(self, scope: Any, receive: Any, send: Any) -> None:
-        """The serving endpoints, raw ASGI: their answers are streams."""
-        assert self._proxy is not None
-        await self._proxy(scope, receive, send)
+        if self._session is not None:
+            await self._session.close()
 
     async def health(self, _: Request) -> Response:
-        """200 while a prefill/decode pair can be formed, 503 otherwise."""
+        """200 while a prefill/decode pair can be formed and the router stays, 503 otherwise."""
+        status = "ok" if self.fleet.ready else "no prefill/decode pair is up"
+        ready = self.fleet.ready and not self.draining
         body = {
-            "status": "ok" if self.fleet.ready else "no prefill/decode pair is up",
+            "status": "draining" if self.draining else status,
             "servers": {server.url: server.up for server in self.fleet.servers},
         }
-        return _json(body, 200 if self.fleet.ready else 503)
+        return as_json(body, 200 if ready else 503)
 
-    async def health_generate(self, request: Request) -> Response:
-        """Each server's own generating health check: 200 if one of each role passes."""
-        answers = await self._ask_all(request, "GET", "/health_generate")
-        passed = dict.fromkeys(("prefill", "decode"), False)
-        for server, answer in zip(self.fleet.servers, answers, strict=True):
-            passed[server.role] |= answer.status_code == 200
-        statuses = {
-            server.url: answer.status_code
-            for server, answer in zip(self.fleet.servers, answers, strict=True)
-        }
-        return _json({"servers": statuses}, 200 if all(passed.values()) else 503)
+    async def ping(self, _: Request) -> Response:
+        """200 while the process lives (liveness, as /health is readiness)."""
+        return Response(status_code=200)
 
-    async def one(self, request: Request) -> Response:
-        """What any server can answer for all: the first that is there does."""
-        servers = sorted(self.fleet.servers, key=lambda server: not server.up)
-        answer = Response(status_code=503)
-        for server in servers:
-            answer = await self._ask(server, request, request.method, request.url.path)
-            if answer.status_code < 500:
-                break
-        return answer
-
-    async def every(self, request: Request) -> Response:
-        """What concerns every server (flush the cache, abort): 200 only if all agree."""
-        body = await request.body()
-        answers = await self._ask_all(request, request.method, request.url.path, body)
-        failed = {
-            server.url: f"{answer.status_code} {bytes(answer.body)[:200].decode(errors='replace')}"
-            for server, answer in zip(self.fleet.servers, answers, strict=True)
-            if answer.status_code >= 400
-        }
-        if failed:
-            text = f"{request.url.path} failed on: {failed}"
-            return Response(error_body(request.url.path, 502, text, "BadGateway"), 502, _JSON)
-        return _json({"success": True, "servers": len(answers)})
-
-    async def server_info(self, request: Request) -> Response:
-        """All servers' own answers, by role; `internal_states` are the decode servers'."""
-        answers = await self._ask_all(request, "GET", "/server_info")
-        infos: dict[str, list[Any]] = {"prefill": [], "decode": []}
-        states: list[Any] = []
-        for server, answer in zip(self.fleet.servers, answers, strict=True):
-            info = _decoded(answer)
-            infos[server.role].append(info)
-            if server.role == "decode" and isinstance(info.get("internal_states"), list):
-                states.extend(info["internal_states"])
-        about = {
-            "name": "kairos",
-            "policy": self.options.policy,
-            "prefill": [server.describe() for server in self.fleet.prefills],
-            "decode": [server.describe() for server in self.fleet.decodes],
-            "bytes_per_token": self.fleet.bytes_per_token.value,
-            "handoff_s": self.fleet.handoff.value,
-        }
-        return _json({"internal_states": states, **infos, "router_manager": about})
+    async def admin(self, request: Request) -> Response:
+        """See `admin`."""
+        assert self._admin is not None
+        return await self._admin(request)
 
     async def metrics_text(self, _: Request) -> Response:
         """Prometheus exposition."""
+        metrics, limits = self.metrics, self.proxy.limits
+        metrics.in_flight.set(limits.in_flight)
+        metrics.held_bytes.set(limits.held_bytes)
+        metrics.relegated.set(len(self.proxy.later))
         for server in self.fleet.servers:
-            self.metrics.up.labels(server.url, server.role).set(server.up)
-        return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
-
-    async def _ask_all(
-        self, request: Request, method: str, path: str, body: bytes = b""
-    ) -> list[Response]:
-        return await asyncio.gather(
-            *(self._ask(server, request, method, path, body) for server in self.fleet.servers)
-        )
-
-    async def _ask(
-        self, server: Server, request: Request, method: str, path: str, body: bytes = b""
-    ) -> Response:
-        """One server's answer, or a 503 that says why there is none."""
-        headers = forwarded(request.headers.raw)
-        key = self.options.api_key
-        if key and not any(name == "authorization" for name, _ in headers):
-            headers.append(("authorization", f"Bearer {key}"))
-        try:
-            async with self.session.request(
-                method,
-                server.url + path,
-                params=request.url.query or None,
-                data=body or None,
-                headers=headers,
-                timeout=aiohttp.ClientTimeout(total=_ASK_TIMEOUT_S),
-            ) as answer:
-                content = answer.headers.get("content-type", "application/json")
-                return Response(await answer.read(), answer.status, {"content-type": content})
-        except (aiohttp.ClientError, OSError) as error:
-            text = f"{server.role} server {server.url}: {error!r}"
-            return Response(error_body(path, 503, text, "Unavailable"), 503, _JSON)
+            metrics.up.labels(server.url, server.role).set(server.up)
+            metrics.running.labels(server.url, server.role).set(len(server.attempts))
+        for prefill in self.fleet.prefills:
+            metrics.owed.labels(prefill.url).set(prefill.owed_s)
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4")
 
 
-def create_app(options: RouterOptions, config: KairosConfig) -> Starlette:
-    """The app; its Router is in ``app.state.router``. ConfigError for unusable SLO classes."""
-    router = Router(options, config)
+class RouterApp:
+    """The ASGI app: serving endpoints go straight to the proxy, everything else to Starlette."""
 
+    def __init__(self, router: Router) -> None:
+        self.router = router
+        self._rest = _fleet_app(router)
+        self._key = router.options.client_api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = scope["path"]
+            if self._key and not is_open(path) and not bears(scope["headers"], self._key):
+                text = "a valid API key is required as a bearer token"
+                await refuse(send, path, 401, text, "Unauthorized")
+                return
+            if path in SLO_PATHS and scope["method"] in ("POST", "PUT"):
+                await self.router.proxy(scope, receive, send)
+                return
+        await self._rest(scope, receive, send)
+
+
+def create_app(options: RouterOptions, config: KairosConfig) -> RouterApp:
+    """The app; its `router` holds everything. ConfigError for unusable SLO classes."""
+    return RouterApp(Router(options, config))
+
+
+def _fleet_app(router: Router) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await router.start()
@@ -195,45 +187,23 @@ def create_app(options: RouterOptions, config: KairosConfig) -> Starlette:
         finally:
             await router.stop()
 
-    both = ["GET", "POST"]
-    routes = [Route(path, _Raw(router), methods=["POST", "PUT"]) for path in sorted(SLO_PATHS)]
-    routes += [
+    def asked(name: str) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            found: Response = await getattr(router.asker, name)(request)
+            return found
+
+        return endpoint
+
+    routes = [
         Route("/health", router.health),
-        Route("/health_generate", router.health_generate),
-        Route("/v1/models", router.one),
-        Route("/model_info", router.one),
-        Route("/get_model_info", router.one),
-        Route("/server_info", router.server_info),
-        Route("/get_server_info", router.server_info),
-        Route("/flush_cache", router.every, methods=both),
-        Route("/abort_request", router.every, methods=["POST"]),
+        Route("/ping", router.ping),
         Route("/metrics", router.metrics_text),
+        Route("/admin/servers", router.admin, methods=["GET", "POST", "DELETE"]),
+        Route("/health_generate", asked("health_generate")),
+        Route("/server_info", asked("server_info")),
+        Route("/get_server_info", asked("server_info")),
+        Route("/v1/loads", asked("loads")),
     ]
-    app = Starlette(routes=routes, lifespan=lifespan)
-    app.state.router = router
-    return app
-
-
-class _Raw:
-    """Starlette takes a class instance as raw ASGI, and a function as an endpoint."""
-
-    def __init__(self, router: Router) -> None:
-        self._router = router
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await self._router.serve(scope, receive, send)
-
-
-_JSON = {"content-type": "application/json"}
-
-
-def _json(body: Any, status: int = 200) -> Response:
-    return Response(orjson.dumps(body), status, _JSON)
-
-
-def _decoded(answer: Response) -> dict[str, Any]:
-    try:
-        info = orjson.loads(answer.body)
-    except orjson.JSONDecodeError:
-        info = None
-    return info if isinstance(info, dict) else {"error": f"HTTP {answer.status_code}"}
+    routes += [Route(path, asked("one"), methods=methods) for path, methods in _ANY]
+    routes += [Route(path, asked("every"), methods=methods) for path, methods in _EVERY]
+    return Starlette(routes=routes, lifespan=lifespan)

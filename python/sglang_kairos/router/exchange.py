@@ -9,30 +9,22 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 import orjson
 
-from sglang_kairos.router.fleet import DecodeServer, PrefillServer, Server, is_unreachable
+from sglang_kairos.router.servers import DecodeServer, PrefillServer, Server
 
-_KEEP_BYTES = 256 * 1024
+KEEP_BYTES = 256 * 1024
 _ABORT_TIMEOUT_S = 5.0
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d{1,9})')
 
-# Hop-by-hop headers, those that this router answers for, and those that would undo the pairing.
-_NOT_FORWARDED = frozenset(
-    """accept-encoding connection content-length expect host keep-alive proxy-authenticate
-    proxy-authorization proxy-connection te trailer transfer-encoding upgrade
-    x-override-bootstrap-host x-override-bootstrap-port x-override-bootstrap-room
-    x-slo-ttft-ms x-slo-tpot-ms x-slo-class x-dynamo-slo-ttft-ms""".split()
-)
-_NOT_RETURNED = frozenset(
-    """connection date keep-alive proxy-connection server te trailer transfer-encoding
-    upgrade""".split()
-)
+
+class ServerGone(ConnectionError):
+    """Its probes failed while a request was waiting for it."""
 
 
 class ServerFailed(Exception):
@@ -43,15 +35,10 @@ class ServerFailed(Exception):
         self.server = server
         self.cause = cause
 
-    @property
-    def retryable(self) -> bool:
-        """Whether another attempt makes sense; a request that ran out of time has had its."""
-        return not isinstance(self.cause, TimeoutError) or is_unreachable(self.cause)
-
 
 @dataclass(frozen=True, slots=True)
-class PrefillError:
-    """Prefill's refusal, as it goes to the client."""
+class Refusal:
+    """A server's refusal, as it goes to the client."""
 
     status: int
     content_type: str
@@ -78,11 +65,14 @@ class Exchange:
         payload: bytes,
         headers: list[tuple[str, str]],
         rids: list[str],
+        keep_bytes: int = KEEP_BYTES,
     ) -> None:
         self.prefill = prefill
         self.decode = decode
         self.prefilled_s: float | None = None
         self.prompt_tokens = 0
+        self.prefill_body = b""
+        self._keep_bytes = keep_bytes
         self._session = session
         self._path = path
         self._payload = payload
@@ -90,19 +80,21 @@ class Exchange:
         self._rids = rids
         self._responses: dict[str, aiohttp.ClientResponse] = {}
 
-    async def run_prefill(self, on_done: Callable[[], None]) -> PrefillError | None:
+    async def run_prefill(self, on_done: Callable[[], None]) -> Refusal | None:
         """Send, and drain the answer; `on_done` when the prompt is prefilled. ServerFailed."""
         try:
             response = await self._post(self.prefill)
             kept = bytearray()
             async for chunk in response.content.iter_any():
-                if len(kept) < _KEEP_BYTES:
-                    kept += chunk[: _KEEP_BYTES - len(kept)]
+                if len(kept) < self._keep_bytes:
+                    kept += chunk[: self._keep_bytes - len(kept)]
         except (aiohttp.ClientError, OSError) as error:
             raise ServerFailed(self.prefill, error) from error
         failure = _prefill_error(response, bytes(kept))
         if failure is None:
             self.prefilled_s = time.monotonic()
+            if self._keep_bytes > KEEP_BYTES:
+                self.prefill_body = bytes(kept)
             counted = _PROMPT_TOKENS.search(kept)
             self.prompt_tokens = int(counted[1]) if counted else 0
             on_done()
@@ -157,37 +149,24 @@ class Exchange:
             pass  # gone: then so is the request
 
 
-def forwarded(raw: list[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
-    """The client's end-to-end headers for the servers, without those the router answers for."""
-    named = {
-        word.strip().lower()
-        for key, value in raw
-        if key == b"connection"
-        for word in value.decode("latin-1").split(",")
-    }
-    headers = [
-        (name, value.decode("latin-1"))
-        for name, value in ((key.decode("latin-1"), value) for key, value in raw)
-        if name not in _NOT_FORWARDED and name not in named
-    ]
-    headers.append(("accept-encoding", "identity"))
-    return headers
+def is_unreachable(error: BaseException) -> bool:
+    """Whether an error means that nobody is there, rather than slowly or badly."""
+    kinds = (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorError, ServerGone)
+    return isinstance(error, kinds)
 
 
-def returned(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    """A server's headers for the client."""
-    return [
-        (key.lower().encode("latin-1"), value.encode("latin-1", "replace"))
-        for key, value in headers.items()
-        if key.lower() not in _NOT_RETURNED
-    ]
-
-
-def _prefill_error(response: aiohttp.ClientResponse, body: bytes) -> PrefillError | None:
+def _prefill_error(response: aiohttp.ClientResponse, body: bytes) -> Refusal | None:
     content_type = response.headers.get("content-type", "application/json")
     if response.status != 200:
-        return PrefillError(response.status, content_type, body)
+        return Refusal(response.status, content_type, body)
     if not content_type.startswith("text/event-stream"):
+        return None
+    return stream_error(body)
+
+
+def stream_error(body: bytes) -> Refusal | None:
+    """The error that a stream reports in one of these events, which HTTP's status did not."""
+    if b'"error"' not in body and b'"abort"' not in body:
         return None
     for line in body.split(b"\n"):
         if not line.startswith(b"data:") or (b'"error"' not in line and b'"abort"' not in line):
@@ -200,7 +179,7 @@ def _prefill_error(response: aiohttp.ClientResponse, body: bytes) -> PrefillErro
         if error is not None:
             code = error.get("code")
             status = code if isinstance(code, int) and 400 <= code <= 599 else 500
-            return PrefillError(status, "application/json", orjson.dumps({"error": error}))
+            return Refusal(status, "application/json", orjson.dumps({"error": error}))
     return None
 
 

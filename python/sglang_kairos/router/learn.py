@@ -27,6 +27,7 @@ class SpeedEstimate:
         self._tokens: list[float] = []
         self._started_s = 0.0
         self._ended_s = float("-inf")
+        self.batches = 0
 
     def set_chunk(self, tokens: int) -> None:
         """Prompt tokens the server takes in one step."""
@@ -52,6 +53,30 @@ class SpeedEstimate:
         seconds -= sum(self._c_s * n * n / 2 for n in self._tokens)
         self._rls.observe((chunks, sum(self._tokens)), seconds)
         self._tokens = []
+        self.batches += 1
+
+
+class Pace:
+    """How much longer a server takes than its own law says: busy time over predicted work.
+
+    The law covers the server's steps; what lies between them (tokenizing, transfer, a busy CPU) it
+    does not. While a server owes anything it works, in whatever order, so the time between two
+    completions adds up to the work completed. Old observations fade; bounded either way.
+    """
+
+    def __init__(self) -> None:
+        self._busy_s = self._work_s = 0.5
+
+    @property
+    def factor(self) -> float:
+        """1 when the law is right."""
+        return min(max(self._busy_s / self._work_s, 0.5), 3.0)
+
+    def observe(self, busy_s: float, work_s: float) -> None:
+        """`work_s` by the law took `busy_s` since the last completion."""
+        if work_s > 0.0:
+            self._busy_s = 0.98 * self._busy_s + min(busy_s, 10.0 * work_s)
+            self._work_s = 0.98 * self._work_s + work_s
 
 
 class Average:
@@ -65,3 +90,22 @@ class Average:
         """Move the mean towards `value`; an outlier counts as at most four times the mean."""
         bounded = min(value, 4.0 * self.value)
         self.value += self._weight * (bounded - self.value)
+
+
+class Margin:
+    """How much a prediction falls short of what happens: its `quantile`, in seconds, followed by
+    stochastic gradient descent (up a lot when it was exceeded, down a little when not)."""
+
+    def __init__(self, quantile: float = 0.9, most_s: float = 60.0) -> None:
+        self.value_s = 0.0
+        self._quantile = quantile
+        self._most_s = most_s
+        self._scale_s = 0.01
+
+    def observe(self, predicted_s: float, actual_s: float) -> None:
+        """Seconds; an early answer is a negative miss."""
+        miss = actual_s - predicted_s
+        self._scale_s += 0.05 * (min(abs(miss), 10.0 * self._scale_s + 0.01) - self._scale_s)
+        step = 0.2 * self._scale_s
+        up = self._quantile if miss > self.value_s else self._quantile - 1.0
+        self.value_s = min(max(0.0, self.value_s + step * up), self._most_s)

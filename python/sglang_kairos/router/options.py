@@ -1,13 +1,19 @@
-"""The router's own settings, from its command line (same flags as upstream's routers)."""
+"""The router's own settings, from its command line (flags of `flags`)."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-POLICIES = ("kairos", "random", "round_robin")
+from sglang_kairos.policy.overload import Overload
+from sglang_kairos.router.flags import build_parser
+from sglang_kairos.router.health import HealthRules
+
+ADMIN_KEY_ENV = "KAIROS_ROUTER_ADMIN_KEY"
+MIB = 1024 * 1024
 
 
 class OptionError(ValueError):
@@ -16,7 +22,8 @@ class OptionError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class RouterOptions:
-    """`prefills`: URL and bootstrap port (None: as that server reports it). Times in seconds."""
+    """`prefills`: URL and bootstrap port (None: as that server reports it). Times in seconds,
+    sizes in bytes; 0 for `max_in_flight` is no limit; an empty key or path is none."""
 
     prefills: tuple[tuple[str, int | None], ...]
     decodes: tuple[str, ...]
@@ -26,10 +33,28 @@ class RouterOptions:
     request_timeout_s: float = 1800.0
     connect_timeout_s: float = 5.0
     poll_s: float = 0.5
+    probe_timeout_s: float = 5.0
+    health: HealthRules = field(default_factory=HealthRules)
     max_retries: int = 3
+    overload: Overload = Overload.SERVE
+    overload_classes: tuple[tuple[str, Overload], ...] = ()
+    max_in_flight: int = 8192
+    max_body_bytes: int = 512 * MIB
+    max_held_bytes: int = 2048 * MIB
+    drain_s: float = 180.0
+    drain_delay_s: float = 0.0
     api_key: str = ""
+    client_api_key: str = ""
+    admin_api_key: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    ca_cert: str = ""
     seed: int | None = None
     log_level: str = "info"
+
+    def overload_of(self, slo_class: str) -> Overload:
+        """What is done with that class when no pair can keep the SLO."""
+        return dict(self.overload_classes).get(slo_class, self.overload)
 
 
 def parse_options(argv: Sequence[str]) -> RouterOptions:
@@ -39,62 +64,90 @@ def parse_options(argv: Sequence[str]) -> RouterOptions:
         raise OptionError("--pd-disaggregation: required, this router serves prefill/decode pairs")
     if not given.prefill or not given.decode:
         raise OptionError("--prefill and --decode: at least one server each is required")
-    for flag, value, low, high in (
-        ("--port", given.port, 0, 65535),
-        ("--max-retries", given.max_retries, 0, 100),
-        ("--poll-interval-secs", given.poll_interval_secs, 0.5, 3600),
-        ("--request-timeout-secs", given.request_timeout_secs, 1, 1_000_000),
-        ("--connect-timeout-secs", given.connect_timeout_secs, 0.05, 600),
-    ):
-        if not low <= value <= high:
-            raise OptionError(f"{flag}: must be between {low} and {high}, got {value}")
+    _check_ranges(given)
+    if bool(given.tls_cert_path) != bool(given.tls_key_path):
+        raise OptionError("--tls-cert-path and --tls-key-path: one needs the other")
+    for flag in ("tls_cert_path", "tls_key_path", "ca_cert_path"):
+        path = getattr(given, flag)
+        if path and not os.access(path, os.R_OK):
+            raise OptionError(f"--{flag.replace('_', '-')}: cannot be read: {path}")
+    overload, classes = _overload(given.overload or [])
     return RouterOptions(
-        prefills=tuple(_prefill(words) for words in given.prefill),
-        decodes=tuple(_url("--decode", url) for url in given.decode),
+        prefills=tuple(prefill_of(words) for words in given.prefill),
+        decodes=tuple(url_of("--decode", url) for url in given.decode),
         host=given.host,
         port=given.port,
         policy=given.policy,
         request_timeout_s=given.request_timeout_secs,
         connect_timeout_s=given.connect_timeout_secs,
         poll_s=given.poll_interval_secs,
-        max_retries=given.max_retries,
+        probe_timeout_s=given.health_check_timeout_secs,
+        health=HealthRules(
+            probe_failures=given.health_failure_threshold,
+            request_failures=given.cb_failure_threshold,
+            eject_s=given.cb_timeout_duration_secs,
+            longest_eject_s=max(60.0, given.cb_timeout_duration_secs),
+        ),
+        max_retries=0 if given.disable_retries else given.max_retries,
+        overload=overload,
+        overload_classes=classes,
+        max_in_flight=max(0, given.max_concurrent_requests),
+        max_body_bytes=given.max_payload_size,
+        max_held_bytes=given.max_held_bytes,
+        drain_s=given.shutdown_grace_period_secs,
+        drain_delay_s=given.drain_delay_secs,
         api_key=given.api_key,
+        client_api_key=given.client_api_key,
+        admin_api_key=given.admin_api_key or os.environ.get(ADMIN_KEY_ENV, ""),
+        tls_cert=given.tls_cert_path,
+        tls_key=given.tls_key_path,
+        ca_cert=given.ca_cert_path,
         seed=given.seed,
         log_level=given.log_level,
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The flags, for parsing and for ``--help``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sglang_kairos.launch_router", description=__doc__, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--pd-disaggregation", action="store_true", help="serve prefill/decode pairs (required)")
-    add("--mini-lb", action="store_true", help="accepted for upstream's command lines, no effect")
-    add(
-        "--prefill",
-        action="append",
-        nargs="+",
-        metavar=("URL", "BOOTSTRAP_PORT"),
-        help="a prefill server and its --disaggregation-bootstrap-port (asked from it if left out)",
-    )
-    add("--decode", action="append", metavar="URL", help="a decode server")
-    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add("--port", type=int, default=30000, help="port to listen on (default: %(default)s)")
-    add("--policy", choices=POLICIES, default="kairos", help="how a pair is picked")
-    add("--request-timeout-secs", type=float, default=1800.0, help="whole request, seconds")
-    add("--connect-timeout-secs", type=float, default=5.0, help="connecting to a server, seconds")
-    add("--poll-interval-secs", type=float, default=0.5, help="between looks at a server, seconds")
-    add("--max-retries", type=int, default=3, help="other pairs tried before the first byte")
-    add("--api-key", default="", help="sent with the router's own calls to the servers")
-    add("--seed", type=int, default=None, help="fixes the router's random choices")
-    add("--log-level", default="info", help="uvicorn log level (default: %(default)s)")
-    return parser
+def _check_ranges(given: argparse.Namespace) -> None:
+    for name, low, high in (
+        ("port", 0, 65535),
+        ("max_retries", 0, 100),
+        ("poll_interval_secs", 0.5, 3600),
+        ("request_timeout_secs", 0.1, 1_000_000),
+        ("connect_timeout_secs", 0.05, 600),
+        ("health_check_timeout_secs", 0.1, 600),
+        ("health_failure_threshold", 1, 1000),
+        ("cb_failure_threshold", 1, 1_000_000),
+        ("cb_timeout_duration_secs", 0.1, 3600),
+        ("max_concurrent_requests", -1, 1_000_000),
+        ("max_payload_size", 1024, 2**40),
+        ("max_held_bytes", 1024, 2**50),
+        ("shutdown_grace_period_secs", 0, 86_400),
+        ("drain_delay_secs", 0, 3600),
+    ):
+        value = getattr(given, name)
+        if not low <= value <= high:
+            flag = "--" + name.replace("_", "-")
+            raise OptionError(f"{flag}: must be between {low} and {high}, got {value}")
 
 
-def _prefill(words: list[str]) -> tuple[str, int | None]:
-    url = _url("--prefill", words[0])
+def _overload(words: Sequence[str]) -> tuple[Overload, tuple[tuple[str, Overload], ...]]:
+    """From ``shed`` (for all) and ``batch=relegate`` (for one class), in any order."""
+    default, classes = Overload.SERVE, {}
+    for word in words:
+        name, equals, action = word.rpartition("=")
+        if action not in list(Overload) or (equals and not name):
+            known = ", ".join(Overload)
+            raise OptionError(f"--overload: must be [CLASS=] one of {known}, got {word!r}")
+        if name:
+            classes[name] = Overload(action)
+        else:
+            default = Overload(action)
+    return default, tuple(classes.items())
+
+
+def prefill_of(words: Sequence[str]) -> tuple[str, int | None]:
+    """URL and bootstrap port from the words after ``--prefill``. OptionError."""
+    url = url_of("--prefill", words[0])
     if len(words) > 2:
         raise OptionError(f"--prefill: takes a URL and a bootstrap port, got {' '.join(words)!r}")
     if len(words) == 1 or words[1].lower() == "none":
@@ -108,7 +161,8 @@ def _prefill(words: list[str]) -> tuple[str, int | None]:
     return url, port
 
 
-def _url(flag: str, text: str) -> str:
+def url_of(flag: str, text: str) -> str:
+    """A server's URL without a slash at its end. OptionError names `flag`."""
     try:
         parts = urlsplit(text)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname)

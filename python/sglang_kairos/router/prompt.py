@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import uuid
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from sglang_kairos.router.prefix import Blocks, blocks_of
 from sglang_kairos.slo_http import COMPLETIONS, GENERATE
 
 # A scalar room of a request with n > 1 is counted up by SGLang: stay clear of the signed maximum.
@@ -36,6 +36,15 @@ class Prompt:
     def prompts(self) -> int:
         """How many prompts the request holds, at least one."""
         return max(1, self.batch or 1)
+
+
+# Seeded by the operating system: routers started with one --seed must not share ids or rooms.
+_IDS = Random()
+
+
+def unique_id() -> str:
+    """128 random bits in hexadecimal, without asking the operating system each time."""
+    return f"{_IDS.getrandbits(128):032x}"
 
 
 _PER_PROMPT = (
@@ -123,7 +132,38 @@ def describe(body: dict[str, Any], path: str) -> Prompt:
     )
 
 
-def pair_up(body: dict[str, Any], batch: int | None, host: str, port: int, rng: Random) -> None:
+def prompt_blocks(body: dict[str, Any], path: str, bytes_per_token: float) -> Blocks:
+    """The prompt's blocks for `router.prefix`. Of a batch only the first prompt's: its beginning
+    is what a batch has in common, if anything."""
+    if path == GENERATE:
+        prompt = body.get("text") if body.get("text") is not None else body.get("input_ids")
+    elif path == COMPLETIONS:
+        prompt = body.get("prompt")
+    else:
+        return blocks_of(_chat_text(body.get("messages")), bytes_per_token)
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        prompt = prompt[0]
+    return blocks_of(prompt, bytes_per_token)
+
+
+def _chat_text(messages: Any) -> str:
+    """All text of a chat in order, roles included: what its template will spell out."""
+    parts: list[str] = []
+    for message in messages if isinstance(messages, list) else ():
+        if not isinstance(message, dict):
+            continue
+        parts.append(str(message.get("role"))[:64])
+        content = message.get("content")
+        if isinstance(content, str):
+            parts.append(content)
+        for part in content if isinstance(content, list) else ():
+            text = part.get("text") if isinstance(part, dict) else None
+            if isinstance(text, str):
+                parts.append(text)
+    return "\n".join(parts)
+
+
+def pair_up(body: dict[str, Any], batch: int | None, host: str, port: int) -> None:
     """Write the bootstrap address of the prefill server and fresh rooms into `body`.
 
     A null host would kill a decode server, so the fields are always set, one per prompt of a batch.
@@ -131,11 +171,11 @@ def pair_up(body: dict[str, Any], batch: int | None, host: str, port: int, rng: 
     if batch:
         body["bootstrap_host"] = [host] * batch
         body["bootstrap_port"] = [port] * batch
-        body["bootstrap_room"] = [rng.randrange(_ROOMS) for _ in range(batch)]
+        body["bootstrap_room"] = [_IDS.randrange(_ROOMS) for _ in range(batch)]
     else:
         body["bootstrap_host"] = host
         body["bootstrap_port"] = port
-        body["bootstrap_room"] = rng.randrange(_ROOMS)
+        body["bootstrap_room"] = _IDS.randrange(_ROOMS)
 
 
 def name_requests(body: dict[str, Any], prompt: Prompt, ours: bool) -> list[str]:
@@ -153,7 +193,7 @@ def name_requests(body: dict[str, Any], prompt: Prompt, ours: bool) -> list[str]
         return []
     if prompt.samples > 1:
         return []
-    rids = [uuid.uuid4().hex for _ in range(prompt.prompts)]
+    rids = [unique_id() for _ in range(prompt.prompts)]
     body["rid"] = rids if prompt.batch else rids[0]
     return rids
 

@@ -9,75 +9,49 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-import orjson
 
-from sglang_kairos.policy.placement import PlacedRequest
-from sglang_kairos.router.exchange import (
-    DecodeHead,
-    Exchange,
-    PrefillError,
-    ServerFailed,
-    forwarded,
-    returned,
-)
-from sglang_kairos.router.fleet import DecodeServer, Fleet, PrefillServer, Server, is_unreachable
+from sglang_kairos.policy.overload import Overload, retry_after_s, verdict
+from sglang_kairos.router.answers import Headers, Receive, Scope, Send, answer, refuse
+from sglang_kairos.router.attempt import Attempts, Rejected
+from sglang_kairos.router.attention import Attention
+from sglang_kairos.router.call import BadRequest, Call, ClientLeft, accept, read_body
+from sglang_kairos.router.exchange import ServerFailed, is_unreachable
+from sglang_kairos.router.fleet import Fleet, Placement
+from sglang_kairos.router.later import Later
+from sglang_kairos.router.limits import Full, Limits, TooLarge
 from sglang_kairos.router.metrics import RouterMetrics
-from sglang_kairos.router.prompt import (
-    Prompt,
-    Unfoldable,
-    describe,
-    name_requests,
-    pair_up,
-    unfold_samples,
-)
-from sglang_kairos.slo import RequestSlo, SloError, SloTable
-from sglang_kairos.slo_http import carry, dump, error_body
+from sglang_kairos.router.options import RouterOptions
+from sglang_kairos.router.relay import break_off
+from sglang_kairos.router.servers import Server
+from sglang_kairos.slo import SloTable
 
 logger = logging.getLogger(__name__)
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
 CLIENT_LEFT = 499
-_DRAIN_S = 30.0
-# Of the output a request allows, what it is expected to use.
-_OUTPUT_SHARE = 0.5
+# Another server may well do what this one could not; a client's mistake (4xx) it could not either.
+_RETRIED = frozenset((429, 500, 502, 503, 504))
+_BUSY = frozenset((429, 503))
+# A stock server takes relegated work when it has no more than this left to do.
+_NEARLY_IDLE_S = 0.1
 
 
-class ClientLeft(Exception):
-    """Nobody is waiting for the answer any more."""
+class TimedOut(Exception):
+    """The request has used up --request-timeout-secs."""
 
 
-class BadRequest(Exception):
-    """The body cannot be used; `param` names the field."""
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
+class Draining(Exception):
+    """The router ends before the request did."""
 
 
-@dataclass(slots=True)
-class Call:
-    """A request the router has accepted."""
+class Shed(Exception):
+    """No pair can keep the request's SLO, and its class is refused then."""
 
-    path: str
-    headers: list[tuple[str, str]]
-    body: dict[str, Any]
-    prompt: Prompt
-    arrived_s: float
-    deadline_s: float
-    aged_s: float
-    own_rid: bool
-    tried: set[Server] = field(default_factory=set)
-    predicted_s: float = 0.0
-    aborting: asyncio.Task[None] | None = None
+    def __init__(self, placement: Placement) -> None:
+        super().__init__("no pair of servers can keep the SLO")
+        self.placement = placement
 
 
 class PairProxy:
@@ -89,299 +63,218 @@ class PairProxy:
         session: aiohttp.ClientSession,
         table: SloTable,
         metrics: RouterMetrics,
+        options: RouterOptions,
         *,
         carries: bool = True,
-        max_retries: int = 3,
+        max_wait: float = 10.0,
     ) -> None:
+        self.limits = Limits(options.max_in_flight, options.max_body_bytes, options.max_held_bytes)
+        self.later = Later()
         self._fleet = fleet
-        self._session = session
         self._table = table
         self._carries = carries
+        self._max_wait = max_wait
         self._metrics = metrics
-        self._max_retries = max_retries
-        self._background: set[asyncio.Task[Any]] = set()
+        self._options = options
+        self._attempts = Attempts(fleet, session, table, metrics, carries)
+        self._live: set[Attention] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived = time.monotonic()
-        path = scope["path"]
-        self._metrics.in_flight.inc()
-        status = CLIENT_LEFT
+        path, slo_class, held, status = scope["path"], "", 0, CLIENT_LEFT
         try:
-            call = await self._accept(scope, receive, arrived)
+            self.limits.enter()
+        except Full as error:
+            await self._full(send, path, error)
+            return
+        try:
+            raw = await read_body(receive, self.limits)
+            held = len(raw)
+            call = accept(
+                raw, scope, arrived, self._fleet, self._table, self._options, self._carries
+            )
+            slo_class = call.slo.name
             status = await self._serve(call, receive, send)
         except BadRequest as error:
-            status = 400
-            await _answer(send, 400, error_body(path, 400, str(error), param=error.param))
+            status = await refuse(send, path, 400, str(error), "BadRequestError", param=error.param)
+        except TooLarge as error:
+            status = await refuse(send, path, 413, str(error), "PayloadTooLarge")
+        except Full as error:
+            status = await self._full(send, path, error)
         except ClientLeft:
             pass
         finally:
-            self._metrics.in_flight.dec()
-            self._metrics.requests.labels(path, str(status)).inc()
+            self.limits.leave(held)
+            self._metrics.answered(path, status, slo_class)
+
+    def interrupt_all(self) -> None:
+        """The router is about to end: whoever is still being served gets an error now."""
+        for attention in list(self._live):
+            attention.interrupt(Draining())
 
     async def finish(self) -> None:
         """Wait a moment for drains and aborts still running (shutdown)."""
-        if self._background:
-            await asyncio.wait(self._background, timeout=1.0)
-
-    async def _accept(self, scope: Scope, receive: Receive, arrived_s: float) -> Call:
-        """Read and check a request. BadRequest or ClientLeft."""
-        raw = await _read(receive)
-        try:
-            body = orjson.loads(raw)
-        except orjson.JSONDecodeError as error:
-            raise BadRequest(f"malformed JSON: {error}") from None
-        if not isinstance(body, dict):
-            raise BadRequest("malformed request: the body must be a JSON object")
-        path = scope["path"]
-        try:
-            unfold_samples(body, path)
-        except Unfoldable as error:
-            raise BadRequest(str(error), "n") from None
-        slo = self._slo(body, scope, arrived_s)
-        now = time.monotonic()
-        return Call(
-            path=path,
-            headers=forwarded(scope["headers"]),
-            body=body,
-            prompt=describe(body, path),
-            arrived_s=arrived_s,
-            deadline_s=now + (slo.slo.ttft_ms - slo.age_ms) / 1e3,
-            aged_s=now,
-            own_rid=body.get("rid") is None,
-        )
-
-    def _slo(self, body: dict[str, Any], scope: Scope, arrived_s: float) -> RequestSlo:
-        if not self._carries:
-            return RequestSlo(self._table.default)
-        headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
-        age_ms = 1e3 * (time.monotonic() - arrived_s)
-        try:
-            return carry(body, scope["path"], headers, self._table, age_ms=age_ms, always=True).slo
-        except SloError as error:
-            raise BadRequest(str(error), error.field) from None
+        await self._attempts.finish()
 
     async def _serve(self, call: Call, receive: Receive, send: Send) -> int:
-        """Serve an accepted request on one pair after another; the status it was answered with."""
-        left = asyncio.ensure_future(_disconnected(receive))
-        reason = "no server"
+        """Serve a request, or say why not; the status it was answered with. ClientLeft."""
+        attention = Attention()
+        watching = asyncio.create_task(_tell_when_left(receive, attention))
+        left_s = call.arrived_s + self._options.request_timeout_s - time.monotonic()
+        timer = asyncio.get_running_loop().call_later(left_s, attention.interrupt, TimedOut())
+        self._live.add(attention)
         try:
-            for attempt in range(self._max_retries + 1):
-                found = self._fleet.choose(self._placed(call), call.tried)
-                if found is None:
+            return await self._pairs(call, attention, send)
+        except Shed as shed:
+            return await self._shed(call, shed.placement, send)
+        except TimedOut:
+            text = f"no answer within {self._options.request_timeout_s:g} s"
+            return await self._end(call, send, 504, text, "Timeout")
+        except Draining:
+            return await self._end(call, send, 503, "the router is shutting down", "Unavailable")
+        finally:
+            self._live.discard(attention)
+            timer.cancel()
+            watching.cancel()
+
+    async def _pairs(self, call: Call, attention: Attention, send: Send) -> int:
+        """One pair after another until one serves it. Shed, TimedOut, Draining, ClientLeft."""
+        reason, last = "no server", None
+        for attempt in range(self._options.max_retries + 1):
+            placement = self._choose(call, torn=last is None)
+            if placement is None:
+                break
+            if attempt == 0:
+                placement = await self._admit(call, placement, attention)
+            self._metrics.retries.inc(1 if attempt else 0)
+            try:
+                return await self._attempts.serve(call, placement, attention, send)
+            except ServerFailed as error:
+                reason, last = str(error), None
+                self._note(call, placement, error.server, error.cause)
+                if call.seen.started:
+                    return await self._end(call, send, 502, reason, "BadGateway")
+            except Rejected as rejected:
+                last = rejected
+                if rejected.status not in _RETRIED:
                     break
-                prefill, decode, call.predicted_s = found
-                self._metrics.retries.inc(1 if attempt else 0)
-                try:
-                    return await self._attempt(call, prefill, decode, left, send)
-                except ServerFailed as error:
-                    reason = str(error)
-                    self._note(error)
-                    if not error.retryable:
-                        return await self._fail(send, call.path, 504, reason, "Timeout")
-                    if is_unreachable(error.cause):
-                        call.tried.add(error.server)
-                    if call.aborting is not None and not call.own_rid:
-                        # The client's own id is still taken on the server that did answer.
-                        await asyncio.wait({call.aborting}, timeout=1.0)
-            return await self._fail(
-                send, call.path, 503, f"no server could take the request: {reason}", "Unavailable"
-            )
-        finally:
-            left.cancel()
+                self._rejected(call, placement, rejected)
+            if call.aborting is not None and not call.own_rid:
+                # The client's own id is still taken on the server that did answer.
+                async with attention:
+                    await asyncio.wait({call.aborting}, timeout=1.0)
+        if last is not None:
+            headers: Headers = [(b"content-type", last.content_type.encode("latin-1"))]
+            await answer(send, last.status, last.body, headers + call.own_headers)
+            return last.status
+        text = f"no server could take the request: {reason}"
+        return await self._end(call, send, 503, text, "Unavailable")
 
-    def _placed(self, call: Call) -> PlacedRequest:
-        fleet, prompt = self._fleet, call.prompt
-        return PlacedRequest(
-            tokens=prompt.tokens + prompt.text_bytes / fleet.bytes_per_token.value,
-            deadline_s=call.deadline_s,
-            output_tokens=_OUTPUT_SHARE * prompt.output_tokens * prompt.samples,
-            prompts=prompt.prompts * prompt.samples,
-            handoff_s=fleet.handoff.value,
+    def _choose(self, call: Call, torn: bool) -> Placement | None:
+        """A pair, best without any server of a pair that failed before; the failed pair itself once
+        more only if the connection was `torn` rather than the request answered with an error."""
+        request = call.placed(self._fleet)
+        ways: list[set[Server]] = [call.gone | call.failed]
+        if call.failed:
+            for role in ("prefill", "decode"):
+                ways.append(call.gone | {s for s in call.failed if s.role == role})
+            if torn:
+                ways.append(call.gone)
+        for excluded in ways:
+            placement = self._fleet.choose(request, excluded, call.blocks)
+            if placement is not None:
+                call.predicted_s = placement.outcome.ttft_s + time.monotonic() - call.arrived_s
+                return placement
+        return None
+
+    async def _admit(self, call: Call, placement: Placement, attention: Attention) -> Placement:
+        """The pair to use, at once or after having been relegated. Shed."""
+        policy = self._options.overload_of(call.slo.name)
+        action = verdict(policy, placement.outcome)
+        if action is Overload.SERVE:
+            return placement
+        self._metrics.overloaded.labels(action.value, call.slo.name).inc()
+        if action is Overload.SHED:
+            raise Shed(placement)
+        found = placement
+
+        def may_go() -> bool:
+            nonlocal found
+            found = self._choose(call, torn=True) or found
+            # A Kairos server puts it behind those that can still be on time by itself.
+            return found.prefill.kairos or found.prefill.owed_s <= _NEARLY_IDLE_S
+
+        until = call.arrived_s + self._max_wait * call.slo.ttft_ms / 1e3
+        async with attention:
+            await self.later.wait(may_go, until)
+        return self._choose(call, torn=True) or found
+
+    async def _shed(self, call: Call, placement: Placement, send: Send) -> int:
+        predicted_s, slo = placement.outcome.ttft_s, call.slo
+        facts: dict[str, Any] = {
+            "predicted_ttft_ms": round(1e3 * predicted_s, 1),
+            "ttft_ms": slo.ttft_ms,
+            "predicted_tpot_ms": round(1e3 * placement.tpot_s, 3),
+            "tpot_ms": slo.tpot_ms,
+        }
+        text = (
+            f"no pair of servers can keep the SLO: TTFT {facts['predicted_ttft_ms']:g} ms predicted"
+            f" (target {slo.ttft_ms:g}), TPOT {facts['predicted_tpot_ms']:g} ms"
+            f" (target {slo.tpot_ms:g}), without breaking one promised to another request"
+        )
+        return await refuse(
+            send,
+            call.path,
+            429,
+            text,
+            "Overloaded",
+            retry_after_s=retry_after_s(predicted_s, slo.ttft_ms / 1e3),
+            facts=facts,
+            headers=call.own_headers,
         )
 
-    async def _attempt(
-        self,
-        call: Call,
-        prefill: PrefillServer,
-        decode: DecodeServer,
-        left: asyncio.Future[None],
-        send: Send,
-    ) -> int:
-        """One pair. ServerFailed when another may be tried; ClientLeft; else the status sent."""
-        rids = name_requests(call.body, call.prompt, call.own_rid)
-        pair_up(call.body, call.prompt.batch, prefill.host, prefill.bootstrap_port, self._fleet.rng)
-        exchange = Exchange(
-            self._session, prefill, decode, call.path, self._payload(call), call.headers, rids
+    async def _full(self, send: Send, path: str, error: Full) -> int:
+        self._metrics.overloaded.labels("full", "").inc()
+        return await refuse(send, path, 429, str(error), "Overloaded", retry_after_s=1)
+
+    async def _end(self, call: Call, send: Send, status: int, text: str, kind: str) -> int:
+        """An error, as a status or inside the stream that has begun. The status to count."""
+        logger.warning("request %s ends with %d: %s", call.request_id, status, text)
+        if call.seen.started:
+            await break_off(call.seen, send, status, text, kind)
+            return status
+        retry = 1 if status == 503 else None
+        return await refuse(
+            send, call.path, status, text, kind, retry_after_s=retry, headers=call.own_headers
         )
-        placed, now = self._placed(call), time.monotonic()
-        ticket = prefill.owe(placed.tokens, call.deadline_s, now)
-        decode.join(placed.prompts, placed.tokens + placed.output_tokens)
 
-        def prefilled() -> None:
-            prefill.settle(ticket, time.monotonic(), served=True)
-            if exchange.prompt_tokens and call.prompt.text_bytes and call.prompt.batch is None:
-                known = exchange.prompt_tokens - call.prompt.tokens
-                if known > 0:
-                    self._fleet.bytes_per_token.observe(call.prompt.text_bytes / known)
-
-        first = asyncio.create_task(exchange.run_prefill(prefilled))
-        second = asyncio.create_task(exchange.run_decode())
-        answered = False
-        try:
-            head = await _first_answer(first, second, left)
-            if isinstance(head, PrefillError):
-                headers = [(b"content-type", head.content_type.encode("latin-1"))]
-                await _answer(send, head.status, head.body, headers)
-                return head.status
-            self._observe(call, exchange, head)
-            broken = await _relay(head, left, send)
-            if broken is not None:
-                self._note(ServerFailed(decode, broken))
-            answered = broken is None and head.response.status == 200
-            return head.response.status
-        finally:
-            prefill.settle(ticket, time.monotonic(), served=False)
-            decode.leave(placed.prompts, placed.tokens + placed.output_tokens)
-            second.cancel()
-            if answered and not first.done():
-                self._spawn(_drain(first, exchange))
-            elif answered:
-                _ = first.exception()
-            else:
-                first.cancel()
-                call.aborting = self._spawn(_abort(first, second, exchange))
-
-    def _payload(self, call: Call) -> bytes:
-        """The body to send now, its age brought up to date. BadRequest if it cannot be written."""
-        now = time.monotonic()
-        if self._carries:
-            age_ms = 1e3 * (now - call.aged_s)
-            carry(call.body, call.path, {}, self._table, age_ms=age_ms)
-            call.aged_s = now
-        try:
-            return dump(call.body)
-        except ValueError as error:
-            raise BadRequest(str(error)) from None
-
-    def _observe(self, call: Call, exchange: Exchange, head: DecodeHead) -> None:
-        if head.response.status != 200:
+    def _note(self, call: Call, placement: Placement, server: Server, cause: BaseException) -> None:
+        """A server broke off or could not be reached."""
+        kind = "unreachable" if is_unreachable(cause) else type(cause).__name__
+        self._metrics.errors.labels(server.url, kind).inc()
+        logger.warning("%s server %s: %r", server.role, server.url, cause)
+        if is_unreachable(cause):
+            if server.health.request_refused():
+                self._metrics.ejections.labels(server.url, "unreachable").inc()
+            call.gone.add(server)
             return
-        now = time.monotonic()
-        ttft = now - call.arrived_s
-        self._metrics.ttft.labels(call.path).observe(ttft)
-        if now > call.deadline_s:
-            self._metrics.late.labels(call.path).inc()
-        if call.prompt.stream:
-            self._metrics.prediction_error.observe(abs(ttft - call.predicted_s))
-            if exchange.prefilled_s is not None:
-                self._fleet.handoff.observe(now - exchange.prefilled_s)
+        call.failed |= {placement.prefill, placement.decode}
+        self._count_failure(server)
 
-    def _note(self, error: ServerFailed) -> None:
-        kind = "unreachable" if is_unreachable(error.cause) else type(error.cause).__name__
-        self._metrics.errors.labels(error.server.url, kind).inc()
-        if is_unreachable(error.cause):
-            error.server.mark_down()
-        logger.warning("%s", error)
+    def _rejected(self, call: Call, placement: Placement, rejected: Rejected) -> None:
+        """A server answered 5xx. A decode server may do so for its prefill server's sake."""
+        self._metrics.errors.labels(rejected.server.url, str(rejected.status)).inc()
+        call.failed |= {placement.prefill, placement.decode}
+        if rejected.status not in _BUSY and placement.prefill.up:
+            self._count_failure(rejected.server)
 
-    async def _fail(self, send: Send, path: str, status: int, message: str, kind: str) -> int:
-        headers = [(b"retry-after", b"1")] if status == 503 else []
-        await _answer(send, status, error_body(path, status, message, kind), headers)
-        return status
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-        return task
+    def _count_failure(self, server: Server) -> None:
+        if server.health.request_failed(time.monotonic()):
+            self._metrics.ejections.labels(server.url, "outlier").inc()
+            logger.warning("%s server %s is ejected: it fails requests", server.role, server.url)
 
 
-async def _read(receive: Receive) -> bytes:
-    chunks: list[bytes] = []
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            raise ClientLeft
-        chunks.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(chunks)
-
-
-async def _disconnected(receive: Receive) -> None:
+async def _tell_when_left(receive: Receive, attention: Attention) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _first_answer(
-    prefill: asyncio.Task[PrefillError | None],
-    decode: asyncio.Task[DecodeHead],
-    left: asyncio.Future[None],
-) -> DecodeHead | PrefillError:
-    """Decode's head or prefill's error, whichever is first. ServerFailed, ClientLeft."""
-    waiting: set[asyncio.Future[Any]] = {prefill, decode, left}
-    while True:
-        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if left in done:
-            raise ClientLeft
-        if prefill in done:
-            error = prefill.result()
-            if error is not None:
-                return error
-        if decode in done:
-            return decode.result()
-
-
-async def _relay(head: DecodeHead, left: asyncio.Future[None], send: Send) -> BaseException | None:
-    """Send decode's answer on as it comes; what broke it off, if anything did. ClientLeft."""
-    pump = asyncio.create_task(_pump(head, send))
-    try:
-        racing: set[asyncio.Future[Any]] = {pump, left}
-        await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
-        if not pump.done():
-            raise ClientLeft
-        return await pump
-    finally:
-        pump.cancel()
-
-
-async def _pump(head: DecodeHead, send: Send) -> BaseException | None:
-    response = head.response
-    headers = returned(response.headers)
-    await send({"type": "http.response.start", "status": response.status, "headers": headers})
-    chunk = head.first
-    try:
-        while chunk:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            chunk = await response.content.readany()
-    except (aiohttp.ClientError, OSError) as error:
-        if response.headers.get("content-type", "").startswith("text/event-stream"):
-            text = f"the decode server broke off: {error!r}"
-            event = error_body("/v1/", 502, text, "BadGateway")
-            last = b"data: " + event + b"\n\ndata: [DONE]\n\n"
-            await send({"type": "http.response.body", "body": last})
-        return error
-    await send({"type": "http.response.body", "body": b""})
-    return None
-
-
-async def _drain(prefill: asyncio.Task[PrefillError | None], exchange: Exchange) -> None:
-    """Let prefill finish its answer, so that its connection can be used again."""
-    await asyncio.wait({prefill}, timeout=_DRAIN_S)
-    prefill.cancel()
-    await asyncio.gather(prefill, return_exceptions=True)
-    exchange.close()
-
-
-async def _abort(prefill: asyncio.Task[Any], decode: asyncio.Task[Any], exchange: Exchange) -> None:
-    await asyncio.gather(prefill, decode, return_exceptions=True)
-    await exchange.abort()
-
-
-async def _answer(
-    send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]] | None = None
-) -> None:
-    own = list(headers or [])
-    if not any(name == b"content-type" for name, _ in own):
-        own.append((b"content-type", b"application/json"))
-    own.append((b"content-length", str(len(body)).encode()))
-    await send({"type": "http.response.start", "status": status, "headers": own})
-    await send({"type": "http.response.body", "body": body})
+    attention.interrupt(ClientLeft())

@@ -50,8 +50,8 @@ class Cluster:
         decode_minds = [
             Predictor(system.times, error, f"{seed}/d{i}") for i in range(setup.decodes)
         ]
-        self.router = Router(system, policy, prefill_minds, decode_minds, seed)
         block_tokens = cache_block_tokens(rows)
+        self.router = Router(system, policy, prefill_minds, decode_minds, seed, block_tokens)
         self.prefills = [
             PrefillServer(
                 self.clock, system, policy, mind, block_tokens, self._prefilled, self._arrived

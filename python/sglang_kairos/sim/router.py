@@ -1,7 +1,7 @@
 """The router: pairs by `policy.placement`, or in turn as a router that knows nothing does.
 
-It keeps the same books as `router/fleet.py`: what each prefill server owes, by deadline, and what
-each decode server has been promised.
+It keeps the same books as `router/servers.py`: what each prefill server owes, by deadline, which
+prompts it was sent, and what each decode server has been promised.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from random import Random
 
+from sglang_kairos.policy.backlog import EMPTY, Backlog
 from sglang_kairos.policy.placement import (
     DecodeState,
     PlacedRequest,
@@ -17,6 +18,7 @@ from sglang_kairos.policy.placement import (
     StepCost,
     choose_pair,
 )
+from sglang_kairos.router.prefix import Blocks, PrefixIndex
 from sglang_kairos.sim.policies import Policy
 from sglang_kairos.sim.predictions import Predictor
 from sglang_kairos.sim.request import SimRequest
@@ -29,9 +31,10 @@ OUTPUT_SHARE = 0.5
 class _Owed:
     """Tickets of one prefill server: (deadline, request's index, work) ascending."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_blocks: int) -> None:
         self.tickets: list[tuple[float, int, float]] = []
         self.busy_since_s = 0.0
+        self.prefix = PrefixIndex(most_blocks)
 
 
 class Router:
@@ -44,10 +47,12 @@ class Router:
         prefills: list[Predictor],
         decodes: list[Predictor],
         seed: int,
+        block_tokens: int,
     ) -> None:
         self._system, self._policy = system, policy
         self._prefills, self._decodes = prefills, decodes
-        self._owed = [_Owed() for _ in prefills]
+        self._block_tokens = block_tokens
+        self._owed = [_Owed(system.prefill_kv_tokens // block_tokens) for _ in prefills]
         self._promised = [(0, 0.0) for _ in decodes]
         self._rng = Random(f"{seed}/router")
         self._turn = 0
@@ -59,14 +64,17 @@ class Router:
         req.prefill, req.decode = turn % width, turn // width % len(self._decodes)
         if not self._policy.route or width * len(self._decodes) == 1:
             return
+        blocks = Blocks(req.blocks, self._block_tokens)
         pair = choose_pair(
-            [self._prefill_state(index, now_s) for index in range(width)],
+            [self._prefill_state(index, now_s, blocks) for index in range(width)],
             [self._decode_state(index) for index in range(len(self._decodes))],
             PlacedRequest(
                 tokens=req.prompt,
                 deadline_s=req.due_s,
                 output_tokens=OUTPUT_SHARE * req.output,
                 handoff_s=self._policy.config.handoff_ms / 1e3,
+                now_s=now_s,
+                tpot_s=req.tpot_s,
             ),
             self._rng,
         )
@@ -75,7 +83,9 @@ class Router:
         owed = self._owed[req.prefill]
         if not owed.tickets:
             owed.busy_since_s = now_s
-        work = self._speed(req.prefill).work_s(req.prompt)
+        cached = min(owed.prefix.cached_tokens(blocks), req.prompt - 1.0)
+        owed.prefix.add(blocks)
+        work = self._speed(req.prefill).work_s(req.prompt - cached, cached)
         insort(owed.tickets, (req.due_s, req.index, work))
         self._promise(req, 1)
 
@@ -98,17 +108,28 @@ class Router:
 
     def _speed(self, index: int) -> PrefillSpeed:
         law = self._prefills[index].prefill.coefficients
-        return PrefillSpeed(law["a_s"], law["b_s"], law["c_s"], self._system.chunk_tokens)
+        chunk = self._system.chunk_tokens
+        return PrefillSpeed(law["a_s"], law["b_s"], law["c_s"], chunk, law["d_s"])
 
-    def _prefill_state(self, index: int, now_s: float) -> PrefillState:
+    def _prefill_state(self, index: int, now_s: float, blocks: Blocks) -> PrefillState:
         owed = self._owed[index]
         works = [work for *_, work in owed.tickets]
         progress = min(now_s - owed.busy_since_s, works[0]) if works else 0.0
         deadlines = [deadline for deadline, *_ in owed.tickets]
-        return PrefillState(self._speed(index), deadlines, works, progress, self._policy.urgent)
+        began = now_s - progress + self._policy.config.handoff_ms / 1e3
+        return PrefillState(
+            self._speed(index),
+            deadlines,
+            works,
+            progress,
+            self._policy.urgent,
+            cached_tokens=owed.prefix.cached_tokens(blocks),
+            backlog=Backlog.of(deadlines, works, began) if works else EMPTY,
+        )
 
     def _decode_state(self, index: int) -> DecodeState:
         law = self._decodes[index].decode.coefficients
-        cost = StepCost(law["a_s"], law["b_s"], law["c_s"])
+        knees = tuple((knee, slope_s) for knee, slope_s in law["knees"])
+        cost = StepCost(law["a_s"], law["b_s"], law["c_s"], knees)
         running, tokens = self._promised[index]
         return DecodeState(cost, running, tokens, self._system.decode_kv_tokens)

@@ -1,0 +1,133 @@
+"""What a prefill server owes, arranged so that one more request is judged in O(log n).
+
+`policy.urgency` runs the on-time set by deadline, then the late ones shortest first. For n jobs
+(deadline d_j, work p_j), counted from `began_s`, when the server began the first of them plus what
+follows prefill (the hand-off):
+    done_j = p_1 + … + p_j over the on-time set by deadline
+    room_j = min over i >= j of (d_i - began_s - done_i)
+A new job of work w between j - 1 and j leaves everybody on time exactly if w <= room_j and it makes
+its own deadline. If not, Moore and Hodgson drop one job: of those up to the first that is late, the
+one with the least weight per second, which may be the new one.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import NamedTuple
+
+from sglang_kairos.policy.urgency import moore_hodgson
+
+
+class Victim(NamedTuple):
+    """The job that one more request would push past its deadline."""
+
+    place: int
+    work_s: float
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """Make it with `of`. Without `began_s` nobody counts as late. Seconds."""
+
+    began_s: float = -math.inf
+    total_s: float = 0.0
+    on_time_s: float = 0.0
+    _due: Sequence[float] = ()
+    _works: Sequence[float] = ()
+    _weights: Sequence[float] | None = None
+    _done: Sequence[float] = ()
+    _room: Sequence[float] = ()
+    _late: Sequence[float] = ()
+    _late_done: Sequence[float] = field(default=())
+
+    @classmethod
+    def of(
+        cls,
+        deadlines_s: Sequence[float],
+        works_s: Sequence[float],
+        began_s: float = -math.inf,
+        weights: Sequence[float] | None = None,
+    ) -> Backlog:
+        """From jobs by ascending deadline; the lists are not kept. O(n), O(n log n) if any is late."""
+        due, works = list(deadlines_s), list(works_s)
+        kept = None if weights is None else list(weights)
+        total, late = math.fsum(works), []
+        done = list(accumulate(works))
+        room = [d - began_s - e for d, e in zip(due, done, strict=True)]
+        if room and min(room) < 0.0:
+            mask = moore_hodgson(works, [d - began_s for d in due], kept).tolist()
+            late = sorted(w for w, on in zip(works, mask, strict=True) if not on)
+            due = [d for d, on in zip(due, mask, strict=True) if on]
+            works = [w for w, on in zip(works, mask, strict=True) if on]
+            kept = None if kept is None else [w for w, on in zip(kept, mask, strict=True) if on]
+            done = list(accumulate(works))
+            room = [d - began_s - e for d, e in zip(due, done, strict=True)]
+        room = list(accumulate(reversed(room), min))[::-1]
+        return cls(
+            began_s=began_s,
+            total_s=total,
+            on_time_s=done[-1] if done else 0.0,
+            _due=due,
+            _works=works,
+            _weights=kept,
+            _done=done,
+            _room=room,
+            _late=late,
+            _late_done=list(accumulate(late)),
+        )
+
+    def place(self, deadline_s: float) -> int:
+        """How many on-time jobs go before one that is due then."""
+        return bisect_right(self._due, deadline_s)
+
+    def before_s(self, place: int) -> float:
+        """Work of the first `place` on-time jobs."""
+        return self._done[place - 1] if place else 0.0
+
+    def room_s(self, place: int) -> float:
+        """How much all on-time jobs from `place` on can be delayed, as of `began_s`."""
+        return self._room[place] if place < len(self._room) else math.inf
+
+    def late_before_s(self, work_s: float) -> float:
+        """Work of the late jobs that go before a late one of that length."""
+        at = bisect_right(self._late, work_s)
+        return self._late_done[at - 1] if at else 0.0
+
+    def victim(
+        self, place: int, makes_it: bool, work_s: float, weight: float, lag_s: float
+    ) -> Victim | None:
+        """Whom a new job at `place` pushes out when not all fit; None if it is the new one itself.
+
+        `makes_it`: the new one meets its own deadline. `lag_s`: how much later than planned
+        everything is by now.
+        """
+        end = place
+        if makes_it:
+            end = next(
+                (
+                    at + 1
+                    for at in range(place, len(self._due))
+                    if self._due[at] - self.began_s - self._done[at] - lag_s < work_s
+                ),
+                len(self._due),
+            )
+        if end == 0:
+            return None
+        works = self._works
+        if self._weights is None:
+            worst = max(range(end), key=works.__getitem__)
+            return Victim(worst, works[worst], 1.0) if works[worst] * weight > work_s else None
+        weights = self._weights
+        worst = min(range(end), key=lambda at: weights[at] / max(works[at], 1e-12))
+        theirs = weights[worst] / max(works[worst], 1e-12)
+        if theirs >= weight / max(work_s, 1e-12):
+            return None
+        return Victim(worst, works[worst], weights[worst])
+
+
+EMPTY = Backlog()

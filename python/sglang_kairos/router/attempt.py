@@ -1,0 +1,209 @@
+"""One attempt at one request: on the books of both servers, both legs, the answer, the lessons."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+import aiohttp
+
+from sglang_kairos.router.answers import Send
+from sglang_kairos.router.attention import Attention
+from sglang_kairos.router.call import Call
+from sglang_kairos.router.exchange import (
+    KEEP_BYTES,
+    DecodeHead,
+    Exchange,
+    Refusal,
+    ServerFailed,
+    stream_error,
+)
+from sglang_kairos.router.fleet import Fleet, Placement
+from sglang_kairos.router.logprobs import KEEP_BYTES as KEEP_LOGPROBS
+from sglang_kairos.router.logprobs import Merger, wants_merge
+from sglang_kairos.router.metrics import RouterMetrics
+from sglang_kairos.router.prompt import name_requests, pair_up
+from sglang_kairos.router.relay import Relayed, relay
+from sglang_kairos.router.servers import Server
+from sglang_kairos.slo import SloTable
+
+_DRAIN_S = 30.0
+
+
+class Rejected(Exception):
+    """A server answered with an error before anything was sent to the client."""
+
+    def __init__(self, server: Server, status: int, content_type: str, body: bytes) -> None:
+        super().__init__(f"{server.role} server {server.url} answered {status}")
+        self.server, self.status = server, status
+        self.content_type, self.body = content_type, body
+
+
+class Attempts:
+    """Makes attempts, and sees to what they leave behind."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        session: aiohttp.ClientSession,
+        table: SloTable,
+        metrics: RouterMetrics,
+        carries: bool,
+    ) -> None:
+        self._fleet, self._session, self._metrics = fleet, session, metrics
+        self._table, self._carries = table, carries
+        self._background: set[asyncio.Task[Any]] = set()
+
+    async def serve(
+        self, call: Call, placement: Placement, attention: Attention, send: Send
+    ) -> int:
+        """One pair; the status sent. ServerFailed, Rejected, or what `attention` is told."""
+        prefill, decode = placement.prefill, placement.decode
+        rids = name_requests(call.body, call.prompt, call.own_rid)
+        pair_up(call.body, call.prompt.batch, prefill.host, prefill.bootstrap_port)
+        merge = wants_merge(call.path, call.body)
+        exchange = Exchange(
+            self._session,
+            prefill,
+            decode,
+            call.path,
+            call.payload(self._table, self._carries),
+            call.headers,
+            rids,
+            KEEP_LOGPROBS if merge else KEEP_BYTES,
+        )
+        request, seen = placement.request, call.seen
+        grown = request.tokens + request.output_tokens
+        ticket = prefill.owe(
+            request.tokens,
+            call.deadline_s,
+            time.monotonic(),
+            placement.cached_tokens,
+            request.weight,
+        )
+        decode.join(request.prompts, grown, request.tpot_s)
+        self._fleet.sent(prefill, call.blocks)
+
+        def prefilled() -> None:
+            prefill.settle(ticket, time.monotonic(), served=True)
+            prefill.health.request_answered()
+            self._learn_length(call, exchange.prompt_tokens)
+
+        def prefill_ended(task: asyncio.Task[Refusal | None]) -> None:
+            if task.cancelled():
+                return
+            error = task.exception()
+            if error is None and (refused := task.result()) is not None:
+                error = Rejected(prefill, refused.status, refused.content_type, refused.body)
+            if isinstance(error, Exception) and not over and not seen.started:
+                attention.interrupt(error)
+
+        over = answered = False
+        servers: tuple[Server, Server] = (prefill, decode)
+        for server in servers:
+            server.attempts.add(attention)
+        first = asyncio.create_task(exchange.run_prefill(prefilled))
+        first.add_done_callback(prefill_ended)
+        try:
+            async with attention:
+                head = await exchange.run_decode()
+                status = head.response.status
+                if status >= 400:
+                    raise await _rejection(decode, head)
+                if (refused := stream_error(head.first)) is not None and call.prompt.stream:
+                    raise Rejected(decode, refused.status, refused.content_type, refused.body)
+                decode.health.request_answered()
+                merger = None
+                if merge:
+                    await asyncio.wait({first})
+                    merger = Merger(exchange.prefill_body, call.prompt.stream)
+                self._observe_first(call, placement, exchange)
+                broken = await relay(head, seen, send, call.own_headers, merger)
+            if broken is not None:
+                raise ServerFailed(decode, broken)
+            answered = True
+            self._observe_end(call, placement, seen)
+            return status
+        finally:
+            over = True
+            for server in servers:
+                server.attempts.discard(attention)
+            attention.forget((ServerFailed, Rejected))
+            prefill.settle(ticket, time.monotonic(), served=False)
+            decode.leave(request.prompts, grown, request.tpot_s)
+            if not answered:
+                first.cancel()
+                call.aborting = self._spawn(_abort(first, exchange))
+            elif not first.done():
+                self._drain(first, exchange)
+
+    async def finish(self) -> None:
+        """Wait a moment for drains and aborts still running (shutdown)."""
+        if self._background:
+            await asyncio.wait(self._background, timeout=1.0)
+
+    def _learn_length(self, call: Call, prompt_tokens: int) -> None:
+        if prompt_tokens and call.prompt.text_bytes and call.prompt.batch is None:
+            of_text = prompt_tokens - call.prompt.tokens
+            if of_text > 0:
+                self._fleet.bytes_per_token.observe(call.prompt.text_bytes / of_text)
+
+    def _observe_first(self, call: Call, placement: Placement, exchange: Exchange) -> None:
+        """Decode's first byte is here: for a stream, the first token."""
+        if not call.prompt.stream:
+            return
+        now = time.monotonic()
+        ttft = now - call.arrived_s
+        self._fleet.margin.observe(call.predicted_s, ttft)
+        self._metrics.first_token(
+            call.slo.name, placement.prefill.url, ttft, call.predicted_s, now <= call.deadline_s
+        )
+        if exchange.prefilled_s is not None:
+            self._fleet.handoff.observe(now - exchange.prefilled_s)
+
+    def _observe_end(self, call: Call, placement: Placement, seen: Relayed) -> None:
+        tpot = seen.tpot_s()
+        if tpot is not None and call.prompt.stream:
+            self._metrics.last_token(
+                call.slo.name,
+                placement.decode.url,
+                tpot,
+                placement.tpot_s,
+                1e3 * tpot <= call.slo.tpot_ms,
+            )
+
+    def _drain(self, prefill: asyncio.Task[Refusal | None], exchange: Exchange) -> None:
+        """Let prefill finish its answer, so that its connection can be used again."""
+        timer = asyncio.get_running_loop().call_later(_DRAIN_S, prefill.cancel)
+
+        def ended(task: asyncio.Task[Refusal | None]) -> None:
+            timer.cancel()
+            self._background.discard(task)
+            exchange.close()
+
+        self._background.add(prefill)
+        prefill.add_done_callback(ended)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+
+async def _rejection(server: Server, head: DecodeHead) -> Rejected:
+    """Decode's error, read to its end."""
+    response = head.response
+    content_type = response.headers.get("content-type", "application/json")
+    try:
+        body = head.first + await response.content.read()
+    except (aiohttp.ClientError, OSError):
+        body = head.first
+    return Rejected(server, response.status, content_type, body)
+
+
+async def _abort(prefill: asyncio.Task[Any], exchange: Exchange) -> None:
+    await asyncio.gather(prefill, return_exceptions=True)
+    await exchange.abort()

@@ -1,0 +1,105 @@
+"""What servers tell of themselves, made safe: anything missing or odd is left out.
+
+``/server_info`` costs the scheduler a round trip and, on a Kairos server, says how fast it is.
+``/v1/loads`` is answered from shared memory, by stock servers as well, and says what is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_kairos.policy.placement import StepCost
+
+# Below this many observed steps, a predictor is still its first guess.
+ENOUGH_SAMPLES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Of all ranks together. `waiting_tokens`: prompt tokens left to prefill; `tokens`: KV in use
+    and asked for; `requests`: running or waiting."""
+
+    requests: int
+    tokens: float
+    waiting_tokens: float
+
+
+def load_of(answer: Any) -> Load | None:
+    """From ``/v1/loads``; None if that says nothing."""
+    rows = answer.get("loads") if isinstance(answer, Mapping) else None
+    found = [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+    if not found:
+        return None
+
+    def total(key: str) -> float:
+        return sum(number(row, key, 0.0, 1e15) or 0.0 for row in found)
+
+    return Load(
+        requests=int(total("num_running_reqs") + total("num_waiting_reqs")),
+        tokens=total("num_total_tokens"),
+        waiting_tokens=total("num_waiting_uncached_tokens"),
+    )
+
+
+def kairos_reports(info: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    """Kairos' own entry of each rank, from ``/server_info``."""
+    states = info.get("internal_states")
+    for state in states if isinstance(states, list) else ():
+        report = state.get("kairos") if isinstance(state, Mapping) else None
+        if isinstance(report, Mapping):
+            yield report
+
+
+def prefill_law(report: Mapping[str, Any]) -> tuple[float, float, float, float] | None:
+    """(a_s, b_s, c_s, d_s), or None unless they make sense. d_s may be left out."""
+    raw = report.get("prefill")
+    if not isinstance(raw, Mapping):
+        return None
+    a, b, c = (number(raw, key, 0.0, 1e3) for key in ("a_s", "b_s", "c_s"))
+    d = number(raw, "d_s", 0.0, 1e3) if "d_s" in raw else 0.0
+    if a is None or b is None or c is None or d is None or a + b <= 0.0:
+        return None
+    return a, b, c, d
+
+
+def step_cost(report: Mapping[str, Any]) -> StepCost | None:
+    """A decode server's step law, with ``knees`` (pairs of batch size and seconds per request)."""
+    raw = report.get("decode")
+    if not isinstance(raw, Mapping):
+        return None
+    a, b, c = (number(raw, key, 0.0, 1e3) for key in ("a_s", "b_s", "c_s"))
+    if a is None or b is None or c is None or a + b <= 0.0:
+        return None
+    knees: list[tuple[float, float]] = []
+    listed = raw.get("knees")
+    for pair in listed if isinstance(listed, list) else ():
+        if not isinstance(pair, list) or len(pair) != 2:
+            return None
+        both = {"knee": pair[0], "slope": pair[1]}
+        knee, slope = number(both, "knee", 0.0, 1e6), number(both, "slope", 0.0, 1e3)
+        if knee is None or slope is None:
+            return None
+        knees.append((knee, slope))
+    return StepCost(a, b, c, tuple(knees))
+
+
+def settled(report: Mapping[str, Any], key: str) -> bool:
+    """Whether the predictor whose error is under `key` has seen enough steps to be believed.
+
+    A report that does not say is believed.
+    """
+    error = report.get(key)
+    if not isinstance(error, Mapping):
+        return True
+    samples = number(error, "samples", 0, 1e15)
+    return samples is None or samples >= ENOUGH_SAMPLES
+
+
+def number(raw: Mapping[str, Any], key: str, low: float, high: float) -> float | None:
+    """``raw[key]`` if it is a number in range."""
+    value = raw.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if low <= value <= high else None

@@ -1,0 +1,114 @@
+"""Real servers behind the router: a prefill and a decode server are killed under load."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from sglang_kairos.cluster import Cluster, ClusterSpec
+from sglang_kairos.cpu.zygote import Zygote
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+REQUESTS, TOKENS, ENDS_WITHIN_S = 40, 48, 60.0
+
+
+@pytest.fixture
+def cluster(out_dir: Path) -> Iterator[Cluster]:
+    """Two of each role; an idle server checks its memory strictly, and dies of a leak."""
+    env = {
+        "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+        "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
+    }
+    with Zygote(preload=["sglang_kairos.launch_router"], env=env) as zygote:
+        spec = ClusterSpec(
+            prefill=2,
+            decode=2,
+            server_args=["--max-total-tokens", "30000", "--chunked-prefill-size", "256"],
+            router_args=["--request-timeout-secs", str(ENDS_WITHIN_S), "--seed", "1"],
+            env=env,
+            log_dir=out_dir / "kill",
+            zygote=zygote,
+        )
+        with Cluster(spec) as started:
+            yield started
+
+
+async def load(url: str, count: int) -> list[str]:
+    """How each of `count` streams ends, a tenth of a second apart."""
+
+    async def one(session: aiohttp.ClientSession, index: int) -> str:
+        await asyncio.sleep(0.1 * index)
+        body = {
+            "input_ids": [10 + (7 * index + at) % 400 for at in range(100 + 40 * (index % 10))],
+            "stream": True,
+            "ttft_ms": 20_000,
+            "sampling_params": {"max_new_tokens": TOKENS, "ignore_eos": True, "temperature": 0},
+        }
+        async with session.post(url + "/generate", json=body) as response:
+            raw = (await response.read()).decode()
+        if response.status != 200:
+            return f"{response.status}: {raw[:200]}"
+        events = [line[6:] for line in raw.split("\n") if line.startswith("data: ")]
+        assert events[-1] == "[DONE]"
+        last = json.loads(events[-2])
+        if "error" in last:
+            return "error event"
+        assert last["meta_info"]["completion_tokens"] == TOKENS
+        return "done"
+
+    timeout = aiohttp.ClientTimeout(total=ENDS_WITHIN_S + 5)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        return list(await asyncio.gather(*(one(session, index) for index in range(count))))
+
+
+def kill_later(cluster: Cluster, name: str, seconds: float) -> None:
+    part = next(part for part in cluster.parts if part.name == name)
+
+    def kill() -> None:
+        time.sleep(seconds)
+        os.killpg(part.process.pid, signal.SIGKILL)
+        cluster.parts.remove(part)
+
+    threading.Thread(target=kill, daemon=True).start()
+
+
+def pending(url: str) -> int:
+    """Requests that a server still has in any queue."""
+    with urllib.request.urlopen(url + "/v1/loads", timeout=10) as answer:
+        loads = json.load(answer)["loads"]
+    return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
+
+
+def test_killing_a_prefill_and_then_a_decode_server_hangs_nobody_and_leaks_nothing(
+    cluster: Cluster,
+) -> None:
+    assert set(asyncio.run(load(cluster.url, 8))) == {"done"}
+    prefill, decode = cluster.prefill_urls[0], cluster.decode_urls[0]
+    kill_later(cluster, "p0", 1.5)
+    ends = asyncio.run(load(cluster.url, REQUESTS))
+    # Whoever was not prefilled moved to the other server. A prompt whose KV was under way when its
+    # server died may have lost it after the first byte was promised, and says so.
+    assert set(ends) <= {"done", "error event"}
+    assert ends.count("done") >= REQUESTS - 5
+    kill_later(cluster, "d0", 1.5)
+    ends = asyncio.run(load(cluster.url, REQUESTS))
+    assert set(ends) == {"done", "error event"}
+    assert ends.count("done") >= REQUESTS / 2
+    left = {*cluster.prefill_urls, *cluster.decode_urls} - {prefill, decode}
+    deadline = time.monotonic() + 30
+    while any(pending(url) for url in left):
+        assert time.monotonic() < deadline, {url: pending(url) for url in left}
+        time.sleep(0.2)
+    time.sleep(2.0)  # idle checks run now
+    assert set(asyncio.run(load(cluster.url, 8))) == {"done"}
+    assert cluster.dead() is None
