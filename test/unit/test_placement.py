@@ -246,7 +246,7 @@ def at_zero(tokens: float, deadline: float, **rest: object) -> PlacedRequest:
         ),
         ("a server behind its plan has less room", planned((3.0, 2.0), began=-0.8), at_zero(1100, 2.0), 1.2, 0.0, False),  # noqa: E501
         ("what is cached need not be done", planned(cached_tokens=900.0), at_zero(1000, 0.5), 0.1, 1.0, True),  # noqa: E501
-        ("at least one token is done", planned(cached_tokens=5e3), at_zero(100, 1.0), 1e-3, 1, True),  # noqa: E501
+        ("at least one token is done", planned(cached_tokens=5e3), at_zero(100, 1.0), 1e-3, 1, True),
     ],
 )  # fmt: skip
 def test_prefill_outlook(

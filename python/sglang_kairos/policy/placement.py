@@ -15,7 +15,7 @@ target does not any more. A server whose KV would overflow comes after all that 
 
 Most kept wins, then the earliest end (prefill) or the shortest step (decode); the two choices do
 not depend on each other. Ties fall to the lower index, or to `rng` when one is given. Above
-LOOK_AT_ALL servers a few are drawn and compared (Mitzenmacher 2001: two choices nearly suffice).
+LOOK_AT_ALL servers of a role a few are drawn and compared (Mitzenmacher 2001: two nearly suffice).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sglang_kairos.policy.backlog import EMPTY, Backlog
 
 # Predictions closer than this are one: they are not that good, and a tie can be spread.
 TIE_S = 1e-4
-LOOK_AT_ALL = 64
+LOOK_AT_ALL = 32  # of one role; 64 servers in all
 DRAWN = 8
 
 
