@@ -210,6 +210,45 @@ def test_packing_keeps_more_tpot_promises_than_running_everybody_past_capacity()
     assert packed.decode_tokens_per_s >= 0.98 * stock.decode_tokens_per_s
 
 
+STOCK_DECODE = replace(POLICIES["kairos"], name="stock-decode", gate=False, park=False)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_with_room_for_everybody_not_one_step_differs_from_stock_decode(seed: int) -> None:
+    setup = Setup(ROOMY, ttft_ms=(4000.0,), tpot_ms=30.0)
+    rows = [replace(row, input_tokens=200) for row in long_tail(150, 8.0, seed)]
+    stock, kairos = (Cluster(setup, policy, rows) for policy in (STOCK_DECODE, POLICIES["kairos"]))
+    assert run(stock) == run(kairos)
+    assert kairos.facts()["counters"].get("subset_steps", 0) == 0
+
+
+@pytest.mark.parametrize("rate", [12.0, 14.0, 18.0])
+@pytest.mark.parametrize("learn", [False, True])
+def test_past_capacity_tpot_and_both_improve_and_ttft_does_not_suffer(
+    rate: float, learn: bool
+) -> None:
+    setup = Setup(ROOMY, ttft_ms=(2000.0,), tpot_ms=15.0, error=PredictionError(learn=learn))
+    rows = [replace(row, input_tokens=200) for row in long_tail(250, rate, seed=4)]
+    stock, kairos = (
+        Cluster(setup, policy, rows).run().metrics for policy in (STOCK_DECODE, POLICIES["kairos"])
+    )
+    assert kairos.tpot_attainment >= stock.tpot_attainment
+    assert kairos.e2e_attainment >= stock.e2e_attainment
+    assert kairos.ttft_attainment >= stock.ttft_attainment - 0.01
+
+
+def test_short_of_slots_the_gate_keeps_more_promises_than_parking_alone() -> None:
+    system = replace(ROOMY, max_running=40)
+    setup = Setup(system, ttft_ms=(2000.0,), tpot_ms=12.0)
+    rows = [replace(row, input_tokens=200) for row in long_tail(400, 20.0, seed=6)]
+    stock, no_gate, kairos = (
+        Cluster(setup, policy, rows).run().metrics.e2e_attainment
+        for policy in (STOCK_DECODE, POLICIES["kairos-no-gate"], POLICIES["kairos"])
+    )
+    assert kairos >= no_gate >= stock
+    assert kairos >= stock + 0.2
+
+
 def test_shipped_traces_run(shared_dir: Path | None) -> None:
     if shared_dir is None:
         pytest.skip("no traces on this machine")

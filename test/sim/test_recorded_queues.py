@@ -20,7 +20,7 @@ from sglang_kairos.policy.urgency import PrefillPlan
 from sglang_kairos.predict.prefill_time import PrefillTimeModel
 from sglang_kairos.predict.step_time import StepTimeModel
 from sglang_kairos.sim.cluster import Cluster, Setup
-from sglang_kairos.sim.decode import CONTEXT, FIRST_S, LAST_S, TPOT_S
+from sglang_kairos.sim.decode import CONTEXT, FIRST_S, LAST_S, SERVED, TPOT_S
 from sglang_kairos.sim.policies import POLICIES
 from sglang_kairos.sim.request import SimRequest
 from sglang_kairos.sim.times import LawTimes, System
@@ -87,13 +87,10 @@ def planned_by_simulator(record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 
 
 def step_model(record: dict[str, Any]) -> StepTimeModel:
-    """The decode predictor as it was: all that it had learnt, or a law's a, b, d_1, d_2, c."""
-    if "model" in record:
-        model = StepTimeModel.generic()
-        model.restore(record["model"])
-        return model
-    a, b, near, far, c = record["law"]
-    return StepTimeModel(a, b, c, None, (near, far))
+    """The decode predictor as it was: all that it had learnt."""
+    model = StepTimeModel.generic()
+    model.restore(record["model"])
+    return model
 
 
 def test_the_recording_is_worth_replaying() -> None:
@@ -123,7 +120,7 @@ def test_remaining_work_is_predicted_as_recorded(record: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("record", DECODE, ids=range(len(DECODE)))
 def test_decode_runs_whom_the_record_ran(record: dict[str, Any]) -> None:
-    cluster = cluster_of(512, 1000, margin=record["margin"], max_itl_ms=1e3 * record["max_itl_s"])
+    cluster = cluster_of(512, 1000, max_itl_ms=1e3 * record["max_itl_s"])
     server, count = cluster.decodes[0], len(record["slack_s"])
     server._predictor.decode = step_model(record)
     server.running = [job(index, 1, 0.0) for index in range(count)]
@@ -132,6 +129,7 @@ def test_decode_runs_whom_the_record_ran(record: dict[str, Any]) -> None:
     table[FIRST_S, :count] = record["slack_s"]
     table[TPOT_S, :count] = record["tpot_s"]
     table[CONTEXT, :count] = record["context_tokens"]
+    table[SERVED, :count] = record["served"]
     table[LAST_S, :count] = -np.array(record["silent_s"])
     server._context = sum(record["context_tokens"])
     server._tightest_s = min(record["tpot_s"])

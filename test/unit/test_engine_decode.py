@@ -6,10 +6,12 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.engine import decode, state
+from sglang_kairos.engine import admission, decode, state
+from sglang_kairos.engine.running import EMITTED, memory_of
 from sglang_kairos.policy.packing import StepChoice
 from sglang_kairos.predict.step_time import StepTimeModel
 
@@ -26,6 +28,12 @@ class Req:
         self.time_stats = SimpleNamespace(
             scheduler_recv_time=now, decode_prebuilt_finish_time=now, last_decode_finish_time=now
         )
+
+        self.finished_reason: Any = None
+        self.done = False
+
+    def finished(self) -> bool:
+        return self.done
 
     def __repr__(self) -> str:
         return self.rid
@@ -111,7 +119,11 @@ def test_with_slack_for_all_the_stock_batch_runs(kairos: state.KairosState) -> N
 def test_only_the_chosen_advance_and_nobody_leaves_the_running_batch(
     kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "choose_step", lambda *a, **k: StepChoice([0, 2], 0.02, "packed"))
+    monkeypatch.setattr(
+        decode,
+        "choose_step",
+        lambda *a, **k: StepChoice([0, 2], 0.02, "packed", np.array([True, False, True])),
+    )
     reqs = [Req(name, 20) for name in "abc"]
     batch = Batch(reqs)
     before = batch.seq_lens
@@ -177,15 +189,110 @@ def test_the_breaker_stops_parking_while_predictions_are_wrong(
     assert sum("max-step-error" in record.message for record in caplog.records) == 1
 
 
-def test_decode_reserves_and_admits_by_deadline_late_ones_last(kairos: state.KairosState) -> None:
+class Queue:
+    """The pre-allocation queue: pops, in order, whatever shook hands and is not held back."""
+
+    def __init__(self, reqs: list[Req]) -> None:
+        self.queue = [SimpleNamespace(req=req) for req in reqs]
+        self.transfer_queue = SimpleNamespace(queue=[])
+        self.handshakes = 0
+
+    def _resolve_pending_reqs(self) -> None: ...
+
+    def _update_handshake_waiters(self) -> None:
+        self.handshakes += 1
+
+
+def upstream_pop(queue: Queue, rids_to_check: set[str] | None = None) -> Any:
+    through = [e for e in queue.queue if rids_to_check is None or e.req.rid in rids_to_check]
+    failed = [e for e in through if e.req.finished_reason is not None]
+    queue.queue = [e for e in queue.queue if e not in through]
+    return [e for e in through if e not in failed], failed
+
+
+def serving(kairos: state.KairosState, reqs: list[Req], slots: int = 64) -> None:
+    """The decode server runs these."""
+    scheduler = kairos.scheduler
+    scheduler.running_batch = Batch(reqs)
+    scheduler.max_total_num_tokens, scheduler.max_running_requests = 10_000, slots
+    scheduler.req_to_token_pool.size = slots
+    free = 10_000 - sum(len(req.origin_input_ids) for req in reqs)
+    scheduler.token_to_kv_pool_allocator = SimpleNamespace(available_size=lambda: free)
+
+
+def test_kv_is_reserved_by_deadline_late_ones_last(kairos: state.KairosState) -> None:
     slow, late, soon = Req("slow", 50, ttft_ms=9000), Req("late", 50), Req("soon", 50, ttft_ms=500)
-    late.time_stats.scheduler_recv_time -= 100
-    queue = SimpleNamespace(queue=[SimpleNamespace(req=req) for req in (slow, late, soon)])
-    decode.pop_preallocated(lambda q: None, queue)
-    assert [entry.req for entry in queue.queue] == [soon, slow, late]
+    late.time_stats.scheduler_recv_time -= 5
+    serving(kairos, [])
+    queue = Queue([slow, late, soon])
+    popped, _ = decode.pop_preallocated(upstream_pop, queue)
+    assert [entry.req for entry in popped] == [soon, slow, late]
     kairos.scheduler.waiting_queue = [slow, late, soon]
     decode.get_new_prebuilt_batch(lambda s, b: None, kairos.scheduler, None)
     assert kairos.scheduler.waiting_queue == [soon, slow, late]
+
+
+def test_who_would_make_the_steps_too_long_waits_while_memory_is_short(
+    kairos: state.KairosState,
+) -> None:
+    running = [Req(f"r{i}", 50) for i in range(4)]  # 40 ms a step: one more fits 50 ms
+    serving(kairos, running, slots=5)
+    waiting = [Req(name, 50, ttft_ms=9000) for name in "abc"]
+    aborted = Req("x", 50, ttft_ms=9000)
+    aborted.finished_reason = "abort"
+    queue = Queue([*waiting, aborted])
+    popped, failed = decode.pop_preallocated(upstream_pop, queue)
+    assert (len(popped), [entry.req for entry in failed]) == (0, [aborted])
+    assert queue.handshakes == 1, "held back must not mean deaf"
+    assert kairos.counters["held_back"] == 4
+    serving(kairos, running[:2], slots=5)
+    popped, _ = decode.pop_preallocated(upstream_pop, queue)
+    assert len(popped) == 2 and len(queue.queue) == 1
+
+
+def test_with_memory_to_spare_a_request_is_let_in_before_its_first_token_is_late(
+    kairos: state.KairosState,
+) -> None:
+    serving(kairos, [Req(f"r{i}", 50) for i in range(6)])
+    early, pressing = Req("early", 50, ttft_ms=9000), Req("pressing", 50, ttft_ms=9000)
+    pressing.time_stats.scheduler_recv_time -= 8
+    popped, _ = decode.pop_preallocated(upstream_pop, Queue([early, pressing]))
+    assert [entry.req for entry in popped] == [pressing]
+    assert pressing._kairos_kept is False
+
+
+def test_a_starving_request_goes_first_and_pays_for_it(kairos: state.KairosState) -> None:
+    old, soon = Req("old", 50), Req("soon", 50, ttft_ms=500)
+    old.time_stats.scheduler_recv_time -= 100
+    serving(kairos, [])
+    popped, _ = decode.pop_preallocated(upstream_pop, Queue([soon, old]))
+    assert [entry.req for entry in popped] == [old, soon]
+    assert not kairos.late_share.may_spend()
+
+
+def test_a_failing_admission_is_upstreams(
+    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "plan_admission", lambda *a, **k: 1 / 0)
+    serving(kairos, [Req(f"r{i}", 50) for i in range(9)])
+    popped, _ = decode.pop_preallocated(upstream_pop, Queue([Req("a", 50), Req("b", 50)]))
+    assert len(popped) == 2 and kairos.counters["admission_errors"] == 1
+
+
+def test_the_table_follows_who_joins_and_leaves(kairos: state.KairosState) -> None:
+    a, b, c = (Req(name, 50) for name in "abc")
+    table = memory_of(kairos).table
+    assert table.follow([a, b]) == []
+    table.ran([1])
+    assert table.follow([b, c]) == [a]
+    assert table.columns[EMITTED].tolist() == [3, 2]
+    a.done = True
+    for req in (a, b, c):
+        kairos.promise(req)
+    before = memory_of(kairos).stay.output_tokens
+    step(kairos, Batch([a, b, c]))
+    step(kairos, Batch([b, c]))
+    assert memory_of(kairos).stay.output_tokens < before
 
 
 def test_an_idle_gap_is_not_learnt_as_a_step(kairos: state.KairosState) -> None:

@@ -71,6 +71,32 @@ def test_a_crowd_of_silent_ones_is_fetched_one_a_step_before_they_are_due() -> N
     assert [i for i in got.run if i >= 50] == [89]
 
 
+def test_one_who_is_behind_does_not_drag_everybody_to_his_pace() -> None:
+    n = 58  # a step of 31.3 ms: about two too many for 30 ms
+    slack = [-7 * TPOT, *[TPOT] * (n - 1)]
+    got = choose([400] * n, slack=slack, served=np.ones(n, bool))
+    assert got.predicted_s >= 0.98 * TPOT
+    assert len(got.run) >= n - 5
+
+
+def test_who_is_served_stays_served_when_one_a_little_lighter_joins() -> None:
+    n = 60  # more than can be kept on pace
+    first = choose([400] * n, slack=TPOT)
+    served = np.array([*first.served, False])
+    again = choose([*[400] * n, 390], slack=TPOT, served=served)
+    assert again.served.tolist() == [*first.served.tolist(), False]
+    fresh = choose([*[400] * n, 390], slack=TPOT)
+    assert fresh.served[-1], "without a past the lightest is served first"
+
+
+@pytest.mark.parametrize("lead", [0.0, 0.5, 5.0])
+def test_a_step_that_just_fits_is_stocks_own(lead: float) -> None:
+    n = int((TPOT - 3.5e-3) / (0.22e-3 + 0.65e-6 * 400))
+    assert 0.98 * TPOT < step_s(n, 400 * n) <= TPOT
+    got = choose([400] * n, slack=(1 + lead) * TPOT, served=np.arange(n) < n // 2)
+    assert (got.run, got.reason, got.served.all()) == (list(range(n)), "all", True)
+
+
 requests = st.lists(
     st.tuples(
         st.floats(-3, 3),
@@ -96,6 +122,10 @@ def test_every_choice_is_sound(rows: Any, random: Any) -> None:
     assert got.run and got.run == sorted(set(got.run)) and got.run[-1] < len(rows)
     assert got.predicted_s == pytest.approx(step_s(len(got.run), sum(rows[i][2] for i in got.run)))
     parked = set(range(len(rows))) - set(got.run)
+    must = max(r[3] for r in rows) + 3.0 > CAP
+    tightest = min(rows[i][1] for i in np.flatnonzero(got.served)) if got.served.any() else 0.0
+    if parked and not must and len(got.run) > 1 and tightest:
+        assert got.predicted_s <= 1.3 * tightest, "a step longer than any served one may see"
     assert all(rows[i][3] + got.predicted_s < CAP for i in parked), "parked past the ITL cap"
     if step_s(len(rows), sum(r[2] for r in rows)) <= 0.7 * min(r[1] for r in rows):
         assert got.reason == "all", "parked although everybody fits"

@@ -12,8 +12,16 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
+from sglang_kairos.engine import admission
+from sglang_kairos.engine.running import (
+    EMITTED,
+    FIRST_S,
+    LAST_S,
+    SERVED,
+    TPOT_S,
+    RunningTable,
+    memory_of,
+)
 from sglang_kairos.engine.state import KairosState, current
 from sglang_kairos.policy.packing import choose_step
 
@@ -21,9 +29,14 @@ LEARNT_STEPS = 32  # before that the step-time model is a guess for unknown hard
 
 
 def pop_preallocated(original: Callable[..., Any], queue: Any, *args: Any, **kwargs: Any) -> Any:
-    """Seam of DecodePreallocQueue.pop_preallocated: reserve KV for the most urgent first."""
+    """Seam of DecodePreallocQueue.pop_preallocated: reserve KV for whom it can keep on pace."""
     state = current()
-    if state is not None and state.config.order and len(queue.queue) > 1:
+    if state is None or not state.config.order or not queue.queue:
+        return original(queue, *args, **kwargs)
+    whole = not args and not any(kwargs.values())
+    if whole and state.config.park and state.chaos is None and _trusted(state):
+        return admission.reserve(state, original, queue)
+    if len(queue.queue) > 1:
         _sort_by_deadline(state, queue.queue, lambda entry: entry.req)
     return original(queue, *args, **kwargs)
 
@@ -34,6 +47,7 @@ def get_new_prebuilt_batch(original: Callable[..., Any], scheduler: Any, running
     if state is not None:
         for req in scheduler.waiting_queue:
             state.promise(req)
+        admission.note_starts(state, scheduler.waiting_queue)
     if state is not None and state.config.order and len(scheduler.waiting_queue) > 1:
         _sort_by_deadline(state, scheduler.waiting_queue, lambda req: req)
     return original(scheduler, running_batch)
@@ -61,7 +75,9 @@ def prepare_for_decode(original: Callable[..., Any], batch: Any) -> None:
     if state is None or not state.deciding:
         original(batch)
         return
+    table = memory_of(state).table
     keep = _choose(state, batch)
+    table.ran(None if len(keep) == len(batch.reqs) else keep)
     if len(keep) == len(batch.reqs):
         original(batch)
         return
@@ -93,6 +109,13 @@ def _choose(state: KairosState, batch: Any) -> list[int]:
     """Indices of the running requests that decode in this step, ascending."""
     count = len(batch.reqs)
     everyone = list(range(count))
+    memory = memory_of(state)
+    table = memory.table
+    for gone in table.follow(batch.reqs):
+        if gone.finished():
+            memory.stay.ended(len(gone.output_ids))
+    now = state.now()
+    table.now(now)
     if count < 2:
         return everyone
     blocker = _unsupported(state.scheduler, batch)
@@ -103,15 +126,12 @@ def _choose(state: KairosState, batch: Any) -> list[int]:
     if state.chaos is not None:
         return list(state.agree(state.chaos.decode(count)))
     context = batch.seq_lens_cpu.numpy()
-    promises = [state.promise(req) for req in batch.reqs]
-    tpot = np.array([promise.slo.tpot_ms for promise in promises]) / 1e3
-    margin = 1.0 + state.config.margin
 
     def decide() -> list[int] | None:
-        full = float(state.step_time.step_s(count, float(context.sum()))) * margin
-        if full <= tpot.min() or not _trusted(state):
+        full = float(state.step_time.step_s(count, float(context.sum())))
+        if full <= table.tightest_s or not _trusted(state):
             return None
-        return _pack(state, batch, promises, tpot, context, margin)
+        return _pack(state, table, context, now)
 
     agreed = state.agree(state.guarded("packing", decide, None))
     return everyone if agreed is None else list(agreed)
@@ -132,31 +152,38 @@ def _trusted(state: KairosState) -> bool:
     return False
 
 
-def _pack(
-    state: KairosState, batch: Any, promises: list[Any], tpot: Any, context: Any, margin: float
-) -> list[int]:
-    now = state.now()
-    inflight = state.scheduler.result_queue if state.scheduler.enable_overlap else ()
-    launched = {req for queued, _ in inflight for req in queued.reqs}
-    slack = np.empty(len(promises))
-    silent = np.empty(len(promises))
-    for index, (req, promise) in enumerate(zip(batch.reqs, promises, strict=True)):
-        if promise.first_token_s is None:
-            promise.first_token_s = req.time_stats.decode_prebuilt_finish_time or now
-        # A token in flight is as good as out: its step has been paid for.
-        emitted = len(req.output_ids) + (req in launched)
-        slack[index] = promise.first_token_s + emitted * tpot[index] - now
-        last = req.time_stats.last_decode_finish_time or promise.first_token_s
-        silent[index] = 0.0 if req in launched else now - last
+def _pack(state: KairosState, table: RunningTable, context: Any, now: float) -> list[int]:
+    columns = table.columns
+    slack, silent = (
+        columns[FIRST_S] + columns[EMITTED] * columns[TPOT_S] - now,
+        now - columns[LAST_S],
+    )
+    served = columns[SERVED] > 0.0
+    max_itl_s = state.config.max_itl_ms / 1e3
     choice = choose_step(
         slack,
-        tpot,
+        columns[TPOT_S],
         context,
         silent,
-        lambda size, tokens: state.step_time.step_s(size, tokens) * margin,
-        max_itl_s=state.config.max_itl_ms / 1e3,
+        state.step_time.step_s,
+        served=served,
+        max_itl_s=max_itl_s,
     )
+    columns[SERVED] = choice.served
     state.counters[f"steps_{choice.reason}"] += 1
+    if state.logging:
+        state.record(
+            "decode",
+            slack_s=slack.tolist(),
+            tpot_s=columns[TPOT_S].tolist(),
+            context_tokens=context.tolist(),
+            silent_s=silent.tolist(),
+            served=served.tolist(),
+            model=state.step_time.snapshot(),
+            max_itl_s=max_itl_s,
+            run=choice.run,
+            reason=choice.reason,
+        )
     return choice.run
 
 
@@ -219,3 +246,4 @@ def _remember_step(state: KairosState, batch: Any) -> None:
         started, size, tokens = previous
         learn = functools.partial(state.step_time.observe, size, tokens, now - started)
         state.guarded("step_time", learn, None)
+        state.keep_profile()

@@ -15,7 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_kairos.policy.packing import choose_step
+from sglang_kairos.policy.admission import Occupancy, Waiting, plan_admission
+from sglang_kairos.policy.packing import choose_step, pace_s
+from sglang_kairos.policy.urgency import LateShare
+from sglang_kairos.predict.stay import Stay
 from sglang_kairos.sim.clock import Clock
 from sglang_kairos.sim.policies import Policy
 from sglang_kairos.sim.predictions import Predictor
@@ -25,7 +28,7 @@ from sglang_kairos.sim.times import System
 # SGLang's CLIP_MAX_NEW_TOKEN: longer outputs are planned for as if this long.
 CLIP_TOKENS = 4096
 # Rows of the running batch's table.
-CONTEXT, EMITTED, LEFT, FIRST_S, TPOT_S, LAST_S = range(6)
+CONTEXT, EMITTED, LEFT, FIRST_S, TPOT_S, LAST_S, SERVED = range(7)
 _TOKEN = np.array([[1.0], [1.0], [-1.0]])
 
 
@@ -55,8 +58,13 @@ class DecodeServer:
         self.busy_s = 0.0
         self.watch: Callable[[DecodeServer, list[int] | None], None] | None = None
         """Sees who runs (None: everybody) of `running` before each step that packing may change."""
-        self._table: NDArray[np.float64] = np.zeros((6, system.max_running))
+        self._table: NDArray[np.float64] = np.zeros((7, system.max_running))
         self._context = 0
+        # Reserved but not here yet, and since when; let in although they cannot be kept on pace.
+        self._coming: dict[SimRequest, float] = {}
+        self._unkept: set[SimRequest] = set()
+        self._starving: SimRequest | None = None
+        self._share, self._stay = LateShare(policy.config.late_share), Stay()
         self._soonest = 0
         self._tightest_s = 0.0
         self._busy = False
@@ -69,6 +77,8 @@ class DecodeServer:
     def receive(self, req: SimRequest) -> None:
         """A reserved request's KV has arrived."""
         self.in_flight -= 1
+        if req in self._coming:
+            self._stay.started(req.prompt, self._clock.now_s - self._coming.pop(req))
         self.ready.append(req)
         self._wake()
 
@@ -123,6 +133,7 @@ class DecodeServer:
                 req = self.running[index]
                 self._leave(req, index)
                 req.finish(now)
+                self._stay.ended(req.output)
                 self._finished(req)
             self._drop(left > 0.0)
         self._step()
@@ -146,22 +157,74 @@ class DecodeServer:
     def _reserve(self) -> None:
         if not self.asking:
             return
-        self._sort(self.asking)
         room = self._allocatable()
         keep = self._system.reserved_tokens
         slots = self._system.max_running - len(self.running) - self.in_flight - len(self.ready)
+        kept = most = len(self.asking)
+        if self._policy.gate:
+            kept, most = self._plan(self._system.max_running - slots)
+        else:
+            self._sort(self.asking)
         count = 0
         for req in self.asking:
             grown = req.prompt + min(req.output, CLIP_TOKENS) - self._context
-            if count >= slots or max(req.prompt + keep, grown) > room:
+            if count >= min(slots, most) or max(req.prompt + keep, grown) > room:
                 break
             room -= req.prompt + keep
             count += 1
         admitted, self.asking = self.asking[:count], self.asking[count:]
-        for req in admitted:
+        for place, req in enumerate(admitted):
             self.kv_tokens += req.prompt
             self.in_flight += 1
+            if self._policy.gate:
+                self._let_in(req, place < kept)
             self._reserved(req)
+
+    def _plan(self, used_slots: int) -> tuple[int, int]:
+        """Orders the queue as `engine/admission.py` does: how many are kept, how many come in."""
+        now, config, system = self._clock.now_s, self._policy.config, self._system
+        queue, running = self.asking, self._table[:, : len(self.running)]
+        self._starving = None
+        oldest = min(queue, key=lambda req: req.arrival_s)
+        if now - oldest.arrival_s > config.max_wait * oldest.ttft_s and self._share.may_spend():
+            self._starving = oldest
+        joining = [req for req in (*self._coming, *self.ready) if req not in self._unkept]
+        kept = running[:, running[SERVED] > 0.0]
+        lead = kept[FIRST_S] + (kept[EMITTED] - 1.0) * kept[TPOT_S] - now
+        joining_tpot = [req.tpot_s for req in joining]
+        prompt = np.array([req.prompt for req in queue], float)
+        due = np.array([req.due_s for req in queue]) - now
+        tpot = np.array([req.tpot_s for req in queue])
+        plan = plan_admission(
+            Waiting(
+                prompt,
+                due,
+                self._stay.lead_s(prompt),
+                np.array([req.ttft_s for req in queue]),
+                tpot,
+                starving=np.array([req is self._starving for req in queue]),
+            ),
+            Occupancy(
+                np.append(kept[CONTEXT], [req.context for req in joining]),
+                np.append(np.minimum(pace_s(lead, kept[TPOT_S]), kept[TPOT_S]), joining_tpot),
+                system.decode_kv_tokens,
+                system.max_running,
+                self.kv_tokens,
+                used_slots,
+            ),
+            self._predictor.decode_step(0.0),
+            expected_output=self._stay.output_tokens,
+        )
+        self.asking = [queue[index] for index in plan.order]
+        return plan.kept, plan.count
+
+    def _let_in(self, req: SimRequest, kept: bool) -> None:
+        self._coming[req] = self._clock.now_s
+        if not kept:
+            self._unkept.add(req)
+        self._share.earn(req.prompt)
+        if req is self._starving:
+            self._share.spend(req.prompt)
 
     def _sort(self, queue: list[SimRequest]) -> None:
         """Kairos: earliest deadline first, late ones behind, shortest prompt first."""
@@ -198,6 +261,7 @@ class DecodeServer:
                 req.first_token_s,
                 req.tpot_s,
                 now,
+                req not in self._unkept,
             )
             self._context += req.context
             self.running.append(req)
@@ -247,7 +311,7 @@ class DecodeServer:
         count, config = len(self.running), self._policy.config
         if count < 2:
             return None
-        step: Any = self._predictor.decode_step(config.margin)
+        step: Any = self._predictor.decode_step(0.0)
         if float(step(count, float(self._context))) <= self._tightest_s:
             return None
         table, now = self._table[:, :count], self._clock.now_s
@@ -257,7 +321,9 @@ class DecodeServer:
             table[CONTEXT],
             now - table[LAST_S],
             step,
+            served=table[SERVED] > 0.0,
             max_itl_s=config.max_itl_ms / 1e3,
         )
+        table[SERVED] = choice.served
         self.counters[f"steps_{choice.reason}"] += 1
         return None if len(choice.run) == count else choice.run

@@ -1,0 +1,221 @@
+"""Decode under load: stock SGLang and Kairos in turn, real servers, no GPU needed.
+
+    python -m benchmark.decode_cpu                      # prefill and decode server: about 25 minutes
+    python -m benchmark.decode_cpu --mode decode        # decode server alone, KV not transferred
+
+The first cluster is measured: its decode server's step-time law says how many requests fit a step
+of the TPOT target, hence the capacity in requests per second. Each load of the grid is a share of
+it; every policy is sent the same long-tailed trace, open loop. Policies: stock (fcfs prefill, every
+running request in every step), kairos, and kairos-no-park (the same prefill, stock decode).
+Writes one row per run (`tools.report.Run.row()` with mode, load, repeat and targets) to
+``rows.json`` and one JSON line per request under ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmark import demo
+from sglang_kairos.cluster import Cluster, ClusterError, ClusterSpec
+from sglang_kairos.tools import report, traces
+from sglang_kairos.tools.replay import Result, failures, make_jobs, replay, run
+
+POLICIES: dict[str, tuple[bool | Mapping[str, Any], str]] = {
+    "stock": (False, "fcfs"),
+    "kairos": (True, ""),
+    "kairos-no-park": ({"park": False}, ""),
+}
+# Short enough for a CPU's prefill to keep up with what makes its decode miss.
+MEDIAN_INPUT, MAX_INPUT = 150.0, 4000
+REHEARSED, ABREAST = 60, 24
+# A request with this bootstrap host gets made-up KV at once (SGLang's fake transfer).
+FAKE_TRANSFER = {"bootstrap_host": "2.2.2.2", "bootstrap_room": 0}
+TIMEOUT_S = 180.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the grid; returns the exit status."""
+    given = parse(argv)
+    given.out.mkdir(parents=True, exist_ok=True)
+    try:
+        with demo.start_method(given) as zygote:
+            runs = run_grid(given, zygote)
+    except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for load in given.loads:
+        some = [one for one in runs if one.facts["load"] == load]
+        print("\n" + report.table(some, f"{demo.platform()}, {given.mode}, load {load:g}"))
+    print(f"\nwrote {given.out / 'rows.json'}")
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, with lists as lists."""
+    parser = argparse.ArgumentParser(prog="python -m benchmark.decode_cpu", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--policies", default="stock,kairos", help=f"of {', '.join(POLICIES)}")
+    parser.add_argument("--mode", choices=("pd", "decode"), default="pd")
+    parser.add_argument("--loads", default="0.5,0.8,1,1.25,1.5,2", help="shares of the capacity")
+    parser.add_argument("--tpots-ms", default="30", help="TPOT targets, comma separated")
+    parser.add_argument("--ttft-ms", type=float, default=1000.0)
+    parser.add_argument("--capacity", type=float, help="requests/s (default: measured, per TPOT)")
+    parser.add_argument("--load-s", type=float, default=45.0, help="seconds of arrivals per run")
+    parser.add_argument("--repeat", type=int, default=1, help="rounds, order reversed in between")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("out/decode_cpu"))
+    parser.add_argument("--model-path", default="", help="default: a tiny random model (CPU only)")
+    parser.add_argument("--start", choices=("fork", "spawn"), default="fork")
+    given = parser.parse_args(argv)
+    given.router = "kairos" if given.mode == "pd" else "none"
+    given.launcher = "sglang_kairos.launch_server"
+    given.policies = given.policies.split(",")
+    for name in given.policies:
+        if name not in POLICIES:
+            parser.error(f"--policies: {name!r}; known: {', '.join(POLICIES)}")
+    for name in ("loads", "tpots_ms"):
+        flag, words = "--" + name.replace("_", "-"), getattr(given, name).split(",")
+        try:
+            values = [float(word) for word in words]
+        except ValueError:
+            parser.error(f"{flag}: must be numbers, got {','.join(words)!r}")
+        if not all(value > 0 for value in values):
+            parser.error(f"{flag}: must be positive, got {','.join(words)!r}")
+        setattr(given, name, values)
+    for name in ("ttft_ms", "load_s", "repeat", "capacity"):
+        value = getattr(given, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name.replace('_', '-')}: must be positive, got {value}")
+    return given
+
+
+def run_grid(given: argparse.Namespace, zygote: Any) -> list[report.Run]:
+    """Every TPOT target, load, repeat and policy; the rows are rewritten after each run."""
+    runs: list[report.Run] = []
+    cells = [
+        (tpot, load, turn, policy)
+        for tpot in given.tpots_ms
+        for load in given.loads
+        for turn in range(given.repeat)
+        for policy in given.policies[:: -1 if turn % 2 else 1]
+    ]
+    law = None if given.capacity else measure_law(given, zygote)
+    for number, (tpot, load, turn, policy) in enumerate(cells, start=1):
+        say = demo.narrator(f"[{number}/{len(cells)} {policy} load {load:g} TPOT {tpot:g} ms]")
+        capacity = given.capacity or capacity_of(law or {}, sample(1000, given.seed), tpot)
+        rate = load * capacity
+        rows = sample(max(2, round(rate * given.load_s)), given.seed + turn)
+        plan = demo.Plan(traces.scale_rate(rows, rate), given.ttft_ms, tpot, given.seed, None)
+        with Cluster(spec_for(policy, given, zygote, number)) as cluster:
+            prepare(cluster, given)
+            result = drive(cluster, given, plan.rows, given.ttft_ms, tpot)
+            facts = demo.kairos_reports(cluster)
+        for line in failures(result.outcomes):
+            say(f"failed: {line}")
+        say(demo.summary(result))
+        facts = {
+            "mode": given.mode,
+            "load": load,
+            "rate_rps": round(rate, 3),
+            "capacity_rps": round(capacity, 3),
+            "repeat": turn,
+            "slo": {"ttft_ms": given.ttft_ms, "tpot_ms": tpot},
+            "platform": demo.platform(),
+            "window_tokens_per_s": round(window_tokens_per_s(result, plan.rows[-1].arrival_s), 1),
+            **facts,
+        }
+        runs.append(report.Run(policy, result, facts))
+        result.dump(given.out / f"{number}-{policy}.jsonl")
+        text = json.dumps([one.row() for one in runs], indent=1)
+        (given.out / "rows.json").write_text(text + "\n", encoding="utf-8")
+    return runs
+
+
+def sample(count: int, seed: int) -> list[traces.Request]:
+    """The trace, at any rate: a long tail of contexts and of outputs."""
+    return traces.long_tail(count, 1.0, seed, median_input=MEDIAN_INPUT, max_input=MAX_INPUT)
+
+
+def spec_for(policy: str, given: argparse.Namespace, zygote: Any, number: int) -> ClusterSpec:
+    """The demo's pair; policies differ in scheduling and in nothing else."""
+    kairos, order = POLICIES[policy]
+    spec = demo.spec_for(policy, given, zygote, lambda line: None, number)
+    spec = replace(
+        spec,
+        kairos=kairos,
+        prefill_args=["--schedule-policy", order] if order else [],
+        log_dir=given.out / "logs" / f"{number}-{policy}",
+    )
+    if given.mode == "pd":
+        return spec
+    return replace(spec, decode_args=["--disaggregation-transfer-backend", "fake"])
+
+
+def prepare(cluster: Cluster, given: argparse.Namespace) -> None:
+    """Warm servers, and a core for the prefill scheduler, as in the demo."""
+    demo.separate(cluster)
+    rows = [traces.Request(0.0, size, 8) for size in (32, 300, 1200, 100)]
+    drive(cluster, given, rows, 1e5, 1e5, concurrency=2)
+    demo.forget(cluster)
+
+
+def drive(
+    cluster: Cluster,
+    given: argparse.Namespace,
+    rows: Sequence[traces.Request],
+    ttft_ms: float,
+    tpot_ms: float,
+    concurrency: int | None = None,
+) -> Result:
+    """Sends the rows at their times, or `concurrency` at once, and waits for the last answer."""
+    alone = given.mode == "decode"
+    jobs = make_jobs(
+        rows, ttft_ms, tpot_ms, seed=given.seed, extra=FAKE_TRANSFER if alone else None
+    )
+    url = cluster.decode_urls[0] if alone else cluster.url
+    return run(replay(url, jobs, timeout_s=TIMEOUT_S, concurrency=concurrency, check=cluster.check))
+
+
+def measure_law(given: argparse.Namespace, zygote: Any) -> dict[str, float]:
+    """The decode server's step-time law, learnt from a rehearsal with many requests abreast."""
+    say = demo.narrator("[capacity]")
+    with Cluster(spec_for("kairos", given, zygote, 0)) as cluster:
+        prepare(cluster, given)
+        drive(cluster, given, sample(REHEARSED, given.seed + 1000), 1e5, 1e5, ABREAST)
+        law: dict[str, float] = demo.kairos_reports(cluster)["kairos_decode"]["decode"]
+    shown = f"{1e3 * law['a_s']:.2f} ms + {1e3 * law['b_s']:.3f} ms a request"
+    say(f"a step takes {shown} + {1e6 * law['c_s']:.3f} us a context token")
+    return law
+
+
+def capacity_of(law: Mapping[str, float], rows: Sequence[traces.Request], tpot_ms: float) -> float:
+    """Requests per second whose steps, all of them in each, last just `tpot_ms`."""
+    outputs = np.array([row.output_tokens for row in rows], float)
+    contexts = np.array([row.input_tokens for row in rows], float) + outputs / 2
+    context = float((contexts * outputs).sum() / outputs.sum())
+    each = law["b_s"] + law["c_s"] * context
+    abreast = max(1.0, (tpot_ms / 1e3 - law["a_s"]) / max(each, 1e-9))
+    return abreast / (tpot_ms / 1e3 * float(outputs.mean()))
+
+
+def window_tokens_per_s(result: Result, until_s: float) -> float:
+    """Tokens per second while requests arrived; a request's come evenly over its time."""
+    tokens = 0.0
+    for one in result.outcomes:
+        if not one.ok or one.first_token_s >= until_s:
+            continue
+        lasted = max(one.last_token_s - one.first_token_s, 1e-9)
+        tokens += one.output_tokens * min(1.0, (until_s - one.first_token_s) / lasted)
+    return tokens / until_s
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,106 @@
+"""Whose KV a decode server reserves, and when: `policy.admission` on SGLang's pre-allocation queue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from sglang_kairos.engine.running import EMITTED, FIRST_S, SERVED, TPOT_S, memory_of
+from sglang_kairos.engine.state import KairosState
+from sglang_kairos.policy.admission import Occupancy, Waiting, plan_admission
+from sglang_kairos.policy.packing import pace_s
+
+Agreed = tuple[list[int], int, int, int]
+
+
+def reserve(state: KairosState, original: Callable[..., Any], queue: Any) -> Any:
+    """Runs upstream's pop_preallocated on as many of its queue, in order, as the policy lets in."""
+    plan: Agreed | None = state.agree(state.guarded("admission", lambda: _plan(state, queue), None))
+    if plan is None:
+        return original(queue)
+    order, kept, count, starving = plan
+    entries = [queue.queue[index] for index in order]
+    first = set(map(id, entries[:kept]))
+    urgent = queue.queue[starving].req if starving >= 0 else None
+    queue.queue[:] = entries
+    if count == len(entries):
+        result = original(queue)
+    else:
+        # Those held back must see their handshakes and failures as if nothing were the matter.
+        queue._resolve_pending_reqs()
+        queue._update_handshake_waiters()
+        through = {entry.req.rid for entry in entries[:count]}
+        through.update(e.req.rid for e in entries if e.req.finished_reason is not None)
+        state.counters["held_back"] += len(entries) - count
+        result = original(queue, rids_to_check=through)
+    now = state.now()
+    for entry in result[0]:
+        req, tokens = entry.req, len(entry.req.origin_input_ids)
+        req._kairos_kept, req._kairos_reserved_s = id(entry) in first, now
+        state.late_share.earn(tokens)
+        if req is urgent:
+            state.late_share.spend(tokens)
+    return result
+
+
+def note_starts(state: KairosState, ready: list[Any]) -> None:
+    """The KV of these has arrived; their first tokens go out as soon as they get a slot."""
+    stay, now = memory_of(state).stay, state.now()
+    for req in ready:
+        since = getattr(req, "_kairos_reserved_s", None)
+        if since is not None:
+            stay.started(len(req.origin_input_ids), now - since)
+            req._kairos_reserved_s = None
+
+
+def _plan(state: KairosState, queue: Any) -> Agreed:
+    scheduler, memory, now = state.scheduler, memory_of(state), state.now()
+    memory.table.follow(scheduler.running_batch.reqs)
+    reqs = [entry.req for entry in queue.queue]
+    promises = [state.promise(req) for req in reqs]
+    prompt = np.array([len(req.origin_input_ids) for req in reqs], float)
+    ttft = np.array([promise.slo.ttft_ms for promise in promises]) / 1e3
+    tpot = np.array([promise.slo.tpot_ms for promise in promises]) / 1e3
+    weight = np.array([promise.slo.weight for promise in promises])
+    due = np.array([promise.ttft_due_s for promise in promises]) - now
+    oldest = int(np.argmin(due - ttft))
+    starved = ttft[oldest] - due[oldest] > state.config.max_wait * ttft[oldest]
+    starving = oldest if starved and state.late_share.may_spend() else -1
+    plan = plan_admission(
+        Waiting(
+            prompt,
+            due,
+            memory.stay.lead_s(prompt),
+            ttft,
+            tpot,
+            None if (weight == weight[0]).all() else weight,
+            np.arange(len(reqs)) == starving,
+        ),
+        _occupancy(state, queue, now),
+        state.step_time.step_s,
+        expected_output=memory.stay.output_tokens,
+    )
+    return plan.order, plan.kept, plan.count, starving
+
+
+def _occupancy(state: KairosState, queue: Any, now: float) -> Occupancy:
+    scheduler, columns = state.scheduler, memory_of(state).table.columns
+    coming = [entry.req for entry in queue.transfer_queue.queue]
+    joining = [*coming, *scheduler.waiting_queue]
+    kept = [req for req in joining if getattr(req, "_kairos_kept", True)]
+    batch = scheduler.running_batch
+    context = batch.seq_lens_cpu.numpy() if batch.reqs else np.zeros(0)
+    served = columns[SERVED] > 0.0
+    first, tpot, emitted = columns[FIRST_S], columns[TPOT_S], columns[EMITTED]
+    pace = np.minimum(pace_s(first + (emitted - 1.0) * tpot - now, tpot), tpot)
+    size = float(scheduler.max_total_num_tokens)
+    return Occupancy(
+        np.append(context[served], [len(req.origin_input_ids) for req in kept]),
+        np.append(pace[served], [state.promise(req).slo.tpot_ms / 1e3 for req in kept]),
+        size,
+        min(scheduler.req_to_token_pool.size, scheduler.max_running_requests),
+        size - scheduler.token_to_kv_pool_allocator.available_size(),
+        len(batch.reqs) + len(joining),
+    )

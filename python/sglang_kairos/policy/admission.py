@@ -1,0 +1,103 @@
+"""Who gets KV on a decode server, and so may start to prefill: the ones that can be kept on pace.
+
+All arrays have shape (n,), one entry per waiting request; times in seconds.
+    share_i = the largest of  cost_i / (tpot_i - base),  its part of the KV cache, and of the slots
+    work_i  = share_i * expected output tokens * tpot_i       how long the server would be his alone
+
+Waiting here costs nothing until the first token is due; running behind one's TPOT costs with every
+token. So whoever would make the steps too long for those running waits. The order is Moore-
+Hodgson's on (work, latest start): as many in time as possible, late ones last, shortest first. In
+that order they are *kept*, admitted to run at their TPOT, while
+    base / min tpot + sum of cost / tpot over the committed and the kept <= TARGET
+(`load`). While memory is plentiful, shutting others out saves nothing: who would else miss its
+first token is let in too, to be parked until there is room for it (`packing`).
+Our own design. Constants: chosen in simulation, flat around these values (docs/decode.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sglang_kairos.policy.load import Floats, StepTime, step_costs
+from sglang_kairos.policy.urgency import Mask, urgency_order
+
+TARGET = 0.99
+PLENTY = 0.8
+LAST_CALL = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The queue. `due_s`: time left until the first token is due; `ttft_s`: what it was at arrival;
+    `lead_s`: time from the reservation of KV to the first token. `starving`: entitled to go first.
+    """
+
+    prompt_tokens: Floats
+    due_s: Floats
+    lead_s: Floats
+    ttft_s: Floats
+    tpot_s: Floats
+    weight: Floats | None = None
+    starving: Mask | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """A decode server. `context_tokens`, `tpot_s` (m,): of the kept, be they running, in transfer or
+    about to join. `kv_tokens`, `slots`: what it has; `used_tokens`, `used_slots`: by whomever."""
+
+    context_tokens: Floats
+    tpot_s: Floats
+    kv_tokens: float
+    slots: int
+    used_tokens: float
+    used_slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionPlan:
+    """`order`: all indices, first come first. The first `count` may come in now, and the first
+    `kept` of these can be kept on pace."""
+
+    order: list[int]
+    kept: int
+    count: int
+
+
+def plan_admission(
+    waiting: Waiting, server: Occupancy, step_s: StepTime, *, expected_output: float
+) -> AdmissionPlan:
+    """Order of the queue and how many of it may come in; somebody if the server keeps nobody.
+
+    `expected_output`: tokens, the mean of recent requests (lengths are not known before the end).
+    """
+    prompt, tpot = np.asarray(waiting.prompt_tokens, float), np.asarray(waiting.tpot_s, float)
+    if prompt.size == 0:
+        return AdmissionPlan([], 0, 0)
+    due = np.asarray(waiting.due_s, float)
+    start_by = due - np.asarray(waiting.lead_s, float)
+    held, held_tpot = np.asarray(server.context_tokens, float), np.asarray(server.tpot_s, float)
+    base, held_cost, cost = step_costs(step_s, held, prompt)
+    free = np.maximum(tpot - base, 0.05 * tpot)
+    memory = np.maximum(prompt / server.kv_tokens, 1.0 / server.slots)
+    work = np.maximum(cost / free, memory) * expected_output * tpot
+    latest_end = np.where(start_by > 0.0, start_by + work, -1.0)
+    urgency = urgency_order(work, latest_end, waiting.weight, waiting.starving)
+    order = np.asarray(urgency.order, np.intp)
+
+    tightest = float(min(tpot.min(), held_tpot.min(initial=np.inf)))
+    load = base / tightest + float((held_cost / held_tpot).sum())
+    kept = int(np.count_nonzero(load + np.cumsum(cost[order] / tpot[order]) <= TARGET))
+    if held.size == 0:
+        kept = max(1, kept)
+    rest = order[kept:]
+    called = (due[rest] > 0.0) & (
+        start_by[rest] <= LAST_CALL * np.asarray(waiting.ttft_s, float)[rest]
+    )
+    tokens = server.used_tokens + prompt[order[:kept]].sum()
+    called &= tokens + np.cumsum(np.where(called, prompt[rest], 0.0)) <= PLENTY * server.kv_tokens
+    called &= server.used_slots + kept + np.cumsum(called) <= PLENTY * server.slots
+    final = [*order[:kept].tolist(), *rest[called].tolist(), *rest[~called].tolist()]
+    return AdmissionPlan(final, kept, kept + int(np.count_nonzero(called)))

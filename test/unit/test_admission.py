@@ -1,0 +1,145 @@
+"""Who is let in on a decode server: tables first, then what holds for every queue."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_kairos.policy.admission import (
+    PLENTY,
+    TARGET,
+    AdmissionPlan,
+    Occupancy,
+    Waiting,
+    plan_admission,
+)
+from sglang_kairos.policy.load import step_costs
+from sglang_kairos.predict.stay import Stay
+
+KV, SLOTS = 100_000, 100
+
+
+def step_s(batch: Any, kv_tokens: Any) -> Any:
+    """10 ms, 1 ms a request, 1 us a token."""
+    return 10e-3 + 1e-3 * batch + 1e-6 * kv_tokens
+
+
+def server(kept: int, tpot: float = 0.05, used: float = 1.0, slots: float = 1.0) -> Occupancy:
+    """`kept` requests of 1,000 tokens, 2 ms each; 20 of them fill a TPOT of 50 ms."""
+    return Occupancy(
+        np.full(kept, 1000.0), np.full(kept, tpot), KV, SLOTS, used * KV, int(slots * SLOTS)
+    )
+
+
+def plan(
+    prompt: list[float], due: Any, occupancy: Occupancy, tpot: Any = 0.05, **more: Any
+) -> AdmissionPlan:
+    n = len(prompt)
+    return plan_admission(
+        Waiting(
+            prompt,
+            np.broadcast_to(due, n).astype(float),
+            np.full(n, 0.1),
+            np.full(n, 2.0),
+            np.broadcast_to(tpot, n).astype(float),
+            **more,
+        ),
+        occupancy,
+        step_s,
+        expected_output=100.0,
+    )
+
+
+K = 1000.0
+
+
+@pytest.mark.parametrize(
+    ("name", "got", "order", "kept", "count"),
+    [
+        ("nobody waits", plan([], [], server(3)), [], 0, 0),
+        ("all fit: earliest deadline first", plan([K, K], [1.9, 1.0], server(3)), [1, 0], 2, 2),
+        ("late ones last, shortest first",
+         plan([3 * K, K, K], [-1, -1, 1], server(3)), [2, 1, 0], 3, 3),
+        ("a full server lets nobody in", plan([K, K], [1.9, 1.0], server(20)), [1, 0], 0, 0),
+        ("one place is left", plan([K, K], [1.9, 1.0], server(18)), [1, 0], 1, 1),
+        ("an empty one takes somebody, whatever it is", plan([90 * K], 1.0, server(0)), [0], 1, 1),
+        ("with memory to spare, who is due comes in unkept, who is not waits",
+         plan([K, K, K], [1.9, 0.5, -0.5], server(20, used=0.2, slots=0.2)), [1, 0, 2], 0, 1),
+        ("slots alone can be short",
+         plan([K], [0.5], server(20, used=0.2)), [0], 0, 0),
+        ("a loose TPOT takes a fraction of the steps",
+         plan([K] * 4, 1.0, server(18), tpot=[0.1] * 4), [0, 1, 2, 3], 3, 3),
+        ("a starving one goes first",
+         plan([9 * K, K], [-9, 1], server(3), starving=[True, False]), [0, 1], 2, 2),
+    ],
+)  # fmt: skip
+def test_plan(name: str, got: AdmissionPlan, order: list[int], kept: int, count: int) -> None:
+    assert (got.order, got.kept, got.count) == (order, kept, count), name
+
+
+queues = st.lists(
+    st.tuples(st.integers(1, 20_000), st.floats(-3, 3), st.sampled_from([0.02, 0.05, 0.2])),
+    min_size=1,
+    max_size=40,
+)
+
+
+@given(queues, st.integers(0, 30), st.floats(0, 1), st.floats(0, 1))
+def test_every_plan_is_sound(rows: Any, kept: int, used: float, slots: float) -> None:
+    prompt, due, tpot = (list(column) for column in zip(*rows, strict=True))
+    there = server(kept, used=used, slots=slots)
+    got = plan(prompt, due, there, tpot)
+    assert sorted(got.order) == list(range(len(rows)))
+    assert 0 <= got.kept <= got.count <= len(rows)
+    assert got.kept or kept, "an empty server must not stand idle"
+    chosen = [rows[i] for i in got.order[: got.kept]]
+    load = sum(2e-3 / 0.05 for _ in range(kept)) + sum((1e-3 + 1e-6 * p) / t for p, _, t in chosen)
+    tightest = min([*tpot, *([0.05] if kept else [])])
+    if kept > 1 and chosen:
+        assert 10e-3 / tightest + load <= TARGET + 1e-6, "steps too long for somebody kept"
+    more = [rows[i] for i in got.order[got.kept : got.count]]
+    assert all(due > 0 for _, due, _ in more), "let in beyond the load although late anyway"
+    if more:
+        tokens = there.used_tokens + sum(p for p, *_ in (*chosen, *more))
+        assert tokens <= PLENTY * KV
+        assert there.used_slots + got.count <= PLENTY * SLOTS
+
+
+@given(queues, st.integers(2, 30), st.integers(1, 10))
+def test_more_load_never_keeps_more(rows: Any, kept: int, added: int) -> None:
+    prompt, due, tpot = (list(column) for column in zip(*rows, strict=True))
+    few, many = (plan(prompt, due, server(n), tpot).kept for n in (kept, kept + added))
+    # The order depends on the load only through shares that are alike: the same queue, less room.
+    assert many <= few
+
+
+def test_costs_add_up_to_the_step_and_the_base_is_that_of_a_full_batch() -> None:
+    context = np.array([100.0, 5000.0, 700.0, 1000.0])
+
+    def kneed(batch: Any, kv_tokens: Any) -> Any:
+        return 1e-3 + 4e-3 * np.minimum(batch, 2) + 1e-3 * batch + 1e-6 * kv_tokens
+
+    base, cost, more = step_costs(kneed, context, np.array([100.0]))
+    assert base + cost.sum() == pytest.approx(float(kneed(4, context.sum())))
+    assert base == pytest.approx(9e-3), "the knee belongs to the base, not to each request"
+    assert more[0] == pytest.approx(cost[0])
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_next_to_nobody_a_crowd_still_counts_one_by_one(there: int) -> None:
+    got = plan([K] * 60, 1.0, server(there))
+    assert got.kept == 19 - there, "all came in: a burst would put everybody behind"
+
+
+def test_stay_learns_the_lead_and_the_length() -> None:
+    stay = Stay()
+    for turn in range(300):
+        prompt = 200 + 97 * turn % 4000
+        stay.started(prompt, 0.2 + 1e-4 * prompt)
+        stay.ended(40)
+    assert stay.lead_s(np.array([1000.0]))[0] == pytest.approx(0.3, rel=0.05)
+    assert stay.output_tokens == pytest.approx(40, rel=0.05)
