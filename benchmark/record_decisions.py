@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--logs", type=Path, default=Path("out/decisions"))
     parser.add_argument("--load-s", type=float, default=20.0)
     parser.add_argument("--rate", type=float, default=6.0)
-    parser.add_argument("--keep", type=int, default=60, help="decisions of each kind")
+    parser.add_argument("--keep", type=int, default=40, help="decisions of each kind")
     parser.add_argument("--seed", type=int, default=0)
     own = parser.parse_args(argv)
     given = demo.parse(
