@@ -15,11 +15,25 @@ from sglang_kairos.policy.packing import pace_s
 Agreed = tuple[list[int], int, int, int]
 
 
-def reserve(state: KairosState, original: Callable[..., Any], queue: Any) -> Any:
-    """Runs upstream's pop_preallocated on as many of its queue, in order, as the policy lets in."""
-    plan: Agreed | None = state.agree(state.guarded("admission", lambda: _plan(state, queue), None))
+def reserve(
+    state: KairosState,
+    original: Callable[..., Any],
+    queue: Any,
+    trusted: Callable[[], bool],
+    otherwise: Callable[[], Any],
+) -> Any:
+    """Runs upstream's pop_preallocated on as many of its queue, in order, as the policy lets in.
+
+    `otherwise` runs it where step times are not to be `trusted`. Ranks measure differently, so rank
+    0 decides that as well.
+    """
+
+    def decide() -> Agreed | None:
+        return _plan(state, queue) if trusted() else None
+
+    plan: Agreed | None = state.agree(state.guarded("admission", decide, None))
     if plan is None:
-        return original(queue)
+        return otherwise()
     order, kept, count, starving = plan
     entries = [queue.queue[index] for index in order]
     first = set(map(id, entries[:kept]))

@@ -33,12 +33,17 @@ def pop_preallocated(original: Callable[..., Any], queue: Any, *args: Any, **kwa
     state = current()
     if state is None or not state.config.order or not queue.queue:
         return original(queue, *args, **kwargs)
+
+    def by_deadline() -> Any:
+        if len(queue.queue) > 1:
+            _sort_by_deadline(state, queue.queue, lambda entry: entry.req)
+        return original(queue, *args, **kwargs)
+
     whole = not args and not any(kwargs.values())
-    if whole and state.config.park and state.chaos is None and _trusted(state):
-        return admission.reserve(state, original, queue)
-    if len(queue.queue) > 1:
-        _sort_by_deadline(state, queue.queue, lambda entry: entry.req)
-    return original(queue, *args, **kwargs)
+    if whole and state.config.park and state.chaos is None:
+        trusted = functools.partial(_trusted, state)
+        return admission.reserve(state, original, queue, trusted, by_deadline)
+    return by_deadline()
 
 
 def get_new_prebuilt_batch(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
