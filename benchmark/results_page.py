@@ -115,7 +115,7 @@ what is modelled, what is assumed, how well it predicts real servers, and how to
 {notes}
 
 Upstream's policies are {", ".join(measured.upstream)}. fcfs with continuous batching on a PD cluster
-is also how DistServe schedules. `simulated.json` holds every run.
+is also how DistServe schedules. `simulated.json` holds every run shown.
 """
 
 

@@ -4,7 +4,7 @@
 
 Sweeps attainment over rates, looks for the rate at which stock fcfs meets half of its TTFT targets
 and for the highest rate at which 90 % meet both, takes Kairos apart, and loads the decode side.
-Writes ``docs/results/simulated.md``, its pictures and, with every run in it, ``simulated.json``.
+Writes ``docs/results/simulated.md``, its pictures and, with every run shown, ``simulated.json``.
 Rates are found by looking, not set by hand, so any trace of the two formats will do.
 """
 
@@ -36,6 +36,10 @@ SWEPT = (*UPSTREAM, "edf", "kairos")
 STEPS = (0.5, 0.75, 1.0, 1.25, 1.6)
 """Rates of a sweep, as shares of the one where fcfs meets half of its TTFT targets."""
 HALVINGS = 7
+HALF, HALF_ELSEWHERE = "rate where fcfs meets half", "other windows: rate where fcfs meets half"
+GOODPUT, DECODE_HALF = "goodput", "decode: rate where stock meets half of its TPOT targets"
+# Runs that only looked for a rate: left out of the JSON.
+SEARCHES = frozenset((HALF, HALF_ELSEWHERE, GOODPUT, DECODE_HALF))
 ATTAIN = 0.9
 DEFAULT_TRACES = ("mooncake_conversation.jsonl", "azure_llm_2023_conv.csv")
 
@@ -292,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     minutes = (time.monotonic() - began) / 60
     results_page.write(given.out, measured, f"{minutes:.0f} minutes with {given.jobs} processes")
-    rows = [_compact(run.row()) for run in bench.runs]
+    rows = [_compact(run.row()) for run in bench.runs if run.facts["part"] not in SEARCHES]
     (given.out / "simulated.json").write_text(
         '{"runs": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]}\n", encoding="utf-8"
     )
@@ -304,6 +308,7 @@ def _compact(row: dict[str, Any]) -> dict[str, Any]:
     return {
         key: float(f"{value:.5g}") if isinstance(value, float) else value
         for key, value in row.items()
+        if key != "counters"
     }
 
 
@@ -312,7 +317,7 @@ def measure(bench: Bench, found: Sequence[Source]) -> results_page.Measured:
     groups = [group for source in found for group in groups_of(source)]
     half = highest_rates(
         bench,
-        "rate where fcfs meets half",
+        HALF,
         [(group, "fcfs") for group in groups],
         "ttft_attainment",
         0.5,
@@ -372,7 +377,7 @@ def other_windows(
                     picked.append((replace(group, rows=rows, start=start, seed=turn), rate))
     rates = highest_rates(
         bench,
-        "other windows: rate where fcfs meets half",
+        HALF_ELSEWHERE,
         [(group, "fcfs") for group, _ in picked],
         "ttft_attainment",
         0.5,
@@ -403,7 +408,7 @@ def goodput(
     rates = iter(
         highest_rates(
             bench,
-            "goodput",
+            GOODPUT,
             wanted,
             "e2e_attainment",
             ATTAIN,
@@ -466,7 +471,7 @@ def decode_side(bench: Bench, found: Sequence[Source]) -> list[results_page.Deco
         return []
     limits = highest_rates(
         bench,
-        "decode: rate where stock meets half of its TPOT targets",
+        DECODE_HALF,
         [(group, "kairos-prefill") for group, _ in picked],
         "tpot_attainment",
         0.5,
