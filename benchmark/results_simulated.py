@@ -125,7 +125,7 @@ class Group:
 def _bound(rows: Sequence[traces.Request], setup: Setup) -> float:
     from sglang_kairos.sim.bound import ttft_bound
 
-    return ttft_bound(rows, setup, time_limit_s=15.0).ttft_attainment
+    return ttft_bound(rows, setup, time_limit_s=5.0).ttft_attainment
 
 
 _SCALED: dict[tuple[int, float], list[traces.Request]] = {}
@@ -264,6 +264,7 @@ ABLATIONS: dict[str, tuple[str | Policy, PredictionError]] = {
     "predictions with 30 % noise": ("kairos", PredictionError(noise=0.3)),
     "predictors learn from nothing": ("kairos", PredictionError(learn=True)),
     "no parking": (NO_PARKING, PredictionError()),
+    "no admission gate": ("kairos-no-gate", PredictionError()),
     "no pre-allocation order": ("kairos-no-reserve-order", PredictionError()),
     "prefill side only": ("kairos-prefill", PredictionError()),
     "decode side only": ("kairos-decode", PredictionError()),

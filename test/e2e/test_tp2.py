@@ -71,7 +71,7 @@ def test_two_ranks_with_different_clocks_decide_alike(
     for counters in (prefill["counters"], decode["counters"]):
         assert counters["decisions"] >= 50, counters
         if chaos_seed < 0:
-            assert counters["disagreements"] >= 10, "the clocks did not matter: nothing is proven"
+            assert counters["disagreements"] >= 3, "the clocks did not matter: nothing is proven"
     assert prefill["counters"]["pauses"] >= 5 and prefill["paused"] == 0, prefill["counters"]
     if chaos_seed >= 0:
         assert decode["counters"]["subset_steps"] >= 50, decode["counters"]

@@ -44,6 +44,7 @@ def plan(
             prompt,
             np.broadcast_to(due, n).astype(float),
             np.full(n, 0.1),
+            np.full(n, 0.1),
             np.full(n, 2.0),
             np.broadcast_to(tpot, n).astype(float),
             **more,

@@ -11,6 +11,7 @@ from sglang_kairos.engine.running import EMITTED, FIRST_S, SERVED, TPOT_S, memor
 from sglang_kairos.engine.state import KairosState
 from sglang_kairos.policy.admission import Occupancy, Waiting, plan_admission
 from sglang_kairos.policy.packing import pace_s
+from sglang_kairos.predict.stay import BEST
 
 Agreed = tuple[list[int], int, int, int]
 
@@ -87,6 +88,7 @@ def _plan(state: KairosState, queue: Any) -> Agreed:
             prompt,
             due,
             memory.stay.lead_s(prompt),
+            memory.stay.lead_s(prompt, BEST),
             ttft,
             tpot,
             None if (weight == weight[0]).all() else weight,

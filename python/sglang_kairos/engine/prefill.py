@@ -313,11 +313,11 @@ def _weights(weights: NDArray[np.float64]) -> NDArray[np.float64] | None:
 
 def _order_unified(state: KairosState, waiting_queue: list[Any]) -> None:
     """Urgency order for unified serving: same predictor, no pausing."""
+    rows = state.roster.rows(waiting_queue)  # also takes down what each was promised
     if len(waiting_queue) < 2:
         return
 
     def decide() -> list[int]:
-        rows = state.roster.rows(waiting_queue)
         # A retracted request has more to compute than when it came.
         total = np.array([len(req.origin_input_ids) + len(req.output_ids) for req in waiting_queue])
         matched = np.array([req.num_matched_prefix_tokens for req in waiting_queue])

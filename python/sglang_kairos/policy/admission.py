@@ -31,12 +31,14 @@ LAST_CALL = 0.3
 @dataclass(frozen=True, slots=True)
 class Waiting:
     """The queue. `due_s`: time left until the first token is due; `ttft_s`: what it was at arrival;
-    `lead_s`: time from the reservation of KV to the first token. `starving`: entitled to go first.
+    `lead_s`: time from the reservation of KV to the first token, `least_lead_s` when all goes well:
+    only whom that leaves no time is late. `starving`: entitled to go first.
     """
 
     prompt_tokens: Floats
     due_s: Floats
     lead_s: Floats
+    least_lead_s: Floats
     ttft_s: Floats
     tpot_s: Floats
     weight: Floats | None = None
@@ -83,7 +85,8 @@ def plan_admission(
     free = np.maximum(tpot - base, 0.05 * tpot)
     memory = np.maximum(prompt / server.kv_tokens, 1.0 / server.slots)
     work = np.maximum(cost / free, memory) * expected_output * tpot
-    latest_end = np.where(start_by > 0.0, start_by + work, -1.0)
+    hopeful = due - np.asarray(waiting.least_lead_s, float)
+    latest_end = np.where(hopeful > 0.0, hopeful + work, -1.0)
     urgency = urgency_order(work, latest_end, waiting.weight, waiting.starving)
     order = np.asarray(urgency.order, np.intp)
 

@@ -13,7 +13,7 @@ from sglang_kairos.predict.rls import Rls
 FIRST_LEAD = (0.03, 2e-5)
 FIRST_OUTPUT = 250.0
 RATE = 0.02  # weight of the latest finished request in the mean output
-QUANTILE = 0.9
+USUAL, BEST = 0.9, 0.1  # quantiles
 
 
 class Stay:
@@ -32,7 +32,9 @@ class Stay:
         """A request had this many tokens in all."""
         self.output_tokens += RATE * (output_tokens - self.output_tokens)
 
-    def lead_s(self, prompt_tokens: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Seconds that nine starts in ten stay below."""
+    def lead_s(
+        self, prompt_tokens: NDArray[np.float64], quantile: float = USUAL
+    ) -> NDArray[np.float64]:
+        """Seconds that such a share of the starts stay below."""
         fixed, per_token = self._lead.theta
-        return (fixed + per_token * prompt_tokens) * self._lead.upper_ratio(QUANTILE)
+        return (fixed + per_token * prompt_tokens) * self._lead.upper_ratio(quantile)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sglang_kairos.policy.admission import Occupancy, Waiting, plan_admission
 from sglang_kairos.policy.packing import choose_step, pace_s
 from sglang_kairos.policy.urgency import LateShare
-from sglang_kairos.predict.stay import Stay
+from sglang_kairos.predict.stay import BEST, Stay
 from sglang_kairos.sim.clock import Clock
 from sglang_kairos.sim.policies import Policy
 from sglang_kairos.sim.predictions import Predictor
@@ -200,6 +200,7 @@ class DecodeServer:
                 prompt,
                 due,
                 self._stay.lead_s(prompt),
+                self._stay.lead_s(prompt, BEST),
                 np.array([req.ttft_s for req in queue]),
                 tpot,
                 starving=np.array([req is self._starving for req in queue]),
