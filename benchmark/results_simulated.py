@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmark import results_page
 from sglang_kairos.sim.cluster import Setup
-from sglang_kairos.sim.grid import Cell, bound_available, run_grid
+from sglang_kairos.sim.grid import Cell, bound_available, bound_of, run_grid
 from sglang_kairos.sim.policies import POLICIES, Policy
 from sglang_kairos.sim.pool import Workers, usable_cores
 from sglang_kairos.sim.predictions import PredictionError
@@ -122,18 +122,15 @@ class Group:
         return Cell(rows, setup, policy, bound and bound_available(), facts={**asked, **facts})
 
 
-def _bound(rows: Sequence[traces.Request], setup: Setup) -> float:
-    from sglang_kairos.sim.bound import ttft_bound
-
-    return ttft_bound(rows, setup, time_limit_s=5.0).ttft_attainment
-
-
 _SCALED: dict[tuple[int, float], list[traces.Request]] = {}
 
 
 def _at_rate(rows: tuple[traces.Request, ...], rate: float) -> list[traces.Request]:
     # One object per rate: bounds are shared between cells with the same rows.
-    return _SCALED.setdefault((id(rows), rate), traces.scale_rate(rows, rate))
+    key = id(rows), rate
+    if key not in _SCALED:
+        _SCALED[key] = traces.scale_rate(rows, rate)
+    return _SCALED[key]
 
 
 class Bench:
@@ -154,8 +151,8 @@ class Bench:
     def bounds(self, what: str, cells: Sequence[Cell]) -> list[float]:
         """The clairvoyant bound of each cell's trace and targets."""
         self.say(f"{what}: {len(cells)} bounds")
-        searches = [partial(_bound, cell.rows, cell.setup) for cell in cells]
-        return self._workers.run(searches)
+        searches = [partial(bound_of, cell.rows, cell.setup, 5.0) for cell in cells]
+        return [bound.ttft_attainment for bound in self._workers.run(searches)]
 
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self._began:5.0f} s {text}", flush=True)

@@ -24,8 +24,7 @@ from sglang_kairos.engine.running import (
 )
 from sglang_kairos.engine.state import KairosState, current
 from sglang_kairos.policy.packing import choose_step
-
-LEARNT_STEPS = 32  # before that the step-time model is a guess for unknown hardware
+from sglang_kairos.predict.error import LEARNT_STEPS
 
 
 def pop_preallocated(original: Callable[..., Any], queue: Any, *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +144,7 @@ def _choose(state: KairosState, batch: Any) -> list[int]:
 def _trusted(state: KairosState) -> bool:
     """The circuit breaker: parking on wrong step times harms whom it should help."""
     error = state.step_time.error
-    if error.samples >= LEARNT_STEPS and error.mape <= state.config.max_step_error:
+    if error.trusted(state.config.max_step_error):
         return True
     state.counters["breaker_steps"] += 1
     if error.samples >= LEARNT_STEPS:
@@ -159,10 +158,8 @@ def _trusted(state: KairosState) -> bool:
 
 def _pack(state: KairosState, table: RunningTable, context: Any, now: float) -> list[int]:
     columns = table.columns
-    slack, silent = (
-        columns[FIRST_S] + columns[EMITTED] * columns[TPOT_S] - now,
-        now - columns[LAST_S],
-    )
+    slack = columns[FIRST_S] + columns[EMITTED] * columns[TPOT_S] - now
+    silent = now - columns[LAST_S]
     served = columns[SERVED] > 0.0
     max_itl_s = state.config.max_itl_ms / 1e3
     choice = choose_step(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sglang_kairos.engine.ranks import rank_of
 from sglang_kairos.predict.cache import Key, load_profile, resume, save_profile
 from sglang_kairos.predict.prefill_time import PrefillTimeModel
 from sglang_kairos.predict.seeds import ProfileError, Seed, seed_for
@@ -35,7 +36,8 @@ class Profile:
         self._path = Path(path) if path else None
         self._saved_s: float | None = None
         self._saving = threading.Lock()
-        self._writes = self._path is not None and _is_first_rank(scheduler)
+        self.writes = self._path is not None and rank_of(scheduler) == 0
+        """Whether `keep` ever does anything."""
 
     def start(self, captured_sizes: list[int] | None) -> tuple[PrefillTimeModel, StepTimeModel]:
         """New predictors; a file that cannot be used is named in the log and left alone."""
@@ -60,10 +62,11 @@ class Profile:
 
         The disk is waited for in a thread of its own. OSError is logged there, nothing is raised.
         """
-        if not self._writes:
+        if not self.writes:
             return
-        if self._saved_s is None or now_s - self._saved_s < SAVE_EVERY_S:
-            self._saved_s = now_s if self._saved_s is None else self._saved_s
+        if self._saved_s is None:
+            self._saved_s = now_s
+        if now_s - self._saved_s < SAVE_EVERY_S:
             return
         self._saved_s = now_s
         parts = prefill(), decode()
@@ -102,11 +105,3 @@ def _key(scheduler: Any) -> Key:
         gpu = torch.cuda.get_device_name()
     model = of("served_model_name") or of("model_path") or "unknown"
     return Key(model, gpu, int(scheduler.tp_size), "/".join(map(of, _BACKENDS)))
-
-
-def _is_first_rank(scheduler: Any) -> bool:
-    if scheduler.tp_size == 1:
-        return True
-    import torch.distributed as dist
-
-    return bool(dist.get_rank() == 0)

@@ -80,6 +80,15 @@ def _from_leader(decision: Any, group: Any, leader: int) -> Any:
     return decision if sends else pickle.loads(shown[:size])
 
 
+def rank_of(scheduler: Any) -> int:
+    """Which of the server's ranks this process is."""
+    if scheduler.tp_size == 1:
+        return 0
+    import torch.distributed as dist
+
+    return int(dist.get_rank())
+
+
 class Clock:
     """`time.perf_counter`, or with `CHAOS_CLOCK` one that differs from rank to rank and jitters."""
 
@@ -87,11 +96,7 @@ class Clock:
         self.skew_s = float(os.environ.get(CHAOS_CLOCK) or 0.0) / 1e3
         if not self.skew_s:
             return
-        rank = 0
-        if scheduler.tp_size > 1:
-            import torch.distributed as dist
-
-            rank = dist.get_rank()
+        rank = rank_of(scheduler)
         self._random = random.Random(rank)
         self._offset_s = rank * self.skew_s
         logger.warning("Kairos: CHAOS clock on rank %d, off by %g ms", rank, 1e3 * self.skew_s)

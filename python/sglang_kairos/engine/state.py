@@ -165,6 +165,8 @@ class KairosState:
 
     def keep_profile(self) -> None:
         """After a learnt step: write the profile file now and then."""
+        if not self.profile.writes:
+            return
         decode = self.mode == "decode"
         self.profile.keep(
             self.now(),

@@ -32,6 +32,8 @@ from sglang_kairos.policy.backlog import EMPTY, Backlog
 TIE_S = 1e-4
 LOOK_AT_ALL = 32  # of one role; 64 servers in all
 DRAWN = 8
+# Of the tokens that a request may make, how many it is expected to.
+OUTPUT_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,10 @@ CLIP_FLOOR = 0.1  # ... but never tighter than this
 LONGEST_RUN = 16
 
 
+# Before that many steps a model is a guess for unknown hardware.
+LEARNT_STEPS = 32
+
+
 @dataclass(frozen=True, slots=True)
 class PredictError:
     """Relative error of the latest predictions, made before their step ran.
@@ -29,6 +33,10 @@ class PredictError:
     p90: float
     samples: int
     bias: float = 0.0
+
+    def trusted(self, limit: float) -> bool:
+        """Whether enough steps were seen, and their mean error is at most `limit`."""
+        return self.samples >= LEARNT_STEPS and self.mape <= limit
 
 
 class ErrorWindow:

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from sglang_kairos.policy.placement import PlacedRequest
+from sglang_kairos.policy.placement import OUTPUT_SHARE, PlacedRequest
 from sglang_kairos.router.answers import Headers, Receive, Scope
 from sglang_kairos.router.fleet import Fleet
 from sglang_kairos.router.headers import forwarded
@@ -29,8 +29,6 @@ from sglang_kairos.router.servers import Server
 from sglang_kairos.slo import RequestSlo, Slo, SloError, SloTable
 from sglang_kairos.slo_http import carry, dump
 
-# Of the output a request allows, what it is expected to use.
-OUTPUT_SHARE = 0.5
 REQUEST_ID = "x-request-id"
 _AGE_STEP_S = 1e-3
 

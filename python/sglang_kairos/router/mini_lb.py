@@ -18,8 +18,7 @@ from typing import Any
 import aiohttp
 
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.policy.placement import PlacedRequest
-from sglang_kairos.router.call import OUTPUT_SHARE
+from sglang_kairos.policy.placement import OUTPUT_SHARE, PlacedRequest
 from sglang_kairos.router.fleet import Fleet
 from sglang_kairos.router.metrics import RouterMetrics
 from sglang_kairos.router.options import RouterOptions

@@ -78,7 +78,7 @@ def run_grid(
         if not cell.rows:
             raise ValueError(f"cell {number} {cell.label!r} has no requests")
     bounded = {_bound_key(cell): cell for cell in cells if cell.want_bound}
-    searches = [partial(_bound, c.rows, c.setup, bound_seconds) for c in bounded.values()]
+    searches = [partial(bound_of, c.rows, c.setup, bound_seconds) for c in bounded.values()]
     simulations = [partial(_run, cell, keep_outcomes) for cell in cells]
     if not isinstance(jobs, Workers):
         jobs = Workers(max(1, min(jobs or usable_cores(), len(searches) + len(simulations))))
@@ -144,7 +144,8 @@ def _run(cell: Cell, keep_outcomes: bool) -> Run:
     return Run(policy.name, SimResult(kept, whole.duration_s, metrics, cpu_s), facts)
 
 
-def _bound(rows: Sequence[Request], setup: Setup, seconds: float) -> Bound:
+def bound_of(rows: Sequence[Request], setup: Setup, seconds: float) -> Bound:
+    """`bound.ttft_bound`, for a pool: what it needs (scipy) is imported where it runs."""
     from sglang_kairos.sim.bound import ttft_bound
 
     return ttft_bound(rows, setup, time_limit_s=seconds)

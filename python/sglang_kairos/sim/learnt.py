@@ -20,9 +20,6 @@ from sglang_kairos.sim.request import SimRequest
 from sglang_kairos.sim.times import StepTimes
 from sglang_kairos.tools.traces import Request
 
-# As in engine/decode.py.
-LEARNT_STEPS = 32
-
 
 class LearntCluster(Cluster):
     """A `Cluster` of the servers below. `late_results`: prefill results wait for the next step."""
@@ -94,9 +91,7 @@ class GuardedDecodeServer(DecodeServer):
     """Parks nobody while decode steps are predicted worse than `max_step_error`."""
 
     def _choose(self) -> list[int] | None:
-        error = self._predictor.decode.error
-        limit = self._policy.config.max_step_error
-        if error.samples < LEARNT_STEPS or error.mape > limit:
+        if not self._predictor.decode.error.trusted(self._policy.config.max_step_error):
             self.counters["breaker_steps"] += 1
             return None
         return super()._choose()

@@ -11,6 +11,7 @@ from random import Random
 
 from sglang_kairos.policy.backlog import EMPTY, Backlog
 from sglang_kairos.policy.placement import (
+    OUTPUT_SHARE,
     DecodeState,
     PlacedRequest,
     PrefillSpeed,
@@ -23,9 +24,6 @@ from sglang_kairos.sim.policies import Policy
 from sglang_kairos.sim.predictions import Predictor
 from sglang_kairos.sim.request import SimRequest
 from sglang_kairos.sim.times import System
-
-# As in router/proxy.py: an output is expected to be half as long as it may be.
-OUTPUT_SHARE = 0.5
 
 
 class _Owed:
@@ -65,8 +63,9 @@ class Router:
         if not self._policy.route or width * len(self._decodes) == 1:
             return
         blocks = Blocks(req.blocks, self._block_tokens)
+        states = [self._prefill_state(index, now_s, blocks) for index in range(width)]
         pair = choose_pair(
-            [self._prefill_state(index, now_s, blocks) for index in range(width)],
+            states,
             [self._decode_state(index) for index in range(len(self._decodes))],
             PlacedRequest(
                 tokens=req.prompt,
@@ -83,7 +82,7 @@ class Router:
         owed = self._owed[req.prefill]
         if not owed.tickets:
             owed.busy_since_s = now_s
-        cached = min(owed.prefix.cached_tokens(blocks), req.prompt - 1.0)
+        cached = min(states[req.prefill].cached_tokens, req.prompt - 1.0)
         owed.prefix.add(blocks)
         work = self._speed(req.prefill).work_s(req.prompt - cached, cached)
         insort(owed.tickets, (req.due_s, req.index, work))
