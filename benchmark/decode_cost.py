@@ -56,7 +56,8 @@ def measure(count: int, rounds: int) -> list[dict[str, Any]]:
     served = rng.random(count) < 0.9
     queue = 64
     prompt, due = context[rng.integers(0, count, queue)], rng.uniform(-1.0, 2.0, queue)
-    waiting = Waiting(prompt, due, prompt * 2e-5, np.full(queue, 2.0), np.full(queue, tpot[0]))
+    lead, ttft = prompt * 2e-5, np.full(queue, 2.0)
+    waiting = Waiting(prompt, due, lead, lead, ttft, np.full(queue, tpot[0]))
     full = Occupancy(context, tpot, 2.0 * context.sum(), 2 * count, float(context.sum()), count)
     reqs = [object() for _ in range(count)]
     table = RunningTable(lambda _: (0.0, float(tpot[0]), 1.0, 0.0, True))

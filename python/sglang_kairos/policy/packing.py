@@ -30,6 +30,7 @@ flat around these values (docs/decode.md).
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,10 +103,14 @@ def choose_step(
     tier = 4 - alive.astype(np.int8) - keeps - (keeps & urgent)
     tier[due] = 0
     order = np.lexsort((cost, tier))
-    steps = np.asarray(step(np.arange(1, n + 1), context[order].cumsum()), float)
-    count = max(1, int(np.count_nonzero(due)), int(steps.searchsorted(limit, side="right")))
-    reason = "packed" if keeps.all() and steps[count - 1] <= limit else "overload"
-    return StepChoice(np.sort(order[:count]).tolist(), float(steps[count - 1]), reason, keeps)
+    tokens = context[order].cumsum()
+    fitting = bisect_right(
+        range(1, n + 1), limit, key=lambda size: step(size, tokens.item(size - 1))
+    )
+    count = max(1, int(np.count_nonzero(due)), fitting)
+    predicted = float(step(count, tokens.item(count - 1)))
+    reason = "packed" if keeps.all() and predicted <= limit else "overload"
+    return StepChoice(np.sort(order[:count]).tolist(), predicted, reason, keeps)
 
 
 def pace_s(lead_s: NDArray[np.float64], tpot_s: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -124,7 +129,8 @@ def _served(
     """The largest set that can be kept on pace: mask (n,); somebody unless nobody is alive."""
     key = load if before is None else np.where(before, INCUMBENT * load, load)
     lightest = np.argsort(key, kind="stable")
-    lightest = lightest[alive[lightest]]
+    if not alive.all():
+        lightest = lightest[alive[lightest]]
     keeps = np.zeros(load.size, bool)
     if lightest.size == 0:
         return keeps
@@ -133,7 +139,7 @@ def _served(
     member = paces >= limits[:, None]
     fits = (member * load[lightest]).cumsum(axis=1) <= 1.0 - base / limits[:, None]
     fits &= member
-    counts = np.count_nonzero(fits, axis=1)
+    counts = fits.sum(axis=1)
     best = counts.size - 1 - int(np.argmax(counts[::-1]))
     keeps[lightest[fits[best]] if counts[best] else lightest[:1]] = True
     return keeps
@@ -147,7 +153,9 @@ def _due(
     max_itl_s: float,
 ) -> NDArray[np.bool_]:
     """Who must run now lest somebody is silent for longer than `max_itl_s`: mask (n,)."""
-    if float(silent.max() + cost.sum()) + limit * (silent.size + 2) < max_itl_s:
+    queue = np.flatnonzero(~served)
+    last_turn = limit * (queue.size + 1) + cost[queue].sum() if queue.size else 0.0
+    if float(silent.max() + max(2.0 * limit + cost.max(), last_turn)) < max_itl_s:
         return np.zeros(silent.size, bool)
     wait = silent + cost + 2.0 * limit
     due = wait >= max_itl_s
@@ -156,7 +164,6 @@ def _due(
         if np.array_equal(later, due):
             return due
         due = later
-    queue = np.flatnonzero(~served)
     queue = queue[np.argsort(-silent[queue], kind="stable")]
     turn = np.cumsum(limit + cost[queue]) + limit
     if np.any(silent[queue] + turn > max_itl_s):
