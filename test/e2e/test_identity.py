@@ -79,7 +79,8 @@ def check(run: Run, stock: list[tuple[int, Any]], *, tree: bool) -> None:
     prefill, decode = run.prefill["counters"], run.decode["counters"]
     assert prefill["pauses"] >= 20 and prefill["resumes"] >= 10, prefill
     assert decode["subset_steps"] >= 100 and decode["parked"] >= 200, decode
-    assert prefill.get("paused_aborts", 0) >= 1, prefill
+    # Which of the two depends on whether prefill hears first from the client or from decode.
+    assert prefill.get("paused_aborts", 0) + prefill.get("paused_failures", 0) >= 1, prefill
     assert decode.get("parked_aborts", 0) >= 1, decode
     assert run.settled, "a server did not become idle after the last request"
     assert run.prefill["paused"] == 0

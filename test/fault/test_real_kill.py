@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import aiohttp
@@ -71,22 +71,29 @@ async def load(url: str, count: int, tokens: int = TOKENS) -> list[str]:
         return list(await asyncio.gather(*(one(session, index) for index in range(count))))
 
 
-def kill_later(cluster: Cluster, name: str, seconds: float) -> None:
+def kill_when(cluster: Cluster, name: str, holds: Callable[[], bool]) -> None:
+    """Kills a server once that `holds`; looks every 10 ms."""
     part = next(part for part in cluster.parts if part.name == name)
 
     def kill() -> None:
-        time.sleep(seconds)
+        while not holds():
+            time.sleep(0.01)
         os.killpg(part.process.pid, signal.SIGKILL)
         cluster.parts.remove(part)
 
     threading.Thread(target=kill, daemon=True).start()
 
 
-def pending(url: str) -> int:
-    """Requests that a server still has in any queue."""
+def requests_at(url: str, *states: str) -> int:
+    """Requests that a server has in these states."""
     with urllib.request.urlopen(url + "/v1/loads", timeout=10) as answer:
         loads = json.load(answer)["loads"]
-    return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
+    return sum(load[f"num_{state}_reqs"] for load in loads for state in states)
+
+
+def pending(url: str) -> int:
+    """Requests that a server still has in any queue."""
+    return requests_at(url, "running", "waiting")
 
 
 def test_killing_a_prefill_and_then_a_decode_server_hangs_nobody_and_leaks_nothing(
@@ -94,15 +101,16 @@ def test_killing_a_prefill_and_then_a_decode_server_hangs_nobody_and_leaks_nothi
 ) -> None:
     assert set(asyncio.run(load(cluster.url, 8))) == {"done"}
     prefill, decode = cluster.prefill_urls[0], cluster.decode_urls[0]
-    kill_later(cluster, "p0", 1.5)
+    begun = time.monotonic()
+    kill_when(cluster, "p0", lambda: time.monotonic() > begun + 1.5)
     ends = asyncio.run(load(cluster.url, REQUESTS))
     # Whoever was not prefilled moved to the other server. A prompt whose KV was under way when its
     # server died may have lost it after the first byte was promised, and says so.
     assert set(ends) <= {"done", "error event"}
     assert ends.count("done") >= REQUESTS - 5
-    kill_later(cluster, "d0", 1.5)
-    # Long enough that streams are under way on it when it dies, however fast the machine.
-    ends = asyncio.run(load(cluster.url, REQUESTS, 4 * TOKENS))
+    # Streams are under way on it when it dies, and far from their ends.
+    kill_when(cluster, "d0", lambda: requests_at(decode, "running") >= 2)
+    ends = asyncio.run(load(cluster.url, REQUESTS, 8 * TOKENS))
     assert set(ends) == {"done", "error event"}
     assert ends.count("done") >= REQUESTS / 2
     left = {*cluster.prefill_urls, *cluster.decode_urls} - {prefill, decode}

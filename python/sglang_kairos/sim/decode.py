@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from sglang_kairos.policy.admission import Occupancy, Waiting, plan_admission
 from sglang_kairos.policy.packing import choose_step, pace_s
+from sglang_kairos.policy.retraction import keep_order
 from sglang_kairos.policy.urgency import LateShare
 from sglang_kairos.predict.stay import BEST, Stay
 from sglang_kairos.sim.clock import Clock
@@ -270,13 +271,18 @@ class DecodeServer:
         self._changed()
 
     def _retract(self) -> None:
-        """The fewest output tokens go first and, among those, the longest prompt."""
+        """SGLang: the fewest output tokens go first and, among those, the longest prompt."""
         table, count = self._table, len(self.running)
         for index, req in enumerate(self.running):
             req.emitted = int(table[EMITTED, index])
-        order = sorted(
-            range(count), key=lambda i: (-self.running[i].emitted, self.running[i].prompt)
-        )
+        if self._policy.park:
+            due = table[FIRST_S, :count] + (table[EMITTED, :count] - 1.0) * table[TPOT_S, :count]
+            lead = due - self._clock.now_s
+            order = keep_order(lead, table[TPOT_S, :count], table[CONTEXT, :count])
+        else:
+            order = sorted(
+                range(count), key=lambda i: (-self.running[i].emitted, self.running[i].prompt)
+            )
         keep = np.ones(count, bool)
         while order and self.kv_tokens + len(order) > self._system.decode_kv_tokens:
             index = order.pop()
