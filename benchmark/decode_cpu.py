@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ import numpy as np
 
 from benchmark import demo
 from sglang_kairos.cluster import Cluster, ClusterError, ClusterSpec
+from sglang_kairos.cpu.tiny_model import TinyModel, make_tiny_model
 from sglang_kairos.tools import report, traces
 from sglang_kairos.tools.replay import Result, failures, make_jobs, replay, run
 
@@ -34,8 +36,10 @@ POLICIES: dict[str, tuple[bool | Mapping[str, Any], str]] = {
     "kairos-no-park": ({"park": False}, ""),
 }
 # Short enough for a CPU's prefill to keep up with what makes its decode miss.
-MEDIAN_INPUT, MAX_INPUT = 150.0, 4000
-REHEARSED, ABREAST = 60, 24
+MEDIAN_INPUT, MAX_INPUT = 100.0, 3000
+# Deep enough for steps, not the streaming of tokens by the HTTP server beside it, to be the limit.
+LAYERS = 12
+REHEARSED, ABREAST = 80, 40
 # A request with this bootstrap host gets made-up KV at once (SGLang's fake transfer).
 FAKE_TRANSFER = {"bootstrap_host": "2.2.2.2", "bootstrap_room": 0}
 TIMEOUT_S = 180.0
@@ -46,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parse(argv)
     given.out.mkdir(parents=True, exist_ok=True)
     try:
+        if not given.model_path:
+            model = make_tiny_model(given.out / "model", TinyModel(layers=LAYERS))
+            given.model_path = str(model)
         with demo.start_method(given) as zygote:
             runs = run_grid(given, zygote)
     except ClusterError as error:
@@ -72,7 +79,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=1, help="rounds, order reversed in between")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/decode_cpu"))
-    parser.add_argument("--model-path", default="", help="default: a tiny random model (CPU only)")
+    parser.add_argument(
+        "--model-path", default="", help=f"default: a random model of {LAYERS} layers (CPU only)"
+    )
     parser.add_argument("--start", choices=("fork", "spawn"), default="fork")
     given = parser.parse_args(argv)
     given.router = "kairos" if given.mode == "pd" else "none"
@@ -160,8 +169,8 @@ def spec_for(policy: str, given: argparse.Namespace, zygote: Any, number: int) -
 
 
 def prepare(cluster: Cluster, given: argparse.Namespace) -> None:
-    """Warm servers, and a core for the prefill scheduler, as in the demo."""
-    demo.separate(cluster)
+    """Warm servers, and a core for the decode scheduler."""
+    demo.separate(cluster, "d")
     rows = [traces.Request(0.0, size, 8) for size in (32, 300, 1200, 100)]
     drive(cluster, given, rows, 1e5, 1e5, concurrency=2)
     demo.forget(cluster)
@@ -184,26 +193,33 @@ def drive(
     return run(replay(url, jobs, timeout_s=TIMEOUT_S, concurrency=concurrency, check=cluster.check))
 
 
-def measure_law(given: argparse.Namespace, zygote: Any) -> dict[str, float]:
+def measure_law(given: argparse.Namespace, zygote: Any) -> dict[str, Any]:
     """The decode server's step-time law, learnt from a rehearsal with many requests abreast."""
     say = demo.narrator("[capacity]")
     with Cluster(spec_for("kairos", given, zygote, 0)) as cluster:
         prepare(cluster, given)
         drive(cluster, given, sample(REHEARSED, given.seed + 1000), 1e5, 1e5, ABREAST)
-        law: dict[str, float] = demo.kairos_reports(cluster)["kairos_decode"]["decode"]
-    shown = f"{1e3 * law['a_s']:.2f} ms + {1e3 * law['b_s']:.3f} ms a request"
-    say(f"a step takes {shown} + {1e6 * law['c_s']:.3f} us a context token")
+        law: dict[str, Any] = demo.kairos_reports(cluster)["kairos_decode"]["decode"]
+    shown = ", ".join(f"{1e3 * step_s(law, size, 300.0):.1f} ms of {size}" for size in (1, 10, 50))
+    say(f"a step takes, at 300 tokens each: {shown}")
     return law
 
 
-def capacity_of(law: Mapping[str, float], rows: Sequence[traces.Request], tpot_ms: float) -> float:
+def step_s(law: Mapping[str, Any], batch: float, context: float) -> float:
+    """Seconds of a step over `batch` requests of `context` tokens each, by a reported law."""
+    knees = sum(slope * min(batch, size) for size, slope in law["knees"])
+    return float(law["a_s"] + law["b_s"] * batch + knees + law["c_s"] * batch * context)
+
+
+def capacity_of(law: Mapping[str, Any], rows: Sequence[traces.Request], tpot_ms: float) -> float:
     """Requests per second whose steps, all of them in each, last just `tpot_ms`."""
     outputs = np.array([row.output_tokens for row in rows], float)
     contexts = np.array([row.input_tokens for row in rows], float) + outputs / 2
     context = float((contexts * outputs).sum() / outputs.sum())
-    each = law["b_s"] + law["c_s"] * context
-    abreast = max(1.0, (tpot_ms / 1e3 - law["a_s"]) / max(each, 1e-9))
-    return abreast / (tpot_ms / 1e3 * float(outputs.mean()))
+    target = tpot_ms / 1e3
+    sizes = range(1, 4096)
+    abreast = max(1, bisect_right(sizes, target, key=lambda size: step_s(law, size, context)))
+    return abreast / (target * float(outputs.mean()))
 
 
 def window_tokens_per_s(result: Result, until_s: float) -> float:

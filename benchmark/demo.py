@@ -222,8 +222,8 @@ def spec_for(
     )
 
 
-def separate(cluster: Cluster) -> None:
-    """On a CPU: the prefill scheduler gets a core for itself, all else shares the others.
+def separate(cluster: Cluster, role: str = "p") -> None:
+    """On a CPU: schedulers of this role (p, d) get a core for themselves, all else shares the others.
 
     A decode scheduler with work to do never sleeps; without this, who is slowed down by whom
     would be decided by the operating system's scheduler instead of the one under test.
@@ -237,9 +237,9 @@ def separate(cluster: Cluster) -> None:
     for part in cluster.parts:
         root = psutil.Process(part.process.pid)
         for process in (root, *root.children(recursive=True)):
-            is_prefill = part.name.startswith("p") and "scheduler" in " ".join(process.cmdline())
+            chosen = part.name.startswith(role) and "scheduler" in " ".join(process.cmdline())
             for thread in process.threads():
-                os.sched_setaffinity(thread.id, alone if is_prefill else beside)
+                os.sched_setaffinity(thread.id, alone if chosen else beside)
 
 
 def warm_up(cluster: Cluster) -> None:

@@ -69,22 +69,27 @@ def stock(zygote: Zygote, tiny_model: str, out_dir: Path) -> list[tuple[int, Any
     return run.outputs
 
 
-def check(run: Run, stock: list[tuple[int, Any]], *, tree: bool) -> None:
-    """Everything the identity test promises."""
+def check_same(run: Run, stock: list[tuple[int, Any]]) -> None:
+    """Every token as stock SGLang's, and nothing left behind."""
     assert all(status == 200 for status, _ in stock)
     different = [i for i, want in enumerate(stock) if run.outputs[i] != want]
     assert not different, f"{len(different)} of {len(stock)} differ, first {different[:5]}"
     distinct = {token for _, tokens in stock for token in tokens}
     assert len(distinct) > 100, "outputs must vary, or identity proves little"
+    assert run.settled, "a server did not become idle after the last request"
+    assert run.prefill["paused"] == 0
+    assert not run.trouble, "\n".join(run.trouble)
+
+
+def check(run: Run, stock: list[tuple[int, Any]], *, tree: bool) -> None:
+    """Everything the identity test promises of random decisions."""
+    check_same(run, stock)
     prefill, decode = run.prefill["counters"], run.decode["counters"]
     assert prefill["pauses"] >= 20 and prefill["resumes"] >= 10, prefill
     assert decode["subset_steps"] >= 100 and decode["parked"] >= 200, decode
     # Which of the two depends on whether prefill hears first from the client or from decode.
     assert prefill.get("paused_aborts", 0) + prefill.get("paused_failures", 0) >= 1, prefill
     assert decode.get("parked_aborts", 0) >= 1, decode
-    assert run.settled, "a server did not become idle after the last request"
-    assert run.prefill["paused"] == 0
-    assert not run.trouble, "\n".join(run.trouble)
     where = "tree" if tree else "hooks"
     for report in (run.prefill, run.decode):
         assert report["seams"][where] > 0
@@ -127,6 +132,24 @@ def test_random_decisions_change_no_token_under_forced_retraction(
     check(run, stock, tree=False)
     logs = (out_dir / "chaos-retract").glob("*")
     assert any("Testing retraction" in path.read_text(errors="replace") for path in logs)
+
+
+def test_the_policies_change_no_token_under_pressure_and_forced_retraction(
+    tiny_model: str, stock: list[tuple[int, Any]], out_dir: Path
+) -> None:
+    env = {"SGLANG_TEST_RETRACT": "1", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
+    # Targets that cannot be met by all, and no breaker: whatever the machine, there is much to decide.
+    tight = {"ttft_ms": 500.0, "tpot_ms": 8.0, "max_step_error": 100.0}
+    with Zygote(env=env) as zygote:
+        run = run_pair(
+            zygote, tiny_model, out_dir / "policies", kairos=tight, jobs=[*JOBS, *DOOMED]
+        )
+    check_same(run, stock)
+    prefill, decode = run.prefill["counters"], run.decode["counters"]
+    assert prefill["pauses"] >= 1, prefill
+    assert decode["subset_steps"] >= 50 and decode["parked"] >= 100, decode
+    assert decode["retractions"] >= 1, decode
+    assert not any(name.endswith("_errors") for name in (*prefill, *decode)), (prefill, decode)
 
 
 def test_a_patched_tree_behaves_as_the_plugin(

@@ -11,7 +11,7 @@ import pytest
 
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import admission, decode, state
-from sglang_kairos.engine.running import EMITTED, memory_of
+from sglang_kairos.engine.running import EMITTED, FIRST_S, memory_of
 from sglang_kairos.policy.packing import StepChoice
 from sglang_kairos.predict.step_time import StepTimeModel
 
@@ -83,6 +83,7 @@ def make_scheduler() -> Any:
         require_mlp_sync=False,
         req_to_token_pool=SimpleNamespace(),
         waiting_queue=[],
+        server_args=SimpleNamespace(retraction_policy="length"),
     )
 
 
@@ -293,6 +294,51 @@ def test_the_table_follows_who_joins_and_leaves(kairos: state.KairosState) -> No
     step(kairos, Batch([a, b, c]))
     step(kairos, Batch([b, c]))
     assert memory_of(kairos).stay.output_tokens < before
+
+
+def retracted(kairos: state.KairosState, batch: Batch) -> tuple[list[str], list[str]]:
+    """Who stays and who goes, in order, when one decode step makes SGLang retract two."""
+    kept: list[int] = []
+
+    def upstream_retract(batch: Any) -> list[str]:
+        kept[:] = batch._get_decode_retraction_order(batch.reqs)
+        gone = [batch.reqs[kept.pop()].rid for _ in range(2)]
+        batch.filter_batch(kept)
+        return gone
+
+    def upstream(scheduler: Any, running_batch: Any) -> Any:
+        nonlocal gone
+        gone = decode.retract_decode(upstream_retract, running_batch)
+        decode.prepare_for_decode(upstream_prepare, running_batch)
+        return SimpleNamespace(batch_to_run=running_batch, running_batch=running_batch)
+
+    gone: list[str] = []
+    decode.get_next_decode_batch(upstream, kairos.scheduler, batch)
+    return [req.rid for req in batch.reqs], gone
+
+
+def test_those_are_retracted_who_lose_least(kairos: state.KairosState) -> None:
+    batch = Batch([Req("behind", 50), Req("lost", 50), Req("ahead", 50), Req("even", 50)])
+    columns = decode._follow(kairos, batch).columns
+    columns[FIRST_S] += np.array([-0.2, -5.0, 0.5, 0.0])
+    assert retracted(kairos, batch) == (["behind", "even"], ["lost", "ahead"])
+    assert "_get_decode_retraction_order" not in vars(batch)
+
+
+@pytest.mark.parametrize("trouble", ["operator", "policy"])
+def test_retraction_is_upstreams_when_the_operator_chose_one_or_the_policy_fails(
+    kairos: state.KairosState, trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = Batch([Req("a", 50), Req("b", 50), Req("c", 50)])
+    monkeypatch.setattr(
+        batch, "_get_decode_retraction_order", lambda reqs: [1, 0, 2], raising=False
+    )
+    if trouble == "operator":
+        kairos.scheduler.server_args.retraction_policy = "priority"
+    else:
+        monkeypatch.setattr(decode, "keep_order", lambda *a: 1 / 0)
+    assert retracted(kairos, batch) == (["b"], ["c", "a"])
+    assert kairos.counters["retraction_errors"] == (trouble == "policy")
 
 
 def test_an_idle_gap_is_not_learnt_as_a_step(kairos: state.KairosState) -> None:

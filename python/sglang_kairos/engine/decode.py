@@ -12,6 +12,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from sglang_kairos.engine import admission
 from sglang_kairos.engine.running import (
     EMITTED,
@@ -24,6 +26,7 @@ from sglang_kairos.engine.running import (
 )
 from sglang_kairos.engine.state import KairosState, current
 from sglang_kairos.policy.packing import choose_step
+from sglang_kairos.policy.retraction import keep_order
 from sglang_kairos.predict.error import LEARNT_STEPS
 
 
@@ -73,6 +76,29 @@ def get_next_decode_batch(original: Callable[..., Any], scheduler: Any, running_
     return plan
 
 
+def retract_decode(original: Callable[..., Any], batch: Any) -> Any:
+    """Seam of ScheduleBatch.retract_decode: those go who lose least of their SLO."""
+    state = current()
+    if state is None or not state.deciding or not batch.spec_algorithm.is_none():
+        return original(batch)
+    if getattr(state.scheduler.server_args, "retraction_policy", "length") != "length":
+        return original(batch)  # the operator chose one; "length" is SGLang's default
+
+    def decide() -> list[int] | None:
+        return _keep_order(state, batch) if state.chaos is None else None
+
+    order = state.agree(state.guarded("retraction", decide, None))
+    if order is None:
+        return original(batch)
+    # Upstream asks the batch for its order; an attribute of its own answers instead.
+    batch._get_decode_retraction_order = lambda reqs: list(order)
+    state.counters["retractions"] += 1
+    try:
+        return original(batch)
+    finally:
+        del batch._get_decode_retraction_order
+
+
 def prepare_for_decode(original: Callable[..., Any], batch: Any) -> None:
     """Seam of ScheduleBatch.prepare_for_decode: prepare only those chosen to run."""
     state = current()
@@ -113,11 +139,7 @@ def _choose(state: KairosState, batch: Any) -> list[int]:
     """Indices of the running requests that decode in this step, ascending."""
     count = len(batch.reqs)
     everyone = list(range(count))
-    memory = memory_of(state)
-    table = memory.table
-    for gone in table.follow(batch.reqs):
-        if gone.finished():
-            memory.stay.ended(len(gone.output_ids))
+    table = _follow(state, batch)
     now = state.now()
     table.now(now)
     if count < 2:
@@ -139,6 +161,22 @@ def _choose(state: KairosState, batch: Any) -> list[int]:
 
     agreed = state.agree(state.guarded("packing", decide, None))
     return everyone if agreed is None else list(agreed)
+
+
+def _follow(state: KairosState, batch: Any) -> RunningTable:
+    """The table of the requests in `batch`; who has finished since tells how long requests stay."""
+    memory = memory_of(state)
+    for gone in memory.table.follow(batch.reqs):
+        if gone.finished():
+            memory.stay.ended(len(gone.output_ids))
+    return memory.table
+
+
+def _keep_order(state: KairosState, batch: Any) -> list[int]:
+    columns = _follow(state, batch).columns
+    lead = columns[FIRST_S] + (columns[EMITTED] - 1.0) * columns[TPOT_S] - state.now()
+    weight = np.array([state.promise(req).slo.weight for req in batch.reqs])
+    return keep_order(lead, columns[TPOT_S], batch.seq_lens_cpu.numpy(), weight)
 
 
 def _trusted(state: KairosState) -> bool:

@@ -257,6 +257,15 @@ SEAMS: tuple[Seam, ...] = (
         fingerprints={"0.5.23": "8e26fd56c274e1a9"},
     ),
     Seam(
+        target="sglang.srt.managers.schedule_batch:ScheduleBatch.retract_decode",
+        handler="sglang_kairos.engine.decode:retract_decode",
+        process="scheduler",
+        why="who is retracted is who has the fewest output tokens, whatever was promised to him",
+        how="has this batch retract in the order of least SLO lost",
+        gone_when="upstream's --retraction-policy can be extended",
+        fingerprints={"0.5.23": "959dc41176f9d084"},
+    ),
+    Seam(
         target="sglang.srt.managers.schedule_batch:ScheduleBatch.prepare_for_decode",
         handler="sglang_kairos.engine.decode:prepare_for_decode",
         process="scheduler",
