@@ -28,4 +28,5 @@ def keep_order(
     lost = lead < -LOST * np.asarray(tpot_s, float)
     worth = np.zeros(lead.size) if weight is None else -np.asarray(weight, float)
     within = np.where(lost, context, lead)
-    return np.lexsort((within, np.where(lost, 0.0, worth), lost)).tolist()
+    order: list[int] = np.lexsort((within, np.where(lost, 0.0, worth), lost)).tolist()
+    return order
