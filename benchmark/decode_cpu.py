@@ -38,7 +38,7 @@ POLICIES: dict[str, tuple[bool | Mapping[str, Any], str]] = {
 # Short enough for a CPU's prefill to keep up with what makes its decode miss.
 MEDIAN_INPUT, MAX_INPUT = 100.0, 3000
 # Deep enough for steps, not the streaming of tokens by the HTTP server beside it, to be the limit.
-LAYERS = 12
+LAYERS = 4
 REHEARSED, ABREAST = 80, 40
 # A request with this bootstrap host gets made-up KV at once (SGLang's fake transfer).
 FAKE_TRANSFER = {"bootstrap_host": "2.2.2.2", "bootstrap_room": 0}
@@ -72,7 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--policies", default="stock,kairos", help=f"of {', '.join(POLICIES)}")
     parser.add_argument("--mode", choices=("pd", "decode"), default="pd")
     parser.add_argument("--loads", default="0.5,0.8,1,1.25,1.5,2", help="shares of the capacity")
-    parser.add_argument("--tpots-ms", default="30", help="TPOT targets, comma separated")
+    parser.add_argument("--tpots-ms", default="50", help="TPOT targets, comma separated")
     parser.add_argument("--ttft-ms", type=float, default=1000.0)
     parser.add_argument("--capacity", type=float, help="requests/s (default: measured, per TPOT)")
     parser.add_argument("--load-s", type=float, default=45.0, help="seconds of arrivals per run")

@@ -119,10 +119,13 @@ def test_remaining_work_is_predicted_as_recorded(record: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("record", DECODE, ids=range(len(DECODE)))
-def test_decode_runs_whom_the_record_ran(record: dict[str, Any]) -> None:
+def test_decode_runs_whom_the_record_ran(
+    record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     cluster = cluster_of(512, 1000, max_itl_ms=1e3 * record["max_itl_s"])
     server, count = cluster.decodes[0], len(record["slack_s"])
     server._predictor.decode = step_model(record)
+    monkeypatch.setattr(server, "_reserve_tokens", lambda: record.get("reserve_tokens", 0.0))
     server.running = [job(index, 1, 0.0) for index in range(count)]
     table = server._table
     # At time 0 with nothing emitted, the slack is the time of the first token.

@@ -141,6 +141,35 @@ def test_only_the_chosen_advance_and_nobody_leaves_the_running_batch(
     assert kairos.counters["parked"] == 1
 
 
+def test_the_view_of_those_who_run_is_made_anew_only_when_they_or_the_batch_change(
+    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(run: list[int], count: int) -> None:
+        served = np.isin(np.arange(count), run)
+        choice = StepChoice(run, 0.02, "packed", served)
+        monkeypatch.setattr(decode, "choose_step", lambda *a, **k: choice)
+
+    monkeypatch.setattr(kairos.step_time, "observe", lambda *a: None)
+    batch = Batch([Req(name, 20) for name in "abcd"])
+    choose([0, 2], 4)
+    first = step(kairos, batch)
+    first.input_ids = "of the last forward"
+    assert step(kairos, batch) is first and first.input_ids is None
+    assert batch.seq_lens.tolist() == [12, 11, 14, 13] and first.seq_lens.tolist() == [12, 14]
+    choose([0, 1], 4)
+    second = step(kairos, batch)
+    assert second.seq_lens.tolist() == [13, 12]
+    decode.prepare_for_decode(upstream_prepare, batch)  # a step of everybody, in between
+    choose([0, 1], 4)
+    assert step(kairos, batch) is not second
+    batch.filter_batch([0, 1, 2])
+    choose([0, 1], 3)
+    last = step(kairos, batch)
+    assert last.reqs == batch.reqs[:2] and last.seq_lens.tolist() == [16, 15]
+    assert batch.seq_lens.tolist() == [16, 15, 15]
+    assert (kairos.counters["subset_views"], kairos.counters["subset_steps"]) == (4, 5)
+
+
 def test_somebody_always_runs_when_steps_are_far_too_slow(kairos: state.KairosState) -> None:
     for _ in range(600):
         kairos.step_time.observe(2, 30.0, 2.0)

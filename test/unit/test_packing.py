@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_kairos.policy.packing import StepChoice, choose_step
+from sglang_kairos.policy.packing import (
+    MOST_RESERVE,
+    StepChoice,
+    choose_step,
+    reserve_of,
+    room_s,
+)
 
 TPOT, CAP = 0.030, 2.0
 
@@ -137,11 +143,20 @@ def test_every_choice_is_sound(rows: Any, random: Any) -> None:
         assert {shuffled[i] for i in again.run} == {rows[i] for i in got.run}
 
 
-def serve(kairos: bool, rate: float, seed: int, count: int = 200, stall_s: float = 0.0) -> Any:
+def serve(
+    kairos: bool,
+    rate: float,
+    seed: int,
+    count: int = 200,
+    stall_s: float = 0.0,
+    noise: float = 0.0,
+    reserve_tokens: float = 0.0,
+) -> Any:
     """A decode server under Poisson arrivals. Returns (met their TPOT (count,), tokens/s, max ITL).
 
     First token on arrival; context lognormal (median 400, sigma 1.3, max 16k), output lognormal
     (median 80, sigma 0.7, max 400). `stall_s`: every 150th step takes that much longer, unforeseen.
+    `noise`: sigma of a lognormal factor on every step's time, unforeseen.
     """
     rng = np.random.default_rng(seed)
     first = np.cumsum(rng.exponential(1 / rate, count))
@@ -158,11 +173,18 @@ def serve(kairos: bool, rate: float, seed: int, count: int = 200, stall_s: float
         if kairos:
             slack = first[live] + emitted[live] * TPOT - now
             got = choose_step(
-                slack, np.full(live.size, TPOT), reads, now - last[live], step_s, max_itl_s=CAP
+                slack,
+                np.full(live.size, TPOT),
+                reads,
+                now - last[live],
+                step_s,
+                reserve_tokens=reserve_tokens,
+                max_itl_s=CAP,
             )
             live, reads = live[got.run], reads[got.run]
         steps += 1
-        now += step_s(live.size, reads.sum()) + (stall_s if steps % 150 == 0 else 0.0)
+        scatter = float(np.exp(noise * rng.standard_normal()))
+        now += scatter * step_s(live.size, reads.sum()) + (stall_s if steps % 150 == 0 else 0.0)
         worst = max(worst, float((now - last[live]).max()))
         emitted[live] += 1
         last[live] = now
@@ -193,3 +215,25 @@ def test_above_capacity_far_more_stay_on_pace(rate: float, least: float, gain: f
 def test_a_stall_that_sets_everybody_back_is_caught_up_with() -> None:
     stock, kairos = (serve(k, 12, 1, stall_s=0.2)[0].mean() for k in (False, True))
     assert kairos >= stock + 0.1
+
+
+def test_where_steps_scatter_a_lead_to_end_with_keeps_more_on_pace() -> None:
+    def attained(reserve_tokens: float) -> float:
+        runs = [serve(True, 16, seed, noise=0.2, reserve_tokens=reserve_tokens) for seed in (1, 2)]
+        return float(np.mean([run[0].mean() for run in runs]))
+
+    assert attained(reserve_of(0.16)) >= attained(0.0) + 0.02
+
+
+def test_the_reserve_grows_with_the_error_up_to_a_limit_and_shortens_the_room() -> None:
+    reserves = [reserve_of(error) for error in (0.0, 0.01, 0.1, 10.0)]
+    assert reserves[0] == 0.0 and reserves == sorted(reserves) and reserves[-1] == MOST_RESERVE
+    rooms = [room_s(TPOT, reserve) for reserve in reserves]
+    assert rooms[0] == TPOT and rooms == sorted(rooms, reverse=True) and rooms[-1] > 0.7 * TPOT
+
+
+def test_with_a_reserve_who_has_no_lead_is_given_shorter_steps() -> None:
+    plain, careful = (choose([400] * 70, slack=TPOT, reserve_tokens=r) for r in (0.0, 6.0))
+    assert plain.predicted_s <= TPOT and careful.predicted_s <= 0.9 * TPOT
+    rich = choose([400] * 70, slack=7 * TPOT, reserve_tokens=6.0)
+    assert rich.run == plain.run, "a lead as large as the reserve is enough"

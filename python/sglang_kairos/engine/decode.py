@@ -1,13 +1,12 @@
 """The decode side of the glue: order admission, execute a subset of the running batch.
 
 `Scheduler.running_batch` keeps every request at all times, so aborts, retraction, memory budgets and
-idle checks work unmodified. When requests are parked, a throw-away view of the batch (`_subset`)
+idle checks work unmodified. When requests are parked, a view of the batch (`subset.SubsetView`)
 executes in its place and the lengths it advanced are written back.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +24,8 @@ from sglang_kairos.engine.running import (
     memory_of,
 )
 from sglang_kairos.engine.state import KairosState, current
-from sglang_kairos.policy.packing import choose_step
+from sglang_kairos.engine.subset import SubsetView
+from sglang_kairos.policy.packing import MOST_RESERVE, choose_step, reserve_of, room_s
 from sglang_kairos.policy.retraction import keep_order
 from sglang_kairos.predict.error import LEARNT_STEPS
 
@@ -105,16 +105,18 @@ def prepare_for_decode(original: Callable[..., Any], batch: Any) -> None:
     if state is None or not state.deciding:
         original(batch)
         return
-    table = memory_of(state).table
+    memory = memory_of(state)
     keep = _choose(state, batch)
-    table.ran(None if len(keep) == len(batch.reqs) else keep)
     if len(keep) == len(batch.reqs):
+        memory.table.ran(None)
         original(batch)
         return
-    subset = _subset(batch, keep)
-    original(subset)
-    _write_back(batch, subset, keep)
-    state.subset = subset
+    memory.table.ran(keep)
+    if memory.view is None or not memory.view.fits(batch, keep):
+        memory.view = SubsetView(batch, keep)
+        state.counters["subset_views"] += 1
+    memory.view.advance(original, batch)
+    state.subset = memory.view.batch
     state.counters["subset_steps"] += 1
     state.counters["parked"] += len(batch.reqs) - len(keep)
 
@@ -155,9 +157,12 @@ def _choose(state: KairosState, batch: Any) -> list[int]:
 
     def decide() -> list[int] | None:
         full = float(state.step_time.step_s(count, float(context.sum())))
-        if full <= table.tightest_s or not _trusted(state):
+        if full <= room_s(table.tightest_s, MOST_RESERVE):  # spares looking up the error
             return None
-        return _pack(state, table, context, now)
+        reserve = reserve_of(state.step_time.error.mape)
+        if full <= room_s(table.tightest_s, reserve) or not _trusted(state):
+            return None
+        return _pack(state, table, context, now, reserve)
 
     agreed = state.agree(state.guarded("packing", decide, None))
     return everyone if agreed is None else list(agreed)
@@ -194,7 +199,9 @@ def _trusted(state: KairosState) -> bool:
     return False
 
 
-def _pack(state: KairosState, table: RunningTable, context: Any, now: float) -> list[int]:
+def _pack(
+    state: KairosState, table: RunningTable, context: Any, now: float, reserve_tokens: float
+) -> list[int]:
     columns = table.columns
     slack = columns[FIRST_S] + columns[EMITTED] * columns[TPOT_S] - now
     silent = now - columns[LAST_S]
@@ -207,6 +214,7 @@ def _pack(state: KairosState, table: RunningTable, context: Any, now: float) -> 
         silent,
         state.step_time.step_s,
         served=served,
+        reserve_tokens=reserve_tokens,
         max_itl_s=max_itl_s,
     )
     columns[SERVED] = choice.served
@@ -219,6 +227,7 @@ def _pack(state: KairosState, table: RunningTable, context: Any, now: float) -> 
             context_tokens=context.tolist(),
             silent_s=silent.tolist(),
             served=served.tolist(),
+            reserve_tokens=reserve_tokens,
             model=state.step_time.snapshot(),
             max_itl_s=max_itl_s,
             run=choice.run,
@@ -244,33 +253,6 @@ def _unsupported(scheduler: Any, batch: Any) -> str:
     if scheduler.require_mlp_sync:
         return "DP attention synchronises batches"
     return ""
-
-
-def _subset(batch: Any, keep: list[int]) -> Any:
-    """A view of `batch` with only the rows in `keep`; `batch` itself is not touched.
-
-    `filter_batch` rebinds fields and never mutates them, so shallow copies are enough.
-    """
-    subset = copy.copy(batch)
-    subset.sampling_info = copy.copy(batch.sampling_info)
-    subset.filter_batch(keep_indices=keep)
-    return subset
-
-
-def _write_back(batch: Any, subset: Any, keep: list[int]) -> None:
-    """Copy the advanced lengths into `batch`: new tensors, an in-flight forward may read the old."""
-    import torch
-
-    rows_cpu = torch.tensor(keep, dtype=torch.int64)
-    rows = rows_cpu.to(batch.seq_lens.device, non_blocking=True)
-    batch.seq_lens = batch.seq_lens.index_copy(0, rows, subset.seq_lens)
-    batch.orig_seq_lens = batch.orig_seq_lens.index_copy(0, rows, subset.orig_seq_lens)
-    batch.seq_lens_cpu = batch.seq_lens_cpu.index_copy(0, rows_cpu, subset.seq_lens_cpu)
-    batch.seq_lens_sum = None
-    batch.out_cache_loc = None
-    # The next input token of every row, parked or not, waits in the future map.
-    batch.input_ids = None
-    batch.forward_mode = subset.forward_mode
 
 
 def _remember_step(state: KairosState, batch: Any) -> None:

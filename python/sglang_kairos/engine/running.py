@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sglang_kairos.engine.state import KairosState
+from sglang_kairos.engine.subset import SubsetView
 from sglang_kairos.predict.stay import Stay
 
 FIRST_S, TPOT_S, EMITTED, LAST_S, SERVED, RAN = range(6)
@@ -72,6 +73,7 @@ class DecodeMemory:
     def __init__(self, state: KairosState) -> None:
         self.stay = Stay()
         self.table = RunningTable(lambda req: _entry(state, req))
+        self.view: SubsetView | None = None
 
 
 _MEMORIES: weakref.WeakKeyDictionary[KairosState, DecodeMemory] = weakref.WeakKeyDictionary()

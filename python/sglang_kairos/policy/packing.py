@@ -3,9 +3,10 @@
 All arrays have shape (n,), one entry per running request; times in seconds, context in KV tokens.
     lead_i  = slack_i - tpot_i       how early the last token came; the final TPOT is met iff it
                                      is >= 0 when the last token comes
-    pace_i  = tpot_i + lead_i / HORIZON, within FLOOR..CEILING of tpot_i
-                                     longest mean step with which the lead lasts HORIZON tokens:
-                                     shorter for who is behind, longer for who is ahead
+    pace_i  = tpot_i + (lead_i - reserve tpot_i) / HORIZON, within FLOOR..CEILING of tpot_i
+                                     longest mean step with which the lead comes down to `reserve`
+                                     tokens in HORIZON: shorter for who is behind, longer for who
+                                     is ahead
     cost_i  = what i adds to the step (`load`);   load_i = cost_i / pace_i
 A request LOST tokens or more behind its pace is given up: it takes what others leave.
 
@@ -21,8 +22,9 @@ A request LOST tokens or more behind its pace is given up: it takes what others 
    silent first, early enough that they never come due in a crowd.
 
 Where the fixed part of a step is large, a step a little shorter means far fewer requests (25 ms of
-which 17 are fixed: 1 % is 3 % of the batch). So there is no safety margin here: whoever falls behind
-is noticed by its lead.
+which 17 are fixed: 1 % is 3 % of the batch). So there is no margin on a step: whoever falls behind is
+noticed by its lead. But where steps scatter around their predictions, who aims at a lead of nothing
+ends late every other time: the worse the predictions, the larger the `reserve_tokens` aimed at.
 
 Our own design; no claim that any paper's formula looks like it. Constants: tuned in simulation and
 flat around these values (docs/decode.md).
@@ -41,6 +43,8 @@ from numpy.typing import NDArray
 from sglang_kairos.policy.load import Floats, StepTime, step_costs
 
 HORIZON = 60.0
+RESERVE_PER_ERROR = 40.0
+MOST_RESERVE = 6.0
 FLOOR = 0.7
 CEILING = 1.3
 LOST = 10.0
@@ -71,6 +75,7 @@ def choose_step(
     *,
     max_itl_s: float,
     served: NDArray[np.bool_] | None = None,
+    reserve_tokens: float = 0.0,
     captured_sizes: Sequence[int] | None = None,
 ) -> StepChoice:
     """The requests to run now; never empty for n > 0.
@@ -78,6 +83,7 @@ def choose_step(
     `slack_s`: time until the next token is due, (first token + emitted * tpot) - now. `silent_s`:
     time since the last token. `step_s(batch, kv_tokens)`: predicted seconds, monotone, for scalars
     and arrays. `served`: the last choice's, False for who has joined since (None: nobody was).
+    `reserve_tokens`: the lead to end with, of `reserve_of`.
     `captured_sizes`: ascending batch sizes that a step is padded up to, unless `step_s` already
     does so.
     """
@@ -90,10 +96,10 @@ def choose_step(
     full = float(step(n, float(context.sum())))
     lead = slack - tpot
     alive = lead > -LOST * tpot
-    if full <= float(np.where(alive, tpot + lead / HORIZON, tpot).min()):
+    if full <= float(np.where(alive, tpot + (lead - reserve_tokens * tpot) / HORIZON, tpot).min()):
         return StepChoice(list(range(n)), full, "all", np.ones(n, bool))
 
-    pace = pace_s(lead, tpot)
+    pace = pace_s(lead, tpot, reserve_tokens)
     base, cost, _ = step_costs(step, context)
     load = cost / pace
     keeps = _served(load, pace, base, alive, served)
@@ -113,9 +119,21 @@ def choose_step(
     return StepChoice(np.sort(order[:count]).tolist(), predicted, reason, keeps)
 
 
-def pace_s(lead_s: NDArray[np.float64], tpot_s: NDArray[np.float64]) -> NDArray[np.float64]:
+def reserve_of(mean_error: float) -> float:
+    """The lead to aim at, in tokens, where steps are predicted with this mean relative error."""
+    return min(MOST_RESERVE, RESERVE_PER_ERROR * mean_error)
+
+
+def room_s(tightest_tpot_s: float, reserve_tokens: float) -> float:
+    """A step of everybody that is no longer than this needs no choice, whatever the leads."""
+    return tightest_tpot_s * (1.0 - reserve_tokens / HORIZON)
+
+
+def pace_s(
+    lead_s: NDArray[np.float64], tpot_s: NDArray[np.float64], reserve_tokens: float
+) -> NDArray[np.float64]:
     """The longest mean step each may see, (n,)."""
-    pace = tpot_s + lead_s / HORIZON
+    pace = tpot_s + (lead_s - reserve_tokens * tpot_s) / HORIZON
     return np.minimum(np.maximum(pace, FLOOR * tpot_s), CEILING * tpot_s)
 
 

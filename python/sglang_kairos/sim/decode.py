@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sglang_kairos.policy.admission import Occupancy, Waiting, plan_admission
-from sglang_kairos.policy.packing import choose_step, pace_s
+from sglang_kairos.policy.packing import choose_step, pace_s, reserve_of, room_s
 from sglang_kairos.policy.retraction import keep_order
 from sglang_kairos.policy.urgency import LateShare
 from sglang_kairos.predict.stay import BEST, Stay
@@ -196,6 +196,7 @@ class DecodeServer:
         prompt = np.array([req.prompt for req in queue], float)
         due = np.array([req.due_s for req in queue]) - now
         tpot = np.array([req.tpot_s for req in queue])
+        pace = pace_s(lead, kept[TPOT_S], self._reserve_tokens())
         plan = plan_admission(
             Waiting(
                 prompt,
@@ -208,7 +209,7 @@ class DecodeServer:
             ),
             Occupancy(
                 np.append(kept[CONTEXT], [req.context for req in joining]),
-                np.append(np.minimum(pace_s(lead, kept[TPOT_S]), kept[TPOT_S]), joining_tpot),
+                np.append(np.minimum(pace, kept[TPOT_S]), joining_tpot),
                 system.decode_kv_tokens,
                 system.max_running,
                 self.kv_tokens,
@@ -313,13 +314,17 @@ class DecodeServer:
             self._soonest = int(self._table[LEFT, :count].min())
             self._tightest_s = float(self._table[TPOT_S, :count].min())
 
+    def _reserve_tokens(self) -> float:
+        return reserve_of(self._predictor.decode_error)
+
     def _choose(self) -> list[int] | None:
         """Indices of the running requests that take part, None for everybody."""
         count, config = len(self.running), self._policy.config
         if count < 2:
             return None
         step: Any = self._predictor.decode_step(0.0)
-        if float(step(count, float(self._context))) <= self._tightest_s:
+        reserve = self._reserve_tokens()
+        if float(step(count, float(self._context))) <= room_s(self._tightest_s, reserve):
             return None
         table, now = self._table[:, :count], self._clock.now_s
         choice = choose_step(
@@ -329,6 +334,7 @@ class DecodeServer:
             now - table[LAST_S],
             step,
             served=table[SERVED] > 0.0,
+            reserve_tokens=reserve,
             max_itl_s=config.max_itl_ms / 1e3,
         )
         table[SERVED] = choice.served

@@ -11,6 +11,9 @@ from sglang_kairos.predict.prefill_time import PrefillTimeModel
 from sglang_kairos.predict.step_time import StepTimeModel
 from sglang_kairos.sim.times import StepTimes
 
+# Mean absolute value of a normal variable over its sigma.
+MEAN_OF_SIGMA = 0.8
+
 
 @dataclass(frozen=True)
 class PredictionError:
@@ -47,6 +50,11 @@ class Predictor:
         """A decode step was executed."""
         if self._error.learn:
             self.decode.observe(batch, kv_tokens, seconds)
+
+    @property
+    def decode_error(self) -> float:
+        """Mean relative error of the decode predictions, as a server would see it."""
+        return self.decode.error.mape if self._error.learn else MEAN_OF_SIGMA * self._error.noise
 
     def decode_step(self, margin: float) -> Any:
         """`step_s(batch, kv_tokens)` for one decision, `margin` (a fraction) on top."""
