@@ -58,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ClusterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for load in given.loads:
-        some = [one for one in runs if one.facts["load"] == load]
-        print("\n" + report.table(some, f"{demo.platform()}, {given.mode}, load {load:g}"))
-    print(f"\nwrote {given.out / 'rows.json'}")
+    text = markdown(runs)
+    print(f"\n{demo.platform()}, {given.mode}\n\n{text}")
+    (given.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(f"\nwrote {given.out / 'rows.json'} and table.md")
     return 0
 
 
@@ -138,6 +138,7 @@ def run_grid(given: argparse.Namespace, zygote: Any) -> list[report.Run]:
             "repeat": turn,
             "slo": {"ttft_ms": given.ttft_ms, "tpot_ms": tpot},
             "platform": demo.platform(),
+            **silences_ms(result),
             "window_tokens_per_s": round(window_tokens_per_s(result, plan.rows[-1].arrival_s), 1),
             **facts,
         }
@@ -220,6 +221,55 @@ def capacity_of(law: Mapping[str, Any], rows: Sequence[traces.Request], tpot_ms:
     sizes = range(1, 4096)
     abreast = max(1, bisect_right(sizes, target, key=lambda size: step_s(law, size, context)))
     return abreast / (target * float(outputs.mean()))
+
+
+def silences_ms(result: Result) -> dict[str, float]:
+    """Time between a request's tokens as the client saw it: 99th percentile, and the longest."""
+    gaps = np.array([gap for one in result.outcomes for gap in one.itls_ms] or [0.0])
+    return {
+        "itl_p99_ms": round(float(np.quantile(gaps, 0.99)), 1),
+        "itl_longest_ms": round(float(gaps.max()), 1),
+    }
+
+
+def markdown(runs: Sequence[report.Run]) -> str:
+    """A table: mean over rounds (and their range) per TPOT target, load and policy."""
+    lines = [
+        "| TPOT target | load | policy | TTFT met | TPOT met | both met | tokens/s while requests"
+        " arrive | ITL p99 | longest silence |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    cells: dict[tuple[float, float, str], list[report.Run]] = {}
+    for one in runs:
+        key = one.facts["slo"]["tpot_ms"], one.facts["load"], one.policy
+        cells.setdefault(key, []).append(one)
+    for (tpot, load, policy), some in cells.items():
+        metrics = [one.result.metrics for one in some]
+        shares = [
+            spread([100 * getattr(each, name) for each in metrics], "%")
+            for name in ("ttft_attainment", "tpot_attainment", "e2e_attainment")
+        ]
+        figures = [
+            spread([one.facts[name] for one in some], unit)
+            for name, unit in (
+                ("window_tokens_per_s", ""),
+                ("itl_p99_ms", "ms"),
+                ("itl_longest_ms", "ms"),
+            )
+        ]
+        cell = " | ".join([f"{tpot:g} ms", f"{load:g}", policy, *shares, *figures])
+        lines.append(f"| {cell} |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float], unit: str) -> str:
+    """Mean, and the range where there are several."""
+    mean, low, high = float(np.mean(values)), min(values), max(values)
+    digits = 1 if unit == "%" else 0
+    text = f"{mean:.{digits}f}"
+    if len(values) > 1:
+        text += f" ({low:.{digits}f}–{high:.{digits}f})"
+    return f"{text} {unit}".strip()
 
 
 def window_tokens_per_s(result: Result, until_s: float) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from benchmark import decode_cost
+from benchmark import decode_cost, decode_cpu
+from sglang_kairos.tools.replay import Outcome, Result
+from sglang_kairos.tools.report import Run
 
 
 def test_the_cost_of_decode_decisions_can_be_measured() -> None:
@@ -10,3 +12,17 @@ def test_the_cost_of_decode_decisions_can_be_measured() -> None:
     assert [row["what"] for row in rows] == ["select", "admit", "membership", "all fit"]
     assert all(row["median_us"] > 0 for row in rows)
     assert [row["bound_us"] for row in rows] == [100.0, None, None, None]
+
+
+def test_the_decode_table_has_the_mean_and_the_range_of_every_cell() -> None:
+    def run(policy: str, last_token_s: float) -> Run:
+        outcome = Outcome(0, 0.0, 0.0, 10, 10, 1000.0, 50.0, "ok", "", 0.1, last_token_s, 2.0, 10)
+        outcome.itls_ms = [20.0, 80.0]
+        result = Result([outcome], 2.0)
+        facts = {"slo": {"tpot_ms": 50.0}, "load": 1.3, "window_tokens_per_s": 700.0}
+        return Run(policy, result, {**facts, **decode_cpu.silences_ms(result)})
+
+    table = decode_cpu.markdown([run("stock", 1.5), run("kairos", 0.5), run("kairos", 1.5)])
+    *_, stock, kairos = table.splitlines()
+    assert stock.startswith("| 50 ms | 1.3 | stock | 100.0 % | 0.0 % | 0.0 % | 700 |")
+    assert "| 50.0 (0.0–100.0) % |" in kairos and kairos.endswith("80 (80–80) ms |")
