@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmark import decode_cost, decode_cpu
+
 from sglang_kairos.tools.replay import Outcome, Result
 from sglang_kairos.tools.report import Run
 
