@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from sglang_kairos.config import ConfigError, KairosConfig, add_flags
 from sglang_kairos.cpu import runtime
@@ -33,7 +33,12 @@ def prepare(argv: Sequence[str]) -> list[str]:
     if config.enabled:
         _check_plugin_is_loadable()
     config.to_env(os.environ)
-    return with_server_flags(rest) if runtime.is_active() else rest
+    if not runtime.is_active():
+        return rest
+    try:
+        return with_server_flags(rest, version=version("sglang"))
+    except PackageNotFoundError:  # a source tree: the newest version's flags
+        return with_server_flags(rest)
 
 
 def _check_plugin_is_loadable() -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from sglang_kairos.engine.seams import SEAMS, Seam, fingerprint
+from sglang_kairos.engine.seams import SEAMS, Seam
+from sglang_kairos.engine.sources import fingerprint
 from sglang_kairos.tools import patch
 
 VERSION = "9.9.9"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_kairos.engine import admission
+from sglang_kairos.engine import admission, compat
 from sglang_kairos.engine.running import (
     EMITTED,
     FIRST_S,
@@ -242,7 +242,7 @@ def _unsupported(scheduler: Any, batch: Any) -> str:
         return "speculative decoding is on"
     if batch.sampling_info.penalizer_orchestrator.is_required:
         return "a request uses penalties"
-    if any(req.beam_group is not None for req in batch.reqs):
+    if any(map(compat.in_beam_search, batch.reqs)):
         return "a request uses beam search"
     if batch.hisparse_coordinator is not None:
         return "hisparse is on"

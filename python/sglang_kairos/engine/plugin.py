@@ -16,7 +16,8 @@ from typing import Any
 
 from sglang_kairos.config import ConfigError, KairosConfig
 from sglang_kairos.engine.on_import import when_imported
-from sglang_kairos.engine.seams import SEAMS, Seam, check_sources, way_out
+from sglang_kairos.engine.seams import Seam
+from sglang_kairos.engine.sources import survey, way_out
 
 logger = logging.getLogger(__name__)
 
@@ -50,17 +51,15 @@ def install() -> None:
         raise SystemExit(f"Kairos refuses to start: {error}") from None
     if not config.enabled:
         return
-    problems = check_sources(SEAMS)
-    if problems and config.strict:
-        raise SystemExit(way_out(problems, installed_sglang()))
-    for problem in problems:
+    found = survey()
+    if found.problems and config.strict:
+        raise SystemExit(way_out(found.problems, installed_sglang()))
+    for problem in found.problems:
         logger.warning("Kairos runs without a seam (--kairos-strict off): %s", problem)
-    broken = {problem.split(": ")[0] for problem in problems}
-    usable = [seam for seam in SEAMS if seam.target not in broken]
     # In the main process neither module is there yet. It needs the scheduler's seams only to hand
     # them to children that are forked; spawned ones come through here with their module loaded.
     for process, module in (("scheduler", SCHEDULER_MODULE), ("http", HTTP_MODULE)):
-        seams = [seam for seam in usable if seam.process == process]
+        seams = [seam for seam in found.usable if seam.process == process]
         when_imported(module, functools.partial(_wrap, seams, config.strict))
 
 
