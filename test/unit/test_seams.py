@@ -6,10 +6,12 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from helpers.trees import sglang_folder
 from sglang_kairos.engine.seams import SEAMS, SUPPORTED_VERSIONS, Seam
 from sglang_kairos.engine.sources import fingerprint, namesakes, survey, way_out
 
@@ -58,10 +60,23 @@ def test_every_seam_says_why_and_has_a_handler_that_exists() -> None:
     assert len({seam.target for seam in SEAMS}) == len(SEAMS)
 
 
-@needs_sglang
-def test_the_installed_sglang_is_the_one_kairos_knows() -> None:
-    assert survey().problems == []
-    assert not any(finding.seam.absent.get(survey().version) for finding in survey().findings)
+@pytest.mark.parametrize("version", SUPPORTED_VERSIONS)
+def test_every_supported_sglang_is_one_that_kairos_knows(version: str) -> None:
+    found = survey(package=sglang_folder(version) / "sglang")
+    assert (found.version, found.problems) == (version, [])
+
+
+@pytest.mark.parametrize("version", SUPPORTED_VERSIONS)
+def test_what_a_version_is_said_to_lack_it_lacks(version: str) -> None:
+    lacking = [replace(s, fingerprints={version: ""}) for s in SEAMS if version in s.absent]
+    package = sglang_folder(version) / "sglang"
+    # What it has as well, but better ones.
+    by_choice = {"PrefillAdder.add_chunked_req"} | {
+        f"Scheduler.{name}" for name in ("run_batch", "process_batch_result", "get_internal_state")
+    }
+    for finding in survey(lacking, package).findings:
+        expected = "changed" if finding.seam.qualname in by_choice else "gone"
+        assert finding.state == expected, finding.seam.target
 
 
 def fake_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

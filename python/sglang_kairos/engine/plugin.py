@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 # How many seams are active in this process, by the way they came in.
 INSTALLED = {"hooks": 0, "tree": 0}
 
+PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "kairos"
 HTTP_MODULE = "sglang.srt.entrypoints.http_server"
 SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 
@@ -40,6 +42,23 @@ def installed_sglang() -> str:
         return f"v{importlib.metadata.version('sglang')}"
     except importlib.metadata.PackageNotFoundError:
         return "a source tree without a version"
+
+
+def check_loadable() -> None:
+    """ConfigError when SGLang would not load this plugin."""
+    if not any(
+        entry.name == PLUGIN_NAME for entry in importlib.metadata.entry_points(group=PLUGIN_GROUP)
+    ):
+        raise ConfigError(
+            "sglang-kairos is not installed in this Python, so SGLang cannot find its plugin: "
+            "pip install sglang-kairos (or pip install -e . in its source tree)"
+        )
+    allowed = os.environ.get("SGLANG_PLUGINS", "")
+    if allowed.strip() and PLUGIN_NAME not in {name.strip() for name in allowed.split(",")}:
+        raise ConfigError(
+            f"SGLANG_PLUGINS={allowed} leaves the plugin {PLUGIN_NAME!r} out: "
+            f"add it, unset the variable, or start with --kairos off"
+        )
 
 
 def install() -> None:

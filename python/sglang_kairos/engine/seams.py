@@ -23,7 +23,7 @@ class Seam:
     `target` and `handler` are ``module:qualified.name``. `process` is where it matters: the
     scheduler processes or the HTTP server. `fingerprints` maps an SGLang version to the hash of the
     function's source (decorators excluded, so that a patched tree has the same one). `absent` maps
-    a version that has no such function to the reason why Kairos does without it there.
+    a version that has no such function, or a better place, to the reason.
     """
 
     target: str
