@@ -7,6 +7,8 @@ version lacks are no matter of layout: they are in the table of `seams`.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 
@@ -31,14 +33,18 @@ def in_beam_search(req: Any) -> bool:
 
 def match_prefix(req: Any, tree_cache: Any) -> None:
     """Look the prompt up in the prefix cache; upstream notes the hit in the request."""
+    _matcher()(req, tree_cache)
+
+
+@functools.cache
+def _matcher() -> Callable[[Any, Any], Any]:
     try:
         from sglang.srt.mem_cache.common import match_kv_cache
     except ImportError:  # v0.5.16
         from sglang.srt.managers.schedule_policy import match_prefix_for_req
 
-        match_prefix_for_req(tree_cache, req, include_req=True)
-        return
-    match_kv_cache(req, tree_cache)
+        return lambda req, tree_cache: match_prefix_for_req(tree_cache, req, include_req=True)
+    return match_kv_cache
 
 
 def tp_size(scheduler: Any) -> int:

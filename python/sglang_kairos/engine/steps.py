@@ -61,8 +61,9 @@ def process_batch_result(
 def learn_from_synchronous_step(state: KairosState) -> None:
     """On a CPU the forward has ended by the time the scheduler asks for the next batch."""
     batch, state.launched = state.launched, None
-    if state.synchronous and batch is not None and batch.extend_lens:
-        _learn(state, batch, time.monotonic() - batch.launch_ts)
+    launched_s = getattr(batch, "launch_ts", None)  # missing without the seam of run_batch
+    if state.synchronous and launched_s is not None and batch.extend_lens:
+        _learn(state, batch, time.monotonic() - launched_s)
 
 
 def _learn_from_result(batch: Any, seconds: float) -> None:
