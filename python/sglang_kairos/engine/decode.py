@@ -76,25 +76,25 @@ def get_next_decode_batch(original: Callable[..., Any], scheduler: Any, running_
     return plan
 
 
-def retract_decode(original: Callable[..., Any], batch: Any) -> Any:
+def retract_decode(original: Callable[..., Any], batch: Any, *args: Any) -> Any:
     """Seam of ScheduleBatch.retract_decode: those go who lose least of their SLO."""
     state = current()
     if state is None or not state.deciding or not batch.spec_algorithm.is_none():
-        return original(batch)
+        return original(batch, *args)
     if getattr(state.scheduler.server_args, "retraction_policy", "length") != "length":
-        return original(batch)  # the operator chose one; "length" is SGLang's default
+        return original(batch, *args)  # the operator chose one; "length" is SGLang's default
 
     def decide() -> list[int] | None:
         return _keep_order(state, batch) if state.chaos is None else None
 
     order = state.agree(state.guarded("retraction", decide, None))
     if order is None:
-        return original(batch)
+        return original(batch, *args)
     # Upstream asks the batch for its order; an attribute of its own answers instead.
-    batch._get_decode_retraction_order = lambda reqs: list(order)
+    batch._get_decode_retraction_order = lambda reqs, *args, **kwargs: list(order)
     state.counters["retractions"] += 1
     try:
-        return original(batch)
+        return original(batch, *args)
     finally:
         del batch._get_decode_retraction_order
 

@@ -310,7 +310,7 @@ SEAMS: tuple[Seam, ...] = (
         why="who is retracted is who has the fewest output tokens, whatever was promised to him",
         how="has this batch retract in the order of least SLO lost",
         gone_when="upstream's --retraction-policy can be extended",
-        fingerprints={"0.5.23": "959dc41176f9d084"},
+        fingerprints={"0.5.23": "959dc41176f9d084", "0.5.16": "2f795963dbc8b9f4"},
     ),
     Seam(
         target="sglang.srt.managers.schedule_batch:ScheduleBatch.prepare_for_decode",
