@@ -7,6 +7,8 @@ loop: a request leaves at its time whether or not the earlier ones are answered.
 depends on the machine, so the first cluster is measured before its run: the trace is then sent at
 `--utilisation` of the prefill capacity found, to all policies alike. Writes ``report.json``,
 ``report.png`` and one JSON line per request under ``--out``.
+
+`--sglang 0.5.16` runs it on that version, which has neither hrrn nor shortest-prefill-first.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import random
 import sys
@@ -30,7 +33,9 @@ import psutil
 
 from sglang_kairos.cluster import ROUTERS, Cluster, ClusterError, ClusterSpec
 from sglang_kairos.cpu import runtime as cpu_runtime
+from sglang_kairos.other_sglang import NoSuchSglang, use
 from sglang_kairos.tools import report, traces
+from sglang_kairos.tools.patch import PatchError, find_tree
 from sglang_kairos.tools.replay import Result, failures, make_jobs, replay, run
 
 KAIROS = "kairos"
@@ -102,7 +107,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, with policies as a list."""
     parser = argparse.ArgumentParser(prog="python -m benchmark.demo", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--policies", default=",".join(POLICIES), help=f"of {', '.join(POLICIES)}")
+    parser.add_argument("--sglang", help="version (0.5.16) or folder of another SGLang than ours")
+    parser.add_argument("--policies", help=f"of {', '.join(POLICIES)} (default: all there are)")
     parser.add_argument("--trace", type=Path, help="Mooncake JSONL or Azure CSV instead of our own")
     parser.add_argument("--requests", type=int, help="how many (default: --load-s worth of them)")
     parser.add_argument("--load-s", type=float, default=55.0, help="seconds of arrivals per run")
@@ -123,16 +129,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="fork servers from one process that has imported SGLang, or start each anew",
     )
     given = parser.parse_args(argv)
-    given.policies = [name.strip() for name in given.policies.split(",") if name.strip()]
-    unknown = [name for name in given.policies if name not in POLICIES]
+    try:
+        if given.sglang:
+            use(given.sglang)
+        known = known_policies()
+    except (NoSuchSglang, PatchError) as error:
+        parser.error(str(error))
+    asked = ",".join(known) if given.policies is None else given.policies
+    given.policies = [name.strip() for name in asked.split(",") if name.strip()]
+    unknown = [name for name in given.policies if name not in known]
     if unknown or not given.policies:
         bad = ", ".join(map(repr, unknown)) or "none given"
-        parser.error(f"--policies: {bad}; known: {', '.join(POLICIES)}")
+        parser.error(f"--policies: {bad}; this SGLang has: {', '.join(known)}")
     for name in ("rate", "utilisation", "ttft_ms", "tpot_ms", "load_s", "repeat", "requests"):
         value = getattr(given, name)
         if value is not None and not value > 0:
             parser.error(f"--{name.replace('_', '-')}: must be positive, got {value}")
     return given
+
+
+def known_policies() -> list[str]:
+    """Those of `POLICIES` that the SGLang found here can be started with."""
+    source = find_tree().root / "srt" / "managers" / "schedule_policy.py"
+    text = source.read_text(encoding="utf-8")
+    return [name for name in POLICIES if name == KAIROS or f'"{name}"' in text]
 
 
 def run_all(given: argparse.Namespace, zygote: Any) -> tuple[list[report.Run], Plan]:
@@ -155,12 +175,14 @@ def run_all(given: argparse.Namespace, zygote: Any) -> tuple[list[report.Run], P
             before = prefill_busy_s(cluster)
             result = drive(cluster, plan, say)
             busy = (prefill_busy_s(cluster) - before) / plan.rows[-1].arrival_s
-            facts = {"prefill_utilisation": round(busy, 3), **kairos_reports(cluster)}
+            facts = {} if math.isnan(busy) else {"prefill_utilisation": round(busy, 3)}
+            facts |= kairos_reports(cluster)
         for line in failures(result.outcomes):
             say(f"failed: {line}")
         runs.append(report.Run(policy, result, facts))
         save(given.out, runs, plan, number)
-        say(f"{summary(result)}; prefill busy {100 * busy:.0f} % of the trace's span")
+        load = "" if math.isnan(busy) else f"; prefill busy {100 * busy:.0f} % of the trace's span"
+        say(summary(result) + load)
     assert plan is not None
     return runs, plan
 
@@ -237,9 +259,13 @@ def separate(cluster: Cluster, role: str = "p") -> None:
     for part in cluster.parts:
         root = psutil.Process(part.process.pid)
         for process in (root, *root.children(recursive=True)):
-            chosen = part.name.startswith(role) and "scheduler" in " ".join(process.cmdline())
+            mine = alone if part.name.startswith(role) and is_scheduler(process) else beside
             for thread in process.threads():
-                os.sched_setaffinity(thread.id, alone if chosen else beside)
+                os.sched_setaffinity(thread.id, mine)
+
+
+def is_scheduler(process: psutil.Process) -> bool:
+    return "scheduler" in " ".join(process.cmdline())
 
 
 def warm_up(cluster: Cluster) -> None:
@@ -301,18 +327,30 @@ def measure_prefill(
     before = prefill_busy_s(cluster)
     run(replay(cluster.url, make_jobs(sample, 1e5, 1e5, seed=-3), check=cluster.check))
     factor = (prefill_busy_s(cluster) - before) / float(alone_s(sample).sum())
+    if math.isnan(factor):
+        raise ClusterError("this SGLang does not count its prefill time: state a --rate")
     say(f"rehearsed {count} requests: × {factor:.2f}")
     forget(cluster)
     return alone_s(rows) * factor
 
 
 def prefill_busy_s(cluster: Cluster) -> float:
-    """Seconds that the prefill servers have spent in prefill steps, by SGLang's own counter."""
-    total_us = 0
+    """Seconds that the prefill servers have spent in prefill steps, by SGLang's own counter.
+
+    v0.5.16 has none. There it is the CPU time of their schedulers, which sleep while idle; on a GPU,
+    where that says nothing, NaN.
+    """
+    loads: list[dict[str, Any]] = []
     for base in cluster.prefill_urls:
         with urllib.request.urlopen(base + "/v1/loads?include=core", timeout=10) as answer:
-            total_us += sum(load["total_prefill_busy_us"] for load in json.load(answer)["loads"])
-    return total_us / 1e6
+            loads += json.load(answer)["loads"]
+    if all("total_prefill_busy_us" in load for load in loads):
+        return sum(load["total_prefill_busy_us"] for load in loads) / 1e6
+    if not cpu_runtime.decide().active:
+        return math.nan
+    roots = [psutil.Process(p.process.pid) for p in cluster.parts if p.name.startswith("p")]
+    schedulers = [p for root in roots for p in root.children(recursive=True) if is_scheduler(p)]
+    return float(sum(sum(process.cpu_times()[:2]) for process in schedulers))
 
 
 def kairos_reports(cluster: Cluster) -> dict[str, Any]:

@@ -16,7 +16,8 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
-from sglang_kairos.engine.seams import SEAMS, Seam, fingerprint
+from sglang_kairos.engine.seams import SEAMS, Seam
+from sglang_kairos.engine.sources import fingerprint
 from sglang_kairos.tools.patch import (
     LAYOUT,
     SEAMS_SOURCE,

@@ -12,10 +12,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly VENV=.venv LOG=out/bootstrap.log
 readonly LOCK=requirements/constraints-cpu.txt NODEPS=requirements/cpu-nodeps.txt
+# Other SGLang versions, each in a folder of its own: $VENV/sglang-0.5.16, say.
+readonly OTHERS=(requirements/sglang-*.txt)
 # Present while .venv may hold a half-installed package; what .venv was built from; what is in it.
 readonly BUILDING=$VENV/.kairos-building STAMP=$VENV/.kairos-stamp FILES=$VENV/.kairos-files
 readonly DEBIAN_PACKAGES="libibverbs1 librdmacm1 libnuma1"
-readonly NEEDED_MB=5000 STEPS=7
+readonly NEEDED_MB=5000 STEPS=8
 
 export LC_ALL=C PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 unset PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX PIP_USER
@@ -94,12 +96,13 @@ find_python() {
 }
 
 # What .venv is made from, and where: a virtual environment cannot be moved.
-inputs() { cat pyproject.toml "$LOCK" "$NODEPS" scripts/bootstrap.sh | sha256sum; }
+inputs() { cat pyproject.toml "$LOCK" "$NODEPS" "${OTHERS[@]}" scripts/bootstrap.sh | sha256sum; }
 where() { printf 'at %s\n' "$PWD"; }
 
 # Every installed file, caches and the start-up hook apart (`python -m sglang_kairos.cpu uninstall`).
 list_files() {
-    (cd "$VENV" && find bin lib -name __pycache__ -prune -o \( -type f -o -type l \) ! -name kairos_cpu.pth -print) | sort
+    # shellcheck disable=SC2046
+    (cd "$VENV" && find bin lib $(compgen -G 'sglang-*' || true) -name __pycache__ -prune -o \( -type f -o -type l \) ! -name kairos_cpu.pth -print) | sort
 }
 
 hook_file() { compgen -G "$VENV/lib/python3*/site-packages/kairos_cpu.pth" >/dev/null; }
@@ -137,12 +140,24 @@ check_disk() {
     ((free >= NEEDED_MB)) || fail "needs $NEEDED_MB MB of free disk here, there are $free. Free some and run again."
 }
 
-pip_install() {
-    "$VENV/bin/python" -m pip install -c "$LOCK" "$@" && return
+pip_get() {
+    "$VENV/bin/python" -m pip install "$@" && return
     network_failed || return 1
     echo "===== the network failed: once more in 5 s"
     sleep 5
-    "$VENV/bin/python" -m pip install -c "$LOCK" "$@"
+    "$VENV/bin/python" -m pip install "$@"
+}
+
+pip_install() { pip_get -c "$LOCK" "$@"; }
+
+# The lock is for the SGLang in the environment itself, so these files pin what they name.
+install_others() {
+    local file folder
+    rm -rf "$VENV"/sglang-*
+    for file in "${OTHERS[@]}"; do
+        folder=$(basename "$file" .txt)
+        pip_get --no-deps --no-compile --target "$VENV/$folder" -r "$file" || return 1
+    done
 }
 
 make_venv() {
@@ -240,6 +255,7 @@ run_step "PyTorch" \
 run_step "Kairos and the packages of $LOCK" \
     pip_install --no-build-isolation -e '.[cpu,sim,dev]'
 run_step "SGLang" pip_install --no-deps -r "$NODEPS"
+run_step "SGLang, other versions beside it" install_others
 run_step "CPU runtime" install_hook
 run_step "trial import" try_imports
 seal

@@ -133,7 +133,7 @@ class Layout:
         self.router_module = ROUTER_MODULES.get(spec.router, "")
         self.api_key = flag_value(spec.server_args, "--api-key")
         self._model = spec.model_path or self._tiny_model()
-        self._version = _sglang_version(spec.python) if self.cpu else ""
+        self._version = _sglang_version(spec.python, spec.env) if self.cpu else ""
 
     def server_argv(self, role: str, index: int, block: PortBlock) -> list[str]:
         """Arguments of one prefill or decode server."""
@@ -205,13 +205,16 @@ def reachable(host: str) -> str:
     return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
 
 
-def _sglang_version(python: str) -> str:
-    """SGLang's version in the environment of that interpreter."""
+def _sglang_version(python: str, env: Mapping[str, str]) -> str:
+    """SGLang's version for that interpreter with `env` added to the environment."""
     try:
-        if python == sys.executable:
+        if python == sys.executable and "PYTHONPATH" not in env:
             return importlib.metadata.version("sglang")
         code = "import importlib.metadata as m; print(m.version('sglang'))"
-        return subprocess.check_output([python, "-c", code], text=True, timeout=60).strip()
+        found = subprocess.check_output(
+            [python, "-c", code], text=True, timeout=60, env={**os.environ, **env}
+        )
+        return found.strip()
     except (importlib.metadata.PackageNotFoundError, OSError, subprocess.SubprocessError):
         raise ClusterError(f"SGLang is not installed for {python}") from None
 

@@ -18,6 +18,7 @@ from types import FrameType
 from sglang_kairos.cluster import ROUTERS, Cluster, ClusterError, ClusterSpec, quiet_zygote
 from sglang_kairos.config import ConfigError, KairosConfig, add_flags
 from sglang_kairos.cpu import runtime as cpu_runtime
+from sglang_kairos.other_sglang import NoSuchSglang, use
 
 ARGS_FLAGS = ("--prefill-args", "--decode-args", "--router-args")
 EPILOG = """\
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Starts the cluster and stays until Ctrl-C (0) or until a part dies (1)."""
     try:
         spec, options = parse(sys.argv[1:] if argv is None else argv)
-    except (ConfigError, ClusterError) as error:
+    except (ConfigError, ClusterError, NoSuchSglang) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -84,6 +85,9 @@ def parse(argv: Sequence[str]) -> tuple[ClusterSpec, argparse.Namespace]:
     parser.add_argument(
         "--launcher", default="sglang_kairos.launch_server", help="module that starts each server"
     )
+    parser.add_argument(
+        "--sglang", help="version or folder of another SGLang than the installed one"
+    )
     parser.add_argument("--log-dir", type=Path, help="keep each part's log here")
     parser.add_argument(
         "--start",
@@ -96,6 +100,8 @@ def parse(argv: Sequence[str]) -> tuple[ClusterSpec, argparse.Namespace]:
     parser.add_argument("--ready-timeout", type=float, default=600.0, metavar="SECONDS")
     add_flags(parser)
     given, rest = parser.parse_known_args(_joined(words))
+    if given.sglang:
+        use(given.sglang)
     env: dict[str, str] = {}
     config.to_env(env)
     spec = ClusterSpec(

@@ -10,16 +10,15 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, version
 
 from sglang_kairos.config import ConfigError, KairosConfig, add_flags
 from sglang_kairos.cpu import runtime
 from sglang_kairos.cpu.flags import with_server_flags
+from sglang_kairos.engine.plugin import check_loadable
 
 # Children started with ``spawn`` re-import this module before SGLang: they need the runtime first.
 runtime.activate_if_wanted()
-
-PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "kairos"
 
 
 def prepare(argv: Sequence[str]) -> list[str]:
@@ -31,23 +30,14 @@ def prepare(argv: Sequence[str]) -> list[str]:
     config, rest = KairosConfig.load(argv)
     config.slo_table()
     if config.enabled:
-        _check_plugin_is_loadable()
+        check_loadable()
     config.to_env(os.environ)
-    return with_server_flags(rest) if runtime.is_active() else rest
-
-
-def _check_plugin_is_loadable() -> None:
-    if not any(entry.name == PLUGIN_NAME for entry in entry_points(group=PLUGIN_GROUP)):
-        raise ConfigError(
-            "sglang-kairos is not installed in this Python, so SGLang cannot find its plugin: "
-            "pip install sglang-kairos (or pip install -e . in its source tree)"
-        )
-    allowed = os.environ.get("SGLANG_PLUGINS", "")
-    if allowed.strip() and PLUGIN_NAME not in {name.strip() for name in allowed.split(",")}:
-        raise ConfigError(
-            f"SGLANG_PLUGINS={allowed} leaves the plugin {PLUGIN_NAME!r} out: "
-            f"add it, unset the variable, or start with --kairos off"
-        )
+    if not runtime.is_active():
+        return rest
+    try:
+        return with_server_flags(rest, version=version("sglang"))
+    except PackageNotFoundError:  # a source tree: the newest version's flags
+        return with_server_flags(rest)
 
 
 def print_help() -> None:

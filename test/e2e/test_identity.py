@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pd_client import Job, PdClient, doomed_jobs, long_tail_jobs, trouble_in
 
+from helpers.trees import sglang_folder
 from sglang_kairos.cluster import Cluster
 from sglang_kairos.cluster_layout import ClusterSpec
 from sglang_kairos.cpu.zygote import Zygote
+from sglang_kairos.engine.seams import SUPPORTED_VERSIONS
+from sglang_kairos.other_sglang import first_on_path
 
 JOBS = long_tail_jobs(200, seed=7)
 DOOMED = doomed_jobs(24, 40, seed=8, span_s=9.0)
@@ -43,6 +46,7 @@ def run_pair(
     kairos: bool | dict[str, Any],
     jobs: Sequence[Job],
     args: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
 ) -> Run:
     """Start a pair, run `jobs`, stop it."""
     spec = ClusterSpec(
@@ -50,6 +54,7 @@ def run_pair(
         router="none",
         kairos=kairos,
         server_args=(*SERVER_ARGS, *args),
+        env=env or {},
         zygote=zygote,
         log_dir=log_dir,
     )
@@ -150,6 +155,28 @@ def test_the_policies_change_no_token_under_pressure_and_forced_retraction(
     assert decode["subset_steps"] >= 50 and decode["parked"] >= 100, decode
     assert decode["retractions"] >= 1, decode
     assert not any(name.endswith("_errors") for name in (*prefill, *decode)), (prefill, decode)
+
+
+@pytest.mark.parametrize("version", SUPPORTED_VERSIONS[1:])
+def test_random_decisions_change_no_token_of_an_older_sglang(
+    version: str, tiny_model: str, out_dir: Path
+) -> None:
+    jobs, doomed = JOBS[:120], doomed_jobs(16, 20, seed=8, span_s=5.0)
+    env = first_on_path(sglang_folder(version))
+    logs = out_dir / f"chaos-{version}"
+    with Zygote(env={**env, "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}) as zygote:
+        stock = run_pair(
+            zygote, tiny_model, logs / "stock", kairos=False, jobs=jobs, env=env
+        ).outputs
+        run = run_pair(
+            zygote,
+            tiny_model,
+            logs,
+            kairos={"chaos_seed": 11},
+            jobs=[*jobs, *doomed],
+            env=env,
+        )
+    check(run, stock, tree=False)
 
 
 def test_a_patched_tree_behaves_as_the_plugin(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from benchmark import decode_cost, decode_cpu
+import pytest
+from benchmark import decode_cost, decode_cpu, demo
 
+from helpers.trees import sglang_folder
+from sglang_kairos.tools import patch
 from sglang_kairos.tools.replay import Outcome, Result
 from sglang_kairos.tools.report import Run
 
@@ -27,3 +30,23 @@ def test_the_decode_table_has_the_mean_and_the_range_of_every_cell() -> None:
     *_, stock, kairos = table.splitlines()
     assert stock.startswith("| 50 ms | 1.3 | stock | 100.0 % | 0.0 % | 0.0 % | 700 |")
     assert "| 50.0 (0.0–100.0) % |" in kairos and kairos.endswith("80 (80–80) ms |")
+
+
+@pytest.mark.parametrize(
+    ("version", "policies"), [("0.5.23", list(demo.POLICIES)), ("0.5.16", ["fcfs", "kairos"])]
+)
+def test_the_demo_compares_the_policies_that_the_version_has(
+    version: str,
+    policies: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = sglang_folder(version)
+    used: list[str] = []
+    monkeypatch.setattr(demo, "use", used.append)
+    monkeypatch.setattr(demo, "find_tree", lambda: patch.find_tree(folder))
+    assert demo.parse(["--sglang", version]).policies == policies
+    assert used == [version]
+    with pytest.raises(SystemExit):
+        demo.parse(["--policies", "lpm"])
+    assert f"this SGLang has: {', '.join(policies)}" in capsys.readouterr().err

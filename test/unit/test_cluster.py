@@ -18,6 +18,7 @@ from sglang_kairos import cluster_layout
 from sglang_kairos.cluster import Cluster, ClusterError, ClusterSpec
 from sglang_kairos.cluster_layout import PortBlock, PortBook, flag_value, port_is_free
 from sglang_kairos.launch_pd import parse
+from sglang_kairos.other_sglang import first_on_path
 
 SOURCES = Path(cluster_layout.__file__).parent.parent
 
@@ -230,6 +231,13 @@ def test_servers_get_gpus_of_their_own_and_then_share(make: Any) -> None:
     assert gpu(wide, "decode", 0) == ("0", "0.40")
     chosen = make(server_args=["--tp=2", "--mem-fraction-static", "0.3", "--base-gpu-id", "4"])
     assert gpu(chosen, "decode", 0) == ("4", "0.3")
+
+
+def test_the_version_is_that_of_the_sglang_the_servers_will_import(tmp_path: Path) -> None:
+    (tmp_path / "sglang-1.2.3.dist-info").mkdir()
+    (tmp_path / "sglang-1.2.3.dist-info" / "METADATA").write_text("Name: sglang\nVersion: 1.2.3\n")
+    env = first_on_path(tmp_path)
+    assert cluster_layout._sglang_version(sys.executable, env) == "1.2.3"
 
 
 def test_a_data_parallel_server_draws_its_own_nccl_ports(make: Any) -> None:

@@ -15,6 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from sglang_kairos.engine.seams import SUPPORTED_VERSIONS
+
 SETUP_EXTRAS = ("cpu", "dev", "sim", "tables")
 # Imported under these names without being installed under them.
 PROVIDED_ELSEWHERE = {"sgl_kernel"}  # by SGLang's CUDA wheel, or by sglang_kairos.cpu
@@ -85,6 +87,16 @@ def test_what_is_installed_without_dependencies_agrees_with_the_lock(
     without = pins(repo_root / "requirements" / "cpu-nodeps.txt")
     assert set(without) == {"sglang", "sglang-router", "torchvision"}
     assert without.items() <= lock.items()
+
+
+def test_every_other_supported_sglang_has_a_folder_of_its_own(
+    repo_root: Path, lock: dict[str, str]
+) -> None:
+    versions = [lock["sglang"]]
+    for path in sorted((repo_root / "requirements").glob("sglang-*.txt"), reverse=True):
+        versions.append(pins(path)["sglang"])
+        assert path.name == f"sglang-{versions[-1]}.txt"
+    assert versions == list(SUPPORTED_VERSIONS)
 
 
 def test_both_machines_get_the_same_sglang(project: dict[str, Any], lock: dict[str, str]) -> None:

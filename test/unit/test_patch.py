@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 
-from sglang_kairos.engine.seams import SEAMS, Seam, fingerprint
+from helpers.trees import sglang_folder
+from sglang_kairos.engine.seams import SEAMS, SUPPORTED_VERSIONS, Seam
+from sglang_kairos.engine.sources import fingerprint
 from sglang_kairos.tools import patch
 
 VERSION = "9.9.9"
@@ -446,7 +448,7 @@ def test_a_changed_function_gets_no_mark(make: ModuleType) -> None:
         make.mark(source.replace("pass", "return"), [seam], VERSION)
 
 
-# The committed patches, against the SGLang that is installed.
+# The committed patches, against the SGLang that is installed and those beside it.
 
 
 @pytest.fixture(scope="module")
@@ -454,14 +456,11 @@ def shipped(repo_root: Path) -> Path:
     return repo_root / "patches"
 
 
-@pytest.fixture
-def real(tmp_path: Path, shipped: Path) -> Path:
-    """The touched files of the installed SGLang, unpatched, in a checkout of their own."""
-    try:
-        installed = patch.find_tree()
-        version = patch.supported_version(installed, None, patch.versions(shipped))
-    except patch.PatchError as error:
-        pytest.skip(str(error))
+@pytest.fixture(params=SUPPORTED_VERSIONS)
+def real(request: pytest.FixtureRequest, tmp_path: Path, shipped: Path) -> Path:
+    """The touched files of each supported SGLang, unpatched, in a checkout of their own."""
+    installed = patch.find_tree(sglang_folder(request.param))
+    version = patch.supported_version(installed, None, patch.versions(shipped))
     package = tmp_path / "real" / "python" / "sglang"
     standing = patch.survey(installed, patch.series(shipped, version))
     files = {**standing.base, **installed.read(["__init__.py", "_version.py"])}

@@ -6,12 +6,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from sglang_kairos.engine import seams
-from sglang_kairos.engine.seams import SEAMS, Seam, check_sources, fingerprint, way_out
+from helpers.trees import sglang_folder
+from sglang_kairos.engine.seams import SEAMS, SUPPORTED_VERSIONS, Seam
+from sglang_kairos.engine.sources import fingerprint, namesakes, survey, way_out
 
 SOURCE = '''
 class Scheduler:
@@ -58,9 +60,23 @@ def test_every_seam_says_why_and_has_a_handler_that_exists() -> None:
     assert len({seam.target for seam in SEAMS}) == len(SEAMS)
 
 
-@needs_sglang
-def test_the_installed_sglang_is_the_one_kairos_knows() -> None:
-    assert check_sources() == []
+@pytest.mark.parametrize("version", SUPPORTED_VERSIONS)
+def test_every_supported_sglang_is_one_that_kairos_knows(version: str) -> None:
+    found = survey(package=sglang_folder(version) / "sglang")
+    assert (found.version, found.problems) == (version, [])
+
+
+@pytest.mark.parametrize("version", SUPPORTED_VERSIONS)
+def test_what_a_version_is_said_to_lack_it_lacks(version: str) -> None:
+    lacking = [replace(s, fingerprints={version: ""}) for s in SEAMS if version in s.absent]
+    package = sglang_folder(version) / "sglang"
+    # What it has as well, but better ones.
+    by_choice = {"PrefillAdder.add_chunked_req"} | {
+        f"Scheduler.{name}" for name in ("run_batch", "process_batch_result", "get_internal_state")
+    }
+    for finding in survey(lacking, package).findings:
+        expected = "changed" if finding.seam.qualname in by_choice else "gone"
+        assert finding.state == expected, finding.seam.target
 
 
 def fake_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,8 +87,8 @@ def fake_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
-def seam_on(target: str, known: str) -> Seam:
-    return Seam(target, "a:b", "scheduler", "why", "how", "gone", {"0.5.23": known})
+def seam_on(target: str, known: str, **more: str) -> Seam:
+    return Seam(target, "a:b", "scheduler", "why", "how", "gone", {"0.5.23": known, **more})
 
 
 def test_problems_name_the_upstream_function(
@@ -81,18 +97,56 @@ def test_problems_name_the_upstream_function(
     fake_tree(tmp_path, monkeypatch)
     known = fingerprint(SOURCE, "Scheduler.pick") or ""
     module = "fakelang.srt.sched"
-    assert check_sources([seam_on(f"{module}:Scheduler.pick", known)]) == []
-    (changed,) = check_sources([seam_on(f"{module}:Scheduler.pick", "other")])
-    assert f"{module}:Scheduler.pick: unknown source {known}" in changed
-    (missing,) = check_sources([seam_on(f"{module}:Scheduler.choose", known)])
-    assert f"{module}:Scheduler.choose: SGLang has no such function" in missing
-    (nowhere,) = check_sources([seam_on("fakelang.srt.gone:f", known)])
+    assert survey([seam_on(f"{module}:Scheduler.pick", known)]).problems == []
+    (changed,) = survey([seam_on(f"{module}:Scheduler.pick", "other")]).findings
+    assert changed.state == "changed"
+    assert f"{module}:Scheduler.pick: unknown source {known}" in changed.problem
+    (missing,) = survey([seam_on(f"{module}:Scheduler.choose", known)]).findings
+    assert missing.state == "gone"
+    assert f"{module}:Scheduler.choose: SGLang has no such function" in missing.problem
+    (nowhere,) = survey([seam_on("fakelang.srt.gone:f", known)]).problems
     assert "no module fakelang.srt.gone" in nowhere
+
+
+def test_a_tree_is_judged_by_the_version_that_fits_it_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_tree(tmp_path, monkeypatch)
+    known, module = fingerprint(SOURCE, "Scheduler.pick") or "", "fakelang.srt.sched"
+    pick, free = f"{module}:Scheduler.pick", f"{module}:free"
+    both = [
+        seam_on(pick, "other", **{"0.5.16": known}),
+        seam_on(f"{module}:gone", "x"),
+        seam_on(free, "y"),
+    ]
+    found = survey(both, tmp_path / "fakelang")
+    assert (found.version, found.usable, found.problems) == ("0.5.16", both[:1], [])
+    # A tie goes to the newest, and a function known from another version only is a problem.
+    tied = survey([seam_on(pick, "other", **{"0.5.16": "another"})])
+    assert (tied.version, tied.usable, len(tied.problems)) == ("0.5.23", [], 1)
+
+
+def test_namesakes_of_a_lost_function_are_found_nearest_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_tree(tmp_path, monkeypatch)
+    package = tmp_path / "fakelang"
+    (package / "far").mkdir()
+    (package / "far" / "away.py").write_text("class A:\n    def pick(self): pass\n")
+    (package / "srt" / "near.py").write_text(
+        "async def pick(): pass\nif True:\n  def pick(): pass\n"
+    )
+    (package / "srt" / "broken.py").write_text("def pick(\n")
+    lost = seam_on("fakelang.srt.sched:Policy.pick", "x")
+    near = ["fakelang.srt.sched:Scheduler.pick", "fakelang.srt.near:pick"]
+    assert namesakes(lost, package) == [*near, "fakelang.far.away:A.pick"]
+    assert namesakes(lost, package, at_most=1) == near[:1]
+    assert namesakes(seam_on(near[0], "x"), package)[0] == near[1]
 
 
 def test_the_message_names_the_function_and_the_way_out() -> None:
     text = way_out(["x:Y.z: SGLang has no such function"], "v9.9")
-    for part in ("x:Y.z", "v9.9", "--kairos off", "--kairos-strict off", "0.5.23"):
+    for part in ("x:Y.z", "v9.9", "--kairos off", "--kairos-strict off", *SUPPORTED_VERSIONS):
         assert part in text
 
 
@@ -132,6 +186,8 @@ def test_a_renamed_upstream_function_stops_the_start_and_is_named(tmp_path: Path
     assert off.returncode == 0, off.stderr
 
 
-def test_supported_versions_are_those_with_fingerprints() -> None:
+def test_every_seam_says_for_every_version_what_it_is_or_why_there_is_none() -> None:
     for seam in SEAMS:
-        assert set(seam.fingerprints) == set(seams.SUPPORTED_VERSIONS)
+        assert set(seam.fingerprints) | set(seam.absent) == set(SUPPORTED_VERSIONS)
+        assert not set(seam.fingerprints) & set(seam.absent)
+        assert all(seam.absent.values())

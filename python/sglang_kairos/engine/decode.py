@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_kairos.engine import admission
+from sglang_kairos.engine import admission, compat
 from sglang_kairos.engine.running import (
     EMITTED,
     FIRST_S,
@@ -76,25 +76,25 @@ def get_next_decode_batch(original: Callable[..., Any], scheduler: Any, running_
     return plan
 
 
-def retract_decode(original: Callable[..., Any], batch: Any) -> Any:
+def retract_decode(original: Callable[..., Any], batch: Any, *args: Any) -> Any:
     """Seam of ScheduleBatch.retract_decode: those go who lose least of their SLO."""
     state = current()
     if state is None or not state.deciding or not batch.spec_algorithm.is_none():
-        return original(batch)
+        return original(batch, *args)
     if getattr(state.scheduler.server_args, "retraction_policy", "length") != "length":
-        return original(batch)  # the operator chose one; "length" is SGLang's default
+        return original(batch, *args)  # the operator chose one; "length" is SGLang's default
 
     def decide() -> list[int] | None:
         return _keep_order(state, batch) if state.chaos is None else None
 
     order = state.agree(state.guarded("retraction", decide, None))
     if order is None:
-        return original(batch)
+        return original(batch, *args)
     # Upstream asks the batch for its order; an attribute of its own answers instead.
-    batch._get_decode_retraction_order = lambda reqs: list(order)
+    batch._get_decode_retraction_order = lambda reqs, *args, **kwargs: list(order)
     state.counters["retractions"] += 1
     try:
-        return original(batch)
+        return original(batch, *args)
     finally:
         del batch._get_decode_retraction_order
 
@@ -242,7 +242,7 @@ def _unsupported(scheduler: Any, batch: Any) -> str:
         return "speculative decoding is on"
     if batch.sampling_info.penalizer_orchestrator.is_required:
         return "a request uses penalties"
-    if any(req.beam_group is not None for req in batch.reqs):
+    if any(map(compat.in_beam_search, batch.reqs)):
         return "a request uses beam search"
     if batch.hisparse_coordinator is not None:
         return "hisparse is on"

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+from sglang_kairos.engine import compat
 from sglang_kairos.engine.state import KairosState, Paused, current
 
 
@@ -155,8 +156,7 @@ def get_loads(original: Callable[..., Any], inquirer: Any) -> Any:
     if state is not None and state.paused:
         count, tokens = len(state.paused), _paused_tokens(state)
         snapshot.num_waiting_reqs += count
-        snapshot.num_total_tokens += tokens
-        snapshot.num_active_tokens += tokens
+        compat.add_waiting_tokens(snapshot, tokens)
         if snapshot.queues is not None:
             snapshot.queues.waiting += count
     return snapshot

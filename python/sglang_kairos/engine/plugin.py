@@ -11,18 +11,21 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from sglang_kairos.config import ConfigError, KairosConfig
 from sglang_kairos.engine.on_import import when_imported
-from sglang_kairos.engine.seams import SEAMS, Seam, check_sources, way_out
+from sglang_kairos.engine.seams import Seam
+from sglang_kairos.engine.sources import survey, way_out
 
 logger = logging.getLogger(__name__)
 
 # How many seams are active in this process, by the way they came in.
 INSTALLED = {"hooks": 0, "tree": 0}
 
+PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "kairos"
 HTTP_MODULE = "sglang.srt.entrypoints.http_server"
 SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 
@@ -41,6 +44,23 @@ def installed_sglang() -> str:
         return "a source tree without a version"
 
 
+def check_loadable() -> None:
+    """ConfigError when SGLang would not load this plugin."""
+    if not any(
+        entry.name == PLUGIN_NAME for entry in importlib.metadata.entry_points(group=PLUGIN_GROUP)
+    ):
+        raise ConfigError(
+            "sglang-kairos is not installed in this Python, so SGLang cannot find its plugin: "
+            "pip install sglang-kairos (or pip install -e . in its source tree)"
+        )
+    allowed = os.environ.get("SGLANG_PLUGINS", "")
+    if allowed.strip() and PLUGIN_NAME not in {name.strip() for name in allowed.split(",")}:
+        raise ConfigError(
+            f"SGLANG_PLUGINS={allowed} leaves the plugin {PLUGIN_NAME!r} out: "
+            f"add it, unset the variable, or start with --kairos off"
+        )
+
+
 def install() -> None:
     """Wrap the seams that matter in this process. Called by ``sglang.srt.plugins.load_plugins``."""
     try:
@@ -50,17 +70,15 @@ def install() -> None:
         raise SystemExit(f"Kairos refuses to start: {error}") from None
     if not config.enabled:
         return
-    problems = check_sources(SEAMS)
-    if problems and config.strict:
-        raise SystemExit(way_out(problems, installed_sglang()))
-    for problem in problems:
+    found = survey()
+    if found.problems and config.strict:
+        raise SystemExit(way_out(found.problems, installed_sglang()))
+    for problem in found.problems:
         logger.warning("Kairos runs without a seam (--kairos-strict off): %s", problem)
-    broken = {problem.split(": ")[0] for problem in problems}
-    usable = [seam for seam in SEAMS if seam.target not in broken]
     # In the main process neither module is there yet. It needs the scheduler's seams only to hand
     # them to children that are forked; spawned ones come through here with their module loaded.
     for process, module in (("scheduler", SCHEDULER_MODULE), ("http", HTTP_MODULE)):
-        seams = [seam for seam in usable if seam.process == process]
+        seams = [seam for seam in found.usable if seam.process == process]
         when_imported(module, functools.partial(_wrap, seams, config.strict))
 
 

@@ -1,18 +1,19 @@
-"""The prefill side of the glue: plan by urgency at every scheduling point, order, learn from steps."""
+"""The prefill side of the glue: plan by urgency at every scheduling point, order, share the chunk."""
 
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sglang_kairos.engine import compat
 from sglang_kairos.engine.pausing import give_slot, overdue
 from sglang_kairos.engine.roster import Rows
 from sglang_kairos.engine.state import KairosState, current, tokens_left
+from sglang_kairos.engine.steps import learn_from_synchronous_step
 from sglang_kairos.policy.urgency import PrefillPlan, PrefillQueue, plan_prefill, urgency_order
 
 # Looking a prompt up in the radix cache walks it: not every request at every step.
@@ -28,7 +29,7 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_
     state = current()
     if state is None or state.mode != "prefill" or not state.config.order:
         return original(scheduler, running_batch)
-    _learn_from_synchronous_step(state)
+    learn_from_synchronous_step(state)
     result = _planned_batch(original, state, scheduler, running_batch)
     state.launched = result.batch_to_run
     _account(state, result.batch_to_run)
@@ -62,11 +63,11 @@ def calc_priority(
     original: Callable[..., Any],
     policy: Any,
     waiting_queue: list[Any],
-    running_batch: Any = None,
-    processed_tokens: int = 0,
+    *args: Any,
+    **kwargs: Any,
 ) -> None:
     """Seam of SchedulePolicy.calc_priority: upstream's policy first, then the order of the plan."""
-    original(policy, waiting_queue, running_batch, processed_tokens)
+    original(policy, waiting_queue, *args, **kwargs)
     state = current()
     if state is None or not state.config.order or state.mode == "decode":
         return
@@ -97,6 +98,23 @@ def chunk_limit(
     return state.plan.chunk_limit
 
 
+def add_chunked_req(original: Callable[..., Any], adder: Any, req: Any) -> Any:
+    """Seam of PrefillAdder.add_chunked_req where SGLang has no `chunk_limit` (v0.5.16).
+
+    The chunk sees the plan's share of the budget; what it leaves is there for those behind it.
+    """
+    state = current()
+    limit = None if state is None or state.plan is None else state.plan.chunk_limit
+    budget = adder.rem_chunk_tokens
+    if limit is None or budget is None or limit >= budget:
+        return original(adder, req)
+    adder.rem_chunk_tokens = limit
+    try:
+        return original(adder, req)
+    finally:
+        adder.rem_chunk_tokens += budget - limit
+
+
 def add_one_req(
     original: Callable[..., Any],
     adder: Any,
@@ -109,52 +127,13 @@ def add_one_req(
     The plan keeps to this too, but on predicted cache hits; this looks at the real ones.
     """
     if has_chunked_req and adder.rem_chunk_tokens is not None and current() is not None:
-        tokens = len(req.full_untruncated_fill_ids) - req.prefix_len - req.host_hit_length
+        known = compat.prefix_len(req) + req.host_hit_length
+        tokens = len(req.full_untruncated_fill_ids) - known
         if adder.ceil_paged_tokens(tokens) > adder.rem_chunk_tokens:
             from sglang.srt.managers.schedule_policy import AddReqResult
 
             return AddReqResult.OTHER
     return original(adder, req, has_chunked_req, truncation_align_size)
-
-
-def record_step_counters(
-    original: Callable[..., Any], scheduler: Any, batch: Any, result: Any
-) -> None:
-    """Seam of Scheduler._record_step_counters: feed executed prefill steps to the predictor.
-
-    Upstream takes a step's end when its result is processed. With overlap on a CPU that is after
-    the next forward, so there `_learn_from_synchronous_step` measures instead.
-    """
-    before = scheduler.total_prefill_busy_us
-    original(scheduler, batch, result)
-    state = current()
-    busy_us = scheduler.total_prefill_busy_us - before
-    if state is None or busy_us <= 0 or not batch.extend_lens:
-        return
-    if not state.synchronous:
-        _learn(state, batch, busy_us / 1e6)
-
-
-def _learn_from_synchronous_step(state: KairosState) -> None:
-    """On a CPU the forward has ended by the time the scheduler asks for the next batch."""
-    batch, state.launched = state.launched, None
-    if state.synchronous and batch is not None and batch.extend_lens:
-        _learn(state, batch, time.monotonic() - batch.launch_ts)
-
-
-def _learn(state: KairosState, batch: Any, seconds: float) -> None:
-    seconds = state.clock.measured(seconds)
-    learn = functools.partial(
-        state.prefill_time.observe, batch.extend_lens, batch.prefix_lens, seconds
-    )
-    state.guarded("prefill_time", learn, None)
-    state.keep_profile()
-    state.record(
-        "prefill_step",
-        new_tokens=list(batch.extend_lens),
-        prefix_tokens=list(batch.prefix_lens),
-        seconds=seconds,
-    )
 
 
 def _account(state: KairosState, batch: Any) -> None:
@@ -272,13 +251,11 @@ def _decide(
 
 def _look_up_prefixes(state: KairosState, scheduler: Any, waiting: list[Any], rows: Rows) -> None:
     """Refresh the prefix-cache hits of some waiting requests: each look-up walks a prompt."""
-    from sglang.srt.mem_cache.common import match_kv_cache
-
     roster = state.roster
     every = 1 if len(waiting) <= LOOK_UPS_PER_PLAN else LOOK_UP_EVERY_PLANS
     for index in roster.to_match(rows, state.plans, every, LOOK_UPS_PER_PLAN):
         req = waiting[index]
-        match_kv_cache(req, scheduler.tree_cache)
+        compat.match_prefix(req, scheduler.tree_cache)
         roster.matched_tokens[rows[index]] = req.num_matched_prefix_tokens
         roster.matched_at[rows[index]] = state.plans
 

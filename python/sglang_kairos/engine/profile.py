@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sglang_kairos.engine import compat
 from sglang_kairos.engine.ranks import rank_of
 from sglang_kairos.predict.cache import Key, load_profile, resume, save_profile
 from sglang_kairos.predict.prefill_time import PrefillTimeModel
@@ -104,4 +105,4 @@ def _key(scheduler: Any) -> Key:
 
         gpu = torch.cuda.get_device_name()
     model = of("served_model_name") or of("model_path") or "unknown"
-    return Key(model, gpu, int(scheduler.tp_size), "/".join(map(of, _BACKENDS)))
+    return Key(model, gpu, compat.tp_size(scheduler), "/".join(map(of, _BACKENDS)))

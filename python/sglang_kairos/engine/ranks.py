@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from sglang_kairos.engine import compat
+
 logger = logging.getLogger("sglang_kairos")
 
 # What a first message between ranks holds: a decision over some hundred requests.
@@ -31,7 +33,7 @@ def agreement(scheduler: Any, counters: Counter[str]) -> Callable[[Any], Any]:
     """
     names = ("attn_tp_cpu_group", "attn_cp_cpu_group")
     groups: list[tuple[Any, int]] = []
-    if scheduler.tp_size > 1:
+    if compat.tp_size(scheduler) > 1:
         import torch.distributed as dist
 
         for group in filter(None, (getattr(scheduler, name, None) for name in names)):
@@ -82,7 +84,7 @@ def _from_leader(decision: Any, group: Any, leader: int) -> Any:
 
 def rank_of(scheduler: Any) -> int:
     """Which of the server's ranks this process is."""
-    if scheduler.tp_size == 1:
+    if compat.tp_size(scheduler) == 1:
         return 0
     import torch.distributed as dist
 

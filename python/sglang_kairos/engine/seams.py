@@ -1,23 +1,19 @@
-"""Every place where Kairos touches SGLang, and the check that it is the place Kairos knows.
+"""Every place where Kairos touches SGLang, in every version that it supports.
 
 A seam wraps one upstream function with one Kairos function of the form ``(original, *args, **kwargs)``.
-Before anything is wrapped, the source text of each upstream function is compared with the
+Before anything is wrapped, `sources` compares the source text of each upstream function with the
 fingerprints recorded here: a renamed or changed function stops the start-up (``--kairos-strict on``)
 instead of scheduling on assumptions that no longer hold.
+
+How to add a version: docs/upstream.md.
 """
 
 from __future__ import annotations
 
-import ast
-import functools
-import hashlib
-import importlib.util
-import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-SUPPORTED_VERSIONS = ("0.5.23",)
+SUPPORTED_VERSIONS = ("0.5.23", "0.5.16")  # newest first
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,8 @@ class Seam:
 
     `target` and `handler` are ``module:qualified.name``. `process` is where it matters: the
     scheduler processes or the HTTP server. `fingerprints` maps an SGLang version to the hash of the
-    function's source (decorators excluded, so that a patched tree has the same one).
+    function's source (decorators excluded, so that a patched tree has the same one). `absent` maps
+    a version that has no such function, or a better place, to the reason.
     """
 
     target: str
@@ -36,6 +33,7 @@ class Seam:
     how: str
     gone_when: str
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def module(self) -> str:
@@ -55,7 +53,7 @@ SEAMS: tuple[Seam, ...] = (
         how="checks that every scheduler has Kairos, then adds an ASGI middleware that validates "
         "SLOs and moves them into custom_params",
         gone_when="SGLang's request schema has ttft_ms and tpot_ms",
-        fingerprints={"0.5.23": "bdcd86e50f953de0"},
+        fingerprints={"0.5.23": "bdcd86e50f953de0", "0.5.16": "02aa251b95a8b392"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.get_init_info",
@@ -64,7 +62,7 @@ SEAMS: tuple[Seam, ...] = (
         why="the server must not serve when a scheduler process came up without Kairos",
         how="adds the number of installed seams to the hand-shake; the HTTP server checks it",
         gone_when="SGLang reports loaded plugins in the hand-shake",
-        fingerprints={"0.5.23": "10b3059e516354be"},
+        fingerprints={"0.5.23": "10b3059e516354be", "0.5.16": "9afb8ff7a513f612"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.run_event_loop",
@@ -73,7 +71,7 @@ SEAMS: tuple[Seam, ...] = (
         why="Kairos' state belongs to one scheduler and must refuse what it does not support",
         how="builds the state, refuses what is not supported, then runs the loop",
         gone_when="SGLang has a start-up hook for scheduler plugins",
-        fingerprints={"0.5.23": "3f894d0448a6206a"},
+        fingerprints={"0.5.23": "3f894d0448a6206a", "0.5.16": "191bfe659451a380"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.get_new_batch_prefill",
@@ -82,7 +80,7 @@ SEAMS: tuple[Seam, ...] = (
         why="the chunk in progress always runs first: a long prompt blocks every urgent one",
         how="plans by urgency, swaps Scheduler.chunked_req (pause and resume), holds back what must wait",
         gone_when="the chunk slot is chosen by the schedule policy",
-        fingerprints={"0.5.23": "4fd06cb5da9979ae"},
+        fingerprints={"0.5.23": "4fd06cb5da9979ae", "0.5.16": "63103245fced8d32"},
     ),
     Seam(
         target="sglang.srt.managers.schedule_policy:SchedulePolicy.calc_priority",
@@ -91,7 +89,7 @@ SEAMS: tuple[Seam, ...] = (
         why="the waiting queue is ordered here; no upstream policy knows a deadline",
         how="runs the upstream policy (it matches prefixes), then applies the order of the plan",
         gone_when="schedule policies are pluggable",
-        fingerprints={"0.5.23": "55854ff88dd96457"},
+        fingerprints={"0.5.23": "55854ff88dd96457", "0.5.16": "1aeee4b3c3b38e22"},
     ),
     Seam(
         target="sglang.srt.managers.schedule_policy:SchedulePolicy.shortest_prefill_chunk_limit",
@@ -101,6 +99,17 @@ SEAMS: tuple[Seam, ...] = (
         how="returns the plan's share of the chunk budget",
         gone_when="the chunk budget is split by the schedule policy",
         fingerprints={"0.5.23": "02d0d7a316ec7639"},
+        absent={"0.5.16": "PrefillAdder.add_chunked_req is the seam there"},
+    ),
+    Seam(
+        target="sglang.srt.managers.schedule_policy:PrefillAdder.add_chunked_req",
+        handler="sglang_kairos.engine.prefill:add_chunked_req",
+        process="scheduler",
+        why="the chunk in progress takes the whole token budget, more urgent short prompts get none",
+        how="shows it the plan's share of the chunk budget only",
+        gone_when="v0.5.16 is no longer supported",
+        fingerprints={"0.5.16": "def56ff8f5b0a80c"},
+        absent={"0.5.23": "SchedulePolicy.shortest_prefill_chunk_limit is the seam there"},
     ),
     Seam(
         target="sglang.srt.managers.schedule_policy:PrefillAdder.add_one_req",
@@ -110,7 +119,7 @@ SEAMS: tuple[Seam, ...] = (
         "second chunked prefill, which upstream asserts against",
         how="ends admission instead; the request keeps its place",
         gone_when="upstream refuses a second chunked request itself",
-        fingerprints={"0.5.23": "0ba5f82ef33b3ce8"},
+        fingerprints={"0.5.23": "0ba5f82ef33b3ce8", "0.5.16": "3ca34b28f8f4487e"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.process_pending_chunked_abort",
@@ -119,7 +128,7 @@ SEAMS: tuple[Seam, ...] = (
         why="an aborted request that is paused must be torn down like the chunk in progress",
         how="lends each aborted paused request the chunk slot while upstream tears it down",
         gone_when="pausing is upstream",
-        fingerprints={"0.5.23": "73eda6b71a839bed"},
+        fingerprints={"0.5.23": "73eda6b71a839bed", "0.5.16": "be273ebc8d925553"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.abort_request",
@@ -128,7 +137,7 @@ SEAMS: tuple[Seam, ...] = (
         why="an abort looks through upstream's queues only, a paused prefill is in none",
         how="marks matching paused requests, then runs upstream's",
         gone_when="pausing is upstream",
-        fingerprints={"0.5.23": "cebc4184977cd857"},
+        fingerprints={"0.5.23": "cebc4184977cd857", "0.5.16": "2765e02f2b4889e4"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler._collect_inflight_batches",
@@ -138,6 +147,10 @@ SEAMS: tuple[Seam, ...] = (
         how="adds the paused requests as one more batch",
         gone_when="pausing is upstream",
         fingerprints={"0.5.23": "981b1ac61118ddba"},
+        absent={
+            "0.5.16": "abort_request walks the batches itself and has a seam; running timeouts look "
+            "at the running batch only, which a prefill server never fills"
+        },
     ),
     Seam(
         target="sglang.srt.disaggregation.prefill:"
@@ -147,7 +160,7 @@ SEAMS: tuple[Seam, ...] = (
         why="a paused request whose decode peer failed would keep its KV until it is resumed",
         how="lets the paused stand in the waiting queue while upstream polls that queue's senders",
         gone_when="pausing is upstream",
-        fingerprints={"0.5.23": "0e7f8e816d0c1555"},
+        fingerprints={"0.5.23": "0e7f8e816d0c1555", "0.5.16": "0e7f8e816d0c1555"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.is_fully_idle",
@@ -156,16 +169,39 @@ SEAMS: tuple[Seam, ...] = (
         why="idle checks and cache flushes would run over the KV of a paused prefill",
         how="not idle while anything is paused",
         gone_when="pausing is upstream",
-        fingerprints={"0.5.23": "26cf36a832cde2f1"},
+        fingerprints={"0.5.23": "26cf36a832cde2f1", "0.5.16": "b0ecf152979bf62f"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler._record_step_counters",
-        handler="sglang_kairos.engine.prefill:record_step_counters",
+        handler="sglang_kairos.engine.steps:record_step_counters",
         process="scheduler",
         why="the prefill predictor learns from executed steps",
         how="reads the busy time that upstream just added for this batch",
         gone_when="SGLang publishes per-step timings",
         fingerprints={"0.5.23": "1ecb174a656f0514"},
+        absent={
+            "0.5.16": "Scheduler.run_batch and Scheduler.process_batch_result are the seams there"
+        },
+    ),
+    Seam(
+        target="sglang.srt.managers.scheduler:Scheduler.run_batch",
+        handler="sglang_kairos.engine.steps:run_batch",
+        process="scheduler",
+        why="the prefill predictor learns from executed steps",
+        how="notes when a prefill batch was launched",
+        gone_when="v0.5.16 is no longer supported",
+        fingerprints={"0.5.16": "b719d9e980d68116"},
+        absent={"0.5.23": "Scheduler._record_step_counters is the seam there"},
+    ),
+    Seam(
+        target="sglang.srt.managers.scheduler:Scheduler.process_batch_result",
+        handler="sglang_kairos.engine.steps:process_batch_result",
+        process="scheduler",
+        why="the prefill predictor learns from executed steps",
+        how="takes the time since the launch when the result is there",
+        gone_when="v0.5.16 is no longer supported",
+        fingerprints={"0.5.16": "b3f1c5ab6dd6b69a"},
+        absent={"0.5.23": "Scheduler._record_step_counters is the seam there"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler_components.load_inquirer:"
@@ -175,7 +211,7 @@ SEAMS: tuple[Seam, ...] = (
         why="load reports would not count the work left in paused prefills",
         how="adds it",
         gone_when="pausing is upstream",
-        fingerprints={"0.5.23": "7915cd6491be23b3"},
+        fingerprints={"0.5.23": "7915cd6491be23b3", "0.5.16": "ce45458fbe42bc0e"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler_components.load_inquirer:"
@@ -185,7 +221,7 @@ SEAMS: tuple[Seam, ...] = (
         why="load reports would not count the work left in paused prefills",
         how="adds it",
         gone_when="pausing is upstream",
-        fingerprints={"0.5.23": "3b9d0ea0e1ae0fa0"},
+        fingerprints={"0.5.23": "3b9d0ea0e1ae0fa0", "0.5.16": "87f73db4c204d83e"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler_components.load_inquirer:"
@@ -195,7 +231,7 @@ SEAMS: tuple[Seam, ...] = (
         why="/v1/loads and data-parallel balancing would not see the paused requests",
         how="counts them as waiting and adds the tokens they still need",
         gone_when="pausing is upstream",
-        fingerprints={"0.5.23": "2bad1914b5d61190"},
+        fingerprints={"0.5.23": "2bad1914b5d61190", "0.5.16": "5ebefc078a7bcd0a"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler_components.metrics_reporter:"
@@ -205,7 +241,7 @@ SEAMS: tuple[Seam, ...] = (
         why="the log's #queue-req and the Prometheus queue gauges count the waiting queue only",
         how="lets the paused stand in the waiting queue meanwhile",
         gone_when="pausing is upstream",
-        fingerprints={"0.5.23": "25f50a03ae0ee2bc"},
+        fingerprints={"0.5.23": "25f50a03ae0ee2bc", "0.5.16": "48714ee7bdc58527"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler_components.metrics_reporter:"
@@ -215,7 +251,7 @@ SEAMS: tuple[Seam, ...] = (
         why="forward-pass metrics describe the waiting queue only",
         how="lets the paused stand in the waiting queue meanwhile",
         gone_when="pausing is upstream",
-        fingerprints={"0.5.23": "a42176bd00bdbb8e"},
+        fingerprints={"0.5.23": "a42176bd00bdbb8e", "0.5.16": "518d07dcc6d994a9"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler_components.internal_state:"
@@ -226,6 +262,17 @@ SEAMS: tuple[Seam, ...] = (
         how="adds a `kairos` entry to /server_info",
         gone_when="never: this is Kairos' own report",
         fingerprints={"0.5.23": "b2caad1128ded211"},
+        absent={"0.5.16": "Scheduler.get_internal_state is the seam there"},
+    ),
+    Seam(
+        target="sglang.srt.managers.scheduler:Scheduler.get_internal_state",
+        handler="sglang_kairos.engine.state:get_internal_state",
+        process="scheduler",
+        why="the router and operators need predictors, errors and counters",
+        how="adds a `kairos` entry to /server_info",
+        gone_when="never: this is Kairos' own report",
+        fingerprints={"0.5.16": "eaa8fc0faf6eb41d"},
+        absent={"0.5.23": "SchedulerInternalStateController.get_internal_state is the seam there"},
     ),
     Seam(
         target="sglang.srt.disaggregation.decode:DecodePreallocQueue.pop_preallocated",
@@ -234,7 +281,7 @@ SEAMS: tuple[Seam, ...] = (
         why="prefill sees a request only after decode reserved its KV, first come first served",
         how="sorts the queue by urgency first",
         gone_when="pre-allocation follows the schedule policy",
-        fingerprints={"0.5.23": "cfa52d2f419fd954"},
+        fingerprints={"0.5.23": "cfa52d2f419fd954", "0.5.16": "b39ac15a3026054a"},
     ),
     Seam(
         target="sglang.srt.disaggregation.decode:"
@@ -244,7 +291,7 @@ SEAMS: tuple[Seam, ...] = (
         why="the first token is streamed on admission: who gets a free slot decides TTFT",
         how="sorts transferred requests by TTFT slack before upstream admits",
         gone_when="admission follows the schedule policy",
-        fingerprints={"0.5.23": "f905242577d5eca6"},
+        fingerprints={"0.5.23": "f905242577d5eca6", "0.5.16": "3db78366d146768f"},
     ),
     Seam(
         target="sglang.srt.disaggregation.decode:"
@@ -254,7 +301,7 @@ SEAMS: tuple[Seam, ...] = (
         why="every running request decodes in every step, whatever its slack",
         how="runs upstream's, then executes the subset chosen while it ran",
         gone_when="the running batch and the executed batch are separate upstream",
-        fingerprints={"0.5.23": "8e26fd56c274e1a9"},
+        fingerprints={"0.5.23": "8e26fd56c274e1a9", "0.5.16": "8e26fd56c274e1a9"},
     ),
     Seam(
         target="sglang.srt.managers.schedule_batch:ScheduleBatch.retract_decode",
@@ -263,7 +310,7 @@ SEAMS: tuple[Seam, ...] = (
         why="who is retracted is who has the fewest output tokens, whatever was promised to him",
         how="has this batch retract in the order of least SLO lost",
         gone_when="upstream's --retraction-policy can be extended",
-        fingerprints={"0.5.23": "959dc41176f9d084"},
+        fingerprints={"0.5.23": "959dc41176f9d084", "0.5.16": "2f795963dbc8b9f4"},
     ),
     Seam(
         target="sglang.srt.managers.schedule_batch:ScheduleBatch.prepare_for_decode",
@@ -272,84 +319,6 @@ SEAMS: tuple[Seam, ...] = (
         why="it allocates the next token's KV for the whole batch, after filtering and retraction",
         how="prepares only the chosen subset view and writes the new lengths back",
         gone_when="the running batch and the executed batch are separate upstream",
-        fingerprints={"0.5.23": "c19ab26d3aeac033"},
+        fingerprints={"0.5.23": "c19ab26d3aeac033", "0.5.16": "b8e2ede29a386055"},
     ),
 )
-
-
-class SeamError(RuntimeError):
-    """An upstream function is missing, changed, or was not wrapped."""
-
-
-def _module_path(module: str) -> Path | None:
-    root = importlib.util.find_spec(module.split(".")[0])
-    if root is None or not root.submodule_search_locations:
-        return None
-    base = Path(next(iter(root.submodule_search_locations))).joinpath(*module.split(".")[1:])
-    for path in (base.with_suffix(".py"), base / "__init__.py"):
-        if path.is_file():
-            return path
-    return None
-
-
-@functools.lru_cache(maxsize=16)
-def _parse(source: str) -> ast.Module:
-    return ast.parse(source)
-
-
-def _find(body: list[ast.stmt], names: list[str]) -> ast.stmt | None:
-    for node in body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            if node.name == names[0]:
-                return node if len(names) == 1 else _find(node.body, names[1:])
-    return None
-
-
-def fingerprint(source: str, qualname: str) -> str | None:
-    """Hash of a function's text in `source` from ``def`` on; None when there is no such function.
-
-    Text, not AST: the same on every Python. Trailing blanks and indentation do not count.
-    """
-    node = _find(_parse(source).body, qualname.split("."))
-    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.end_lineno is None:
-        return None
-    lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
-    text = textwrap.dedent("\n".join(line.rstrip() for line in lines))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def check_sources(seams: Iterable[Seam] = SEAMS) -> list[str]:
-    """Compare each seam with the installed SGLang's source, without importing it.
-
-    Returns one sentence per problem, each naming the upstream function; empty when all is known.
-    """
-    problems: list[str] = []
-    sources: dict[str, str | None] = {}
-    for seam in seams:
-        if seam.module not in sources:
-            path = _module_path(seam.module)
-            sources[seam.module] = None if path is None else path.read_text(encoding="utf-8")
-        source = sources[seam.module]
-        if source is None:
-            problems.append(f"{seam.target}: SGLang has no module {seam.module}")
-            continue
-        found = fingerprint(source, seam.qualname)
-        if found is None:
-            problems.append(f"{seam.target}: SGLang has no such function")
-        elif found not in seam.fingerprints.values():
-            known = ", ".join(f"v{v}" for v in seam.fingerprints)
-            problems.append(f"{seam.target}: unknown source {found}; Kairos knows {known}")
-    return problems
-
-
-def way_out(problems: Iterable[str], installed: str) -> str:
-    """The message a user sees when Kairos refuses to start."""
-    listed = "\n".join(f"  - {problem}" for problem in problems)
-    versions = ", ".join(SUPPORTED_VERSIONS)
-    return (
-        f"Kairos refuses to start: the installed SGLang ({installed}) is not what it was checked "
-        f"against.\n{listed}\n"
-        f"Way out: install a supported SGLang ({versions}), or start with --kairos off (KAIROS=off) "
-        "for stock scheduling, or --kairos-strict off (KAIROS_STRICT=off) to run without the seams "
-        "named above at your own risk."
-    )

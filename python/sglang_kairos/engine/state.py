@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO, TypeVar
 
 from sglang_kairos.config import KairosConfig
+from sglang_kairos.engine import compat
 from sglang_kairos.engine.chaos import Chaos
 from sglang_kairos.engine.plugin import INSTALLED, active_config
 from sglang_kairos.engine.profile import Profile
@@ -53,7 +54,7 @@ class Paused:
     @property
     def kv_tokens(self) -> int:
         """Prompt tokens computed, whose KV it keeps."""
-        return int(self.req.extend_end or self.req.prefix_len)
+        return int(compat.extend_end(self.req) or compat.prefix_len(self.req))
 
     @property
     def tokens_left(self) -> int:
@@ -63,7 +64,8 @@ class Paused:
 
 def tokens_left(req: Any) -> int:
     """Prompt tokens of a started chunked prefill that no launched chunk covers yet."""
-    done = req.extend_end if req.extend_end is not None else req.prefix_len
+    end = compat.extend_end(req)
+    done = compat.prefix_len(req) if end is None else end
     return max(1, len(req.origin_input_ids) - done)
 
 
@@ -75,7 +77,9 @@ class KairosState:
         self.scheduler = scheduler
         self.table: SloTable = config.slo_table()
         self.profile = Profile(scheduler, config.profile)
-        self.prefill_time, self.step_time = self.profile.start(_captured_sizes(scheduler))
+        self.prefill_time, self.step_time = self.profile.start(
+            compat.captured_batch_sizes(scheduler)
+        )
         self.late_share = LateShare(config.late_share)
         self.paused: list[Paused] = []
         self.held: list[Any] = []
@@ -88,6 +92,7 @@ class KairosState:
         # A CPU runs the forward inside the launch; a GPU's launch returns at once.
         self.synchronous: bool = scheduler.device == "cpu"
         self.launched: Any = None
+        self.prefill_end_s = 0.0
         self.deciding = False
         self.subset: Any = None
         self.last_step: tuple[float, int, float] | None = None
@@ -266,12 +271,6 @@ def _error(error: Any) -> dict[str, float]:
     }
 
 
-def _captured_sizes(scheduler: Any) -> list[int] | None:
-    """Batch sizes of the decode CUDA graphs, or None where none were captured."""
-    sizes = scheduler.tp_worker.get_decode_cuda_graph_bs()
-    return [int(size) for size in sizes] if sizes else None
-
-
 # Pausing is proven where the identity tests run. Elsewhere a prefill may carry state beside its KV,
 # or be counted somewhere that does not know of pauses: there the chunk in progress runs through.
 _NO_PAUSE = {
@@ -289,7 +288,7 @@ _NO_PAUSE = {
 
 def _cannot_pause(scheduler: Any) -> str:
     """Why this server's chunked prefills must not be paused, in words; empty when they may."""
-    reasons = [text for name, text in _NO_PAUSE.items() if getattr(scheduler, name, None)]
+    reasons = [text for name, text in _NO_PAUSE.items() if compat.feature(scheduler, name)]
     speculative = getattr(scheduler, "spec_algorithm", None)
     if speculative is not None and not speculative.is_none():
         reasons.append("speculative decoding is on")

@@ -28,6 +28,7 @@ Files = Mapping[str, bytes | None]
 
 LAYOUT = "python/sglang/"  # where SGLang's repository keeps the package
 SEAMS_SOURCE = "kairos_seams.py"
+SOUND = ("applied", "not applied")
 
 _HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
 _VERSION = re.compile(r"^__version__\s*=.*['\"]([^'\"]+)['\"]", re.MULTILINE)
@@ -399,7 +400,7 @@ def _report(standing: Standing) -> str:
 def _check(args: argparse.Namespace) -> int:
     _, standing = _survey(args)
     print(_report(standing))
-    return 0 if set(standing.states.values()) <= {"applied", "not applied"} else 1
+    return 0 if set(standing.states.values()) <= set(SOUND) else 1
 
 
 def _apply(args: argparse.Namespace) -> int:

@@ -1,0 +1,79 @@
+"""Where the supported SGLang versions keep the same thing under different names.
+
+Every function looks at the object it is given, never at a version number. The newest layout comes
+first; what only v0.5.16 has is named so, and goes with it. Functions that SGLang renamed or that one
+version lacks are no matter of layout: they are in the table of `seams`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+
+def prefix_len(req: Any) -> int:
+    """Prompt tokens whose KV the request has. v0.5.16 keeps their slots only."""
+    found: int | None = getattr(req, "prefix_len", None)
+    return len(req.prefix_indices) if found is None else found
+
+
+def extend_end(req: Any) -> int | None:
+    """Where the chunk launched last ends, in tokens; None before the first. v0.5.16: a range."""
+    if hasattr(req, "extend_end"):
+        end: int | None = req.extend_end
+        return end
+    return None if req.extend_range is None else int(req.extend_range.end)
+
+
+def in_beam_search(req: Any) -> bool:
+    """v0.5.16 has no beam search."""
+    return getattr(req, "beam_group", None) is not None
+
+
+def match_prefix(req: Any, tree_cache: Any) -> None:
+    """Look the prompt up in the prefix cache; upstream notes the hit in the request."""
+    _matcher()(req, tree_cache)
+
+
+@functools.cache
+def _matcher() -> Callable[[Any, Any], Any]:
+    try:
+        from sglang.srt.mem_cache.common import match_kv_cache
+    except ImportError:  # v0.5.16
+        from sglang.srt.managers.schedule_policy import match_prefix_for_req
+
+        return lambda req, tree_cache: match_prefix_for_req(tree_cache, req, include_req=True)
+    return match_kv_cache
+
+
+def tp_size(scheduler: Any) -> int:
+    """Tensor-parallel ranks of this server. v0.5.16 keeps them in the parallel state."""
+    if hasattr(scheduler, "tp_size"):
+        return int(scheduler.tp_size)
+    return int(scheduler.ps.tp_size)
+
+
+def captured_batch_sizes(scheduler: Any) -> list[int] | None:
+    """Batch sizes of the decode CUDA graphs, or None where none were captured."""
+    worker = scheduler.tp_worker
+    if hasattr(worker, "get_decode_cuda_graph_bs"):
+        sizes = worker.get_decode_cuda_graph_bs()
+    else:  # v0.5.16
+        runner = getattr(worker.model_runner, "decode_cuda_graph_runner", None)
+        sizes = getattr(runner, "capture_bs", None)
+    return [int(size) for size in sizes] if sizes else None
+
+
+def feature(scheduler: Any, name: str) -> Any:
+    """A switch that is an attribute of the scheduler or, in v0.5.16 for some, a server argument."""
+    if hasattr(scheduler, name):
+        return getattr(scheduler, name)
+    return getattr(getattr(scheduler, "server_args", None), name, None)
+
+
+def add_waiting_tokens(snapshot: Any, tokens: int) -> None:
+    """Count `tokens` as still to be computed in a load snapshot. v0.5.16 has the total only."""
+    snapshot.num_total_tokens += tokens
+    if hasattr(snapshot, "num_active_tokens"):
+        snapshot.num_active_tokens += tokens
