@@ -1,7 +1,8 @@
 """``python -m sglang_kairos.launch_server``: SGLang's server with Kairos on.
 
 Takes every flag of ``sglang.launch_server`` unchanged, and Kairos' own (``--help`` shows both).
-On a machine without a GPU it adds the flags that SGLang needs there, unless they were given.
+On a machine without a GPU it adds the flags that SGLang needs there, with one it prefers FlashInfer
+(see `gpu_flags`), unless they were given.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 
 from sglang_kairos.config import ConfigError, KairosConfig, add_flags
 from sglang_kairos.cpu import runtime
 from sglang_kairos.cpu.flags import with_server_flags
+from sglang_kairos.gpu_flags import with_gpu_flags
 
 # Children started with ``spawn`` re-import this module before SGLang: they need the runtime first.
 runtime.activate_if_wanted()
@@ -33,7 +36,11 @@ def prepare(argv: Sequence[str]) -> list[str]:
     if config.enabled:
         _check_plugin_is_loadable()
     config.to_env(os.environ)
-    return with_server_flags(rest) if runtime.is_active() else rest
+    if runtime.is_active():
+        return with_server_flags(rest)
+    if not config.enabled or not runtime.cuda_present():
+        return rest
+    return with_gpu_flags(rest, flashinfer=find_spec("flashinfer") is not None)
 
 
 def _check_plugin_is_loadable() -> None:

@@ -12,10 +12,12 @@ from typing import Any, TextIO, TypeVar
 
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine.chaos import Chaos
+from sglang_kairos.engine.graphs import captured_sizes
 from sglang_kairos.engine.plugin import INSTALLED, active_config
 from sglang_kairos.engine.profile import Profile
 from sglang_kairos.engine.ranks import Clock, agreement
 from sglang_kairos.engine.roster import Roster
+from sglang_kairos.engine.steps import LatestSteps
 from sglang_kairos.policy.urgency import LateShare, PrefillPlan
 from sglang_kairos.slo import WIRE_KEY, RequestSlo, Slo, SloError, SloTable, from_wire
 
@@ -75,7 +77,9 @@ class KairosState:
         self.scheduler = scheduler
         self.table: SloTable = config.slo_table()
         self.profile = Profile(scheduler, config.profile)
-        self.prefill_time, self.step_time = self.profile.start(_captured_sizes(scheduler))
+        self.captured_sizes = captured_sizes(scheduler)
+        self.prefill_time, self.step_time = self.profile.start(self.captured_sizes)
+        self.steps = LatestSteps()
         self.late_share = LateShare(config.late_share)
         self.paused: list[Paused] = []
         self.held: list[Any] = []
@@ -190,6 +194,9 @@ class KairosState:
             "last_request": {},
             "seams": dict(INSTALLED),
             "profile": self.profile.source,
+            "profile_key": dataclasses.asdict(self.profile.key),
+            "captured_sizes": self.captured_sizes,
+            "steps": self.steps.report(),
         }
         if (last := self.last_request) is not None:
             report["last_request"] = {**dataclasses.asdict(last.slo), "age_ms": last.age_ms}
@@ -264,12 +271,6 @@ def _error(error: Any) -> dict[str, float]:
         "bias": float(error.bias),
         "samples": int(error.samples),
     }
-
-
-def _captured_sizes(scheduler: Any) -> list[int] | None:
-    """Batch sizes of the decode CUDA graphs, or None where none were captured."""
-    sizes = scheduler.tp_worker.get_decode_cuda_graph_bs()
-    return [int(size) for size in sizes] if sizes else None
 
 
 # Pausing is proven where the identity tests run. Elsewhere a prefill may carry state beside its KV,
