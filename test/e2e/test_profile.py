@@ -1,4 +1,4 @@
-"""`tools.profile` against real servers: each part of a pair, then a unified server that reads the file."""
+"""`tools.profile` on real servers: each part of a pair, then a unified server started from the file."""
 
 from __future__ import annotations
 

@@ -194,12 +194,9 @@ class Measurement:
         return [] if pace is None else [(float(batch), batch * (context + STEPS / 2), pace)]
 
     def _estimate(self, rows: Sequence[PrefillRow], tokens: float) -> float:
-        """Seconds for so many new tokens, from the nearest measured; pessimistic beyond them."""
-        known = [(new, seconds) for prefix, new, seconds in rows if new > 0]
-        if not known:
-            return 0.2
-        new, seconds = max(known, key=lambda row: (row[0] <= tokens, min(row[0], tokens)))
-        return seconds * max(1.0, tokens / new) ** 2
+        """Seconds for so many new tokens, at most: quadratic beyond each measured cell."""
+        known = [(new, seconds) for _, new, seconds in rows if new > 0]
+        return min((s * max(1.0, tokens / new) ** 2 for new, s in known), default=0.2)
 
     def _job(self, tokens: int, output: int) -> Job:
         return self._jobs([traces.Request(0.0, tokens, output)], next(self._draws))[0]
