@@ -81,7 +81,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, default=540.0, help="of the whole command")
     parser.add_argument("--load-s", type=float, default=0.0, help="seconds of arrivals per run")
     parser.add_argument("--load", type=float, default=1.2, help="share of the capacity found")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, help="turns of each system (2; dry run: 1)")
     parser.add_argument("--ttft-ms", type=float, default=1000.0)
     parser.add_argument("--tpot-ms", type=float, default=0.0, help="default: from the step time")
     parser.add_argument("--kv-tokens", type=int, default=100_000, help="KV of each server")
@@ -94,8 +94,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     unknown = [name for name in given.parts if name not in PARTS]
     if unknown:
         parser.error(f"--parts: {', '.join(unknown)}; known: {', '.join(PARTS)}")
+    if given.rounds is None:
+        given.rounds = 1 if given.dry_run else 2
     if given.dry_run:
-        given.rounds, given.load_s, given.kv_tokens = 1, given.load_s or 2.0, 30_000
+        given.load_s, given.kv_tokens = given.load_s or 2.0, min(given.kv_tokens, 30_000)
     given.load_s = given.load_s or 20.0
     for name in ("budget_s", "load_s", "load", "rounds", "ttft_ms", "kv_tokens", "pd_layers"):
         if not getattr(given, name) > 0:
