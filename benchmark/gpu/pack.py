@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         wheels = [fetch(one, given) for one in wanted]
         gaps = unmet(wheels, read_present(), given.python_version)
         for gap in gaps:
-            print(f"note: {gap}: neither in wheels.txt nor in present.txt", file=sys.stderr)
+            print(f"note: {gap}", file=sys.stderr)
         write_parts(wanted, wheels, given)
     except (PackError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -164,9 +164,12 @@ def trim(wheel: Path, smaller: Path, keep: Callable[[str], bool]) -> None:
 
 
 def unmet(wheels: Iterable[Path], present: set[str], python_version: str) -> list[str]:
-    """Requirements of the wheels that neither they nor `present` meet, by name."""
+    """What the wheels require and neither they nor `present` provide, in words.
+
+    Versions are compared among the wheels; those of `present` are not known here.
+    """
     wheels = list(wheels)
-    have = present | {canonicalize_name(wheel.name.split("-")[0]) for wheel in wheels}
+    packed = {canonicalize_name(w.name.split("-")[0]): w.name.split("-")[1] for w in wheels}
     machine = {
         "python_version": python_version,
         "python_full_version": python_version + ".0",
@@ -182,9 +185,13 @@ def unmet(wheels: Iterable[Path], present: set[str], python_version: str) -> lis
     for wheel in wheels:
         for text in requirements(wheel):
             need = Requirement(text)
-            applies = need.marker is None or need.marker.evaluate(machine)
-            if applies and canonicalize_name(need.name) not in have:
-                missing.add(f"{need.name} (for {wheel.name.split('-')[0]})")
+            if need.marker is not None and not need.marker.evaluate(machine):
+                continue
+            name, user = canonicalize_name(need.name), wheel.name.split("-")[0]
+            if name not in packed and name not in present:
+                missing.add(f"{user} needs {name}: neither in wheels.txt nor in present.txt")
+            elif name in packed and not need.specifier.contains(packed[name], prereleases=True):
+                missing.add(f"{user} needs {name}{need.specifier}, packed is {packed[name]}")
     return sorted(missing)
 
 

@@ -79,8 +79,11 @@ def test_a_bad_line_of_the_list_is_named(line: str, tmp_path: Path) -> None:
 
 def test_a_need_that_nobody_meets_is_told(tmp_path: Path) -> None:
     needs = ("b>=1", "c; python_version < '3'", "D-e", "torch", 'z; extra == "x"')
-    wheels = [make_wheel(tmp_path, "a", {}, needs), make_wheel(tmp_path, "b", {})]
-    assert pack.unmet(wheels, {"torch"}, "3.12") == ["D-e (for a)"]
+    wheels = [make_wheel(tmp_path, "a", {}, needs), make_wheel(tmp_path, "b", {}, ("a>=2",))]
+    assert pack.unmet(wheels, {"torch"}, "3.12") == [
+        "a needs d-e: neither in wheels.txt nor in present.txt",
+        "b needs a>=2, packed is 1.0",
+    ]
 
 
 def test_listing_asks_nobody(
