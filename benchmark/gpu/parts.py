@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 
 from benchmark import demo
-from benchmark.decode_cpu import capacity_of
+from benchmark.decode_cpu import capacity_of, step_s
 from benchmark.gpu.shape import IDENTITY, write_shape
 from sglang_kairos.cluster import Cluster, ClusterError, ClusterSpec
 from sglang_kairos.cpu.tiny_model import make_tiny_model
@@ -31,7 +31,7 @@ SYSTEMS = ("stock", "kairos")
 RELAXED_MS = 1e5
 # What takes made-up KV, or sends its KV nowhere.
 ALONE = {"bootstrap_host": FAKE_HOST, "bootstrap_room": 0}
-STEPS_OF_BATCH_1 = 2.5  # the TPOT target, in steps of a batch of one
+STEPS_OF_BATCH_1 = 1.6  # the TPOT target, in steps of a batch of one: steps bind before the KV does
 TINY_TPOT_MS = 30.0
 
 
@@ -135,11 +135,11 @@ def decode(bench: Bench, say: Say, save: Callable[[], None]) -> None:
         measure_steady(clusters, bench, say)
         save()
         tpot = bench.given.tpot_ms or (
-            TINY_TPOT_MS if bench.dry else STEPS_OF_BATCH_1 * 1e3 * (law["a_s"] + law["b_s"])
+            TINY_TPOT_MS if bench.dry else STEPS_OF_BATCH_1 * 1e3 * step_s(law, 1, 500.0)
         )
         rows = decode_rows(400 if bench.dry else 4000, bench)
-        rate = bench.given.load * capacity_of(law, rows, tpot)
-        rate = min(rate, 30.0 if bench.dry else 400.0)
+        capacity = min(capacity_of(law, rows, tpot), kv_capacity(bench.given.kv_tokens, rows, tpot))
+        rate = min(bench.given.load * capacity, 30.0 if bench.dry else 400.0)
         rows = traces.scale_rate(rows[: max(8, round(rate * bench.given.load_s))], rate)
         say(f"{len(rows)} requests at {rate:.1f} req/s, TPOT {tpot:.1f} ms")
         for turn in range(bench.given.rounds):
@@ -342,7 +342,7 @@ def send(
 
 def decode_rows(count: int, bench: Bench, seed: int = 0) -> list[traces.Request]:
     """A long tail of contexts and outputs, within the KV of a server."""
-    median, most = (150.0, 2000) if bench.dry else (800.0, 16_000)
+    median, most = (150.0, 2000) if bench.dry else (200.0, 8000)
     longest = 60 if bench.dry else 400
     return traces.long_tail(
         count,
@@ -353,6 +353,12 @@ def decode_rows(count: int, bench: Bench, seed: int = 0) -> list[traces.Request]
         median_output=20.0 if bench.dry else 80.0,
         max_output=longest,
     )
+
+
+def kv_capacity(kv_tokens: int, rows: Sequence[traces.Request], tpot_ms: float) -> float:
+    """Requests per second that fill the KV, when each keeps its tokens for its output at `tpot_ms`."""
+    held = [row.output_tokens * (row.input_tokens + row.output_tokens / 2) for row in rows]
+    return 0.9 * kv_tokens / (float(np.mean(held)) * tpot_ms / 1e3)
 
 
 def prefill_rows(

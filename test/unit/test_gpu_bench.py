@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 from benchmark.gpu import pack, run
+from benchmark.gpu.parts import kv_capacity
 from benchmark.gpu.report_gpu import markdown
 from benchmark.gpu.shape import SHAPES, write_shape
 from hypothesis import given
 from hypothesis import strategies as st
+
+from sglang_kairos.tools.traces import Request
 
 
 def make_wheel(folder: Path, name: str, files: dict[str, str], needs: tuple[str, ...] = ()) -> Path:
@@ -168,6 +171,13 @@ def test_a_shape_is_a_config_and_a_tokenizer_without_weights(name: str, tmp_path
         "tokenizer.json",
         "tokenizer_config.json",
     }
+
+
+def test_the_kv_bounds_the_rate_that_is_sent() -> None:
+    rows = [Request(0.0, 900, 200)] * 5
+    rate = kv_capacity(100_000, rows, 10.0)
+    abreast = rate * 200 * 0.010  # how many are in at once, 2 s each
+    assert abreast * (900 + 100) == pytest.approx(90_000)
 
 
 def a_run(policy: str, part: str, attained: float) -> dict[str, Any]:
