@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
+import urllib.error
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -170,7 +171,7 @@ def prefill(bench: Bench, say: Say, save: Callable[[], None]) -> None:
         tokens = np.array([row.input_tokens for row in rows], float)
         chunk = 512 if bench.dry else 8192
         total = np.cumsum(model.remaining_s(tokens, np.zeros_like(tokens), chunk))
-        # Half of what decode is asked for beyond capacity: queues grow without bound above 1.
+        # Above capacity the queue only grows: no order helps for long.
         load = min(0.9, bench.given.load)
         count = int(np.searchsorted(total, load * bench.given.load_s))
         count = max(8, min(len(rows), count))
@@ -270,7 +271,7 @@ def measure(
 ) -> None:
     """One run of a trace; its outcome joins `bench.runs`."""
     part, system, turn = who
-    demo.forget(cluster)
+    forget(cluster)
     before = scheduler_cpu_s(cluster)
     result = send(cluster, rows, bench.given.ttft_ms, tpot, bench)
     facts = {
@@ -286,6 +287,18 @@ def measure(
     say(f"{system}: {demo.summary(result)}")
     bench.runs.append(report.Run(system, result, facts))
     result.dump(bench.given.out / f"{part}-{turn}-{system}.jsonl")
+
+
+def forget(cluster: Cluster, patience_s: float = 10.0) -> None:
+    """Empties prefix caches; a server that still holds a request refuses for a moment."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return demo.forget(cluster)
+        except urllib.error.HTTPError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.3)
 
 
 def measure_steady(clusters: dict[str, Cluster], bench: Bench, say: Say) -> None:

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             begun = time.monotonic()
             try:
                 parts.RUN[name](bench, say, lambda: save(given, bench))
-            except ClusterError as error:
+            except (ClusterError, OSError) as error:
                 failures.append(name)
                 bench.skipped[name] = str(error).partition("\n")[0]
                 print(f"error: {name}: {error}", file=sys.stderr)
