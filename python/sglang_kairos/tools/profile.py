@@ -60,6 +60,7 @@ def profile_url(given: argparse.Namespace, say: Callable[[str], None]) -> int:
     server = Server(given.url.rstrip("/"), headers)
     report = server.refresh()
     key = key_of(server, report, given.gpu)
+    old = load_profile(given.out, key)  # an unusable file is told before the measuring
     captured = report.get("captured_sizes") or None
     say(f"{server.mode if server.mode != 'null' else 'unified'} server of {key.model} on {key.gpu}")
     measuring = Measurement(server, given.budget_s, say, given.seed)
@@ -81,7 +82,6 @@ def profile_url(given: argparse.Namespace, say: Callable[[str], None]) -> int:
         f"tools.profile, {measuring.source}, {len(prefill_rows)} prefill and "
         f"{len(decode_rows)} decode cells, SGLang {server.info.get('version', '?')}"
     )
-    old = load_profile(given.out, key)
     fresh = entry(key, prefill, decode, provenance=provenance, old=old)
     others = _others(given.out, fresh)
     partial = given.out.with_name(f".{given.out.name}.{os.getpid()}")
