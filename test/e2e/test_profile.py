@@ -19,7 +19,7 @@ from sglang_kairos.cpu.zygote import Zygote
 from sglang_kairos.predict.cache import Key, load_profile
 from sglang_kairos.tools import profile
 
-BUDGET_S = 7
+BUDGET_S = 6
 
 
 def kairos_of(url: str) -> dict[str, Any]:

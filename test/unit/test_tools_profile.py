@@ -151,6 +151,34 @@ def test_an_estimate_never_shrinks_with_the_prompt() -> None:
     assert guesses[-1] >= 8 * 0.1
 
 
+def measured_cells(budget_s: float, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Cells that are measured where 1,000 tokens take 0.1 s, without a server or a clock."""
+    info = {"chunked_prefill_size": 4096, "max_total_num_tokens": 60_000, "context_length": 40_000}
+    measuring = Measurement(Server("http://x", {}, info), budget_s, print, 0)
+    spent, cells = [0.0], []
+
+    def cell(prefix: int, new: int) -> list[tuple[float, float, float]]:
+        cells.append((prefix, new))
+        spent[0] += 1e-4 * (prefix + 3 * new)
+        return [(float(prefix), float(new), 1e-4 * new)]
+
+    monkeypatch.setattr(measuring, "_send", lambda jobs: None)
+    monkeypatch.setattr(measuring, "_prefill_cell", cell)
+    monkeypatch.setattr(measuring, "left_s", lambda: budget_s - spent[0])
+    measuring.prefill(0.0)
+    assert spent[0] <= budget_s
+    return cells
+
+
+def test_a_short_budget_still_sees_cached_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = measured_cells(3.0, monkeypatch), measured_cells(60.0, monkeypatch)
+    assert {prefix for prefix, _ in few} >= {0, 512}
+    assert len(few) >= 8
+    assert set(few) < set(many)
+    assert max(prefix + new for prefix, new in many) <= 30_000
+    assert max(new for _, new in many) == 4096
+
+
 @pytest.mark.parametrize("words", [["--url", "http://x"], ["--out", "f"], []])
 def test_url_and_out_belong_together(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -120,21 +120,16 @@ class Measurement:
         return self._ends_s - time.monotonic()
 
     def prefill(self, until_s: float) -> list[PrefillRow]:
-        """Rows over the grid, cheapest first, until `until_s` of the budget are left."""
+        """Rows over the grid, fewest tokens first, until `until_s` of the budget are left."""
         server, rows = self.server, list[PrefillRow]()
         self._send([self._job(32, 1), self._job(300, 1)])
-        sizes = [new for new in NEW if new < server.chunk] + [min(server.chunk, NEW[-1])]
+        sizes = {min(new, server.chunk) for new in NEW}
         room = min(server.longest, server.capacity // 2)
-        for prefix in PREFIX:
-            slowest = 0.0
-            for new in dict.fromkeys(sizes):
-                filling = self._estimate(rows, prefix) if prefix else 0.0
-                cost = filling + REPEATS * max(slowest, self._estimate(rows, new)) * 2
-                if prefix + new > room or self.left_s() - cost < until_s:
-                    break
-                found = self._prefill_cell(prefix, new)
-                rows += found
-                slowest = max([slowest, *(seconds for *_, seconds in found)])
+        cells = [(prefix, new) for prefix in PREFIX for new in sizes if prefix + new <= room]
+        for prefix, new in sorted(cells, key=lambda cell: (sum(cell), cell)):
+            cost = self._estimate(rows, prefix + new) + REPEATS * self._estimate(rows, new)
+            if self.left_s() - 1.5 * cost > until_s:
+                rows += self._prefill_cell(prefix, new)
         return rows
 
     def decode(self) -> list[DecodeRow]:
