@@ -123,8 +123,9 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        """Where to send requests: the router, or the first prefill server without one."""
-        return next((p.url for p in self.parts if p.name == "router"), self.prefill_urls[0])
+        """Where to send requests: the router, or the first server without one."""
+        routers = [part.url for part in self.parts if part.name == "router"]
+        return [*routers, *self.prefill_urls, *self.decode_urls][0]
 
     @property
     def logs(self) -> dict[str, Path]:

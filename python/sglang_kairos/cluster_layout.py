@@ -37,7 +37,8 @@ class ClusterSpec:
     """What to start. Every flag list goes behind the cluster's own flags, so it wins.
 
     `model_path`: empty means a generated tiny model, without a GPU only.
-    `router`: kairos, random (sglang_router's mini load balancer) or none.
+    `router`: kairos, random (sglang_router's mini load balancer) or none; without one, one side
+    alone will do.
     `launcher`: the module behind ``python -m`` for each server.
     `kairos`: off, on, or on with these `KairosConfig` settings.
     `log_dir`: kept when given; otherwise a temporary folder that outlives only a failure.
@@ -70,7 +71,8 @@ class ClusterSpec:
     def __post_init__(self) -> None:
         if self.router not in ROUTERS:
             raise ClusterError(f"router {self.router!r} is none of {', '.join(ROUTERS)}")
-        if self.prefill < 1 or self.decode < 1:
+        fewest, sides = min(self.prefill, self.decode), self.prefill + self.decode
+        if fewest < 0 or sides < 1 or (fewest < 1 and self.router != "none"):
             raise ClusterError("needs at least one prefill and one decode server")
         for word in (*self.server_args, *self.prefill_args, *self.decode_args):
             if word.split("=", 1)[0] in OWN_FLAGS:

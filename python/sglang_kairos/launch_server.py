@@ -1,7 +1,8 @@
 """``python -m sglang_kairos.launch_server``: SGLang's server with Kairos on.
 
 Takes every flag of ``sglang.launch_server`` unchanged, and Kairos' own (``--help`` shows both).
-On a machine without a GPU it adds the flags that SGLang needs there, unless they were given.
+On a machine without a GPU it adds the flags that SGLang needs there, with one it prefers FlashInfer
+(see `gpu_flags`), unless they were given.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 from sglang_kairos.config import ConfigError, KairosConfig, add_flags
 from sglang_kairos.cpu import runtime
 from sglang_kairos.cpu.flags import with_server_flags
 from sglang_kairos.engine.plugin import check_loadable
+from sglang_kairos.gpu_flags import with_gpu_flags
 
 # Children started with ``spawn`` re-import this module before SGLang: they need the runtime first.
 runtime.activate_if_wanted()
@@ -32,12 +35,14 @@ def prepare(argv: Sequence[str]) -> list[str]:
     if config.enabled:
         check_loadable()
     config.to_env(os.environ)
-    if not runtime.is_active():
+    if runtime.is_active():
+        try:
+            return with_server_flags(rest, version=version("sglang"))
+        except PackageNotFoundError:  # a source tree: the newest version's flags
+            return with_server_flags(rest)
+    if not config.enabled or not runtime.cuda_present():
         return rest
-    try:
-        return with_server_flags(rest, version=version("sglang"))
-    except PackageNotFoundError:  # a source tree: the newest version's flags
-        return with_server_flags(rest)
+    return with_gpu_flags(rest, flashinfer=find_spec("flashinfer") is not None)
 
 
 def print_help() -> None:

@@ -39,19 +39,9 @@ def test_a_beam_group_is_seen() -> None:
     assert compat.in_beam_search(SimpleNamespace(beam_group=object()))
 
 
-def test_ranks_and_captured_sizes_are_found_in_both_layouts() -> None:
-    runner = SimpleNamespace(capture_bs=[1, 2, 4])
-    old_worker = SimpleNamespace(model_runner=SimpleNamespace(decode_cuda_graph_runner=runner))
-    old = SimpleNamespace(ps=SimpleNamespace(tp_size=2), tp_worker=old_worker)
-    new_worker = SimpleNamespace(get_decode_cuda_graph_bs=lambda: [1, 2, 4])
-    new = SimpleNamespace(tp_size=2, tp_worker=new_worker)
-    for scheduler in (old, new):
+def test_ranks_are_counted_in_both_layouts() -> None:
+    for scheduler in (SimpleNamespace(tp_size=2), SimpleNamespace(ps=SimpleNamespace(tp_size=2))):
         assert compat.tp_size(scheduler) == 2
-        assert compat.captured_batch_sizes(scheduler) == [1, 2, 4]
-    runner.capture_bs = []
-    assert compat.captured_batch_sizes(old) is None
-    old_worker.model_runner.decode_cuda_graph_runner = None
-    assert compat.captured_batch_sizes(old) is None
 
 
 def test_a_feature_is_an_attribute_or_an_argument_or_off() -> None:

@@ -19,7 +19,8 @@ from sglang_kairos.engine.seams import SUPPORTED_VERSIONS
 
 SETUP_EXTRAS = ("cpu", "dev", "sim", "tables")
 # Imported under these names without being installed under them.
-PROVIDED_ELSEWHERE = {"sgl_kernel"}  # by SGLang's CUDA wheel, or by sglang_kairos.cpu
+# By SGLang's CUDA wheels, the first also by sglang_kairos.cpu.
+PROVIDED_ELSEWHERE = {"sgl_kernel", "flashinfer"}
 
 
 @pytest.fixture(scope="module")

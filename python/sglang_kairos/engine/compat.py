@@ -54,17 +54,6 @@ def tp_size(scheduler: Any) -> int:
     return int(scheduler.ps.tp_size)
 
 
-def captured_batch_sizes(scheduler: Any) -> list[int] | None:
-    """Batch sizes of the decode CUDA graphs, or None where none were captured."""
-    worker = scheduler.tp_worker
-    if hasattr(worker, "get_decode_cuda_graph_bs"):
-        sizes = worker.get_decode_cuda_graph_bs()
-    else:  # v0.5.16
-        runner = getattr(worker.model_runner, "decode_cuda_graph_runner", None)
-        sizes = getattr(runner, "capture_bs", None)
-    return [int(size) for size in sizes] if sizes else None
-
-
 def feature(scheduler: Any, name: str) -> Any:
     """A switch that is an attribute of the scheduler or, in v0.5.16 for some, a server argument."""
     if hasattr(scheduler, name):

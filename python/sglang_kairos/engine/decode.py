@@ -268,4 +268,5 @@ def _remember_step(state: KairosState, batch: Any) -> None:
         started, size, tokens = previous
         learn = functools.partial(state.step_time.observe, size, tokens, now - started)
         state.guarded("step_time", learn, None)
+        state.steps.add(size, tokens, now - started)
         state.keep_profile()

@@ -46,10 +46,13 @@ class Profile:
         seed = seed_for(key.model, key.gpu, key.tp)
         if seed is not None:
             self.source = "shipped"
-        learnt = self._load()
-        chosen = seed or UNKNOWN
-        prefill, decode = chosen.prefill_model(), chosen.decode_model(captured_sizes)
+        learnt, base = self._load(), seed or UNKNOWN
+        mine = learnt or UNKNOWN
+        prefill = (mine if mine.prefill else base).prefill_model()
+        decode = (mine if mine.decode else base).decode_model(captured_sizes)
         if learnt is not None:
+            if mine.prefill or mine.decode:
+                self.source = "file"
             try:
                 resume(learnt, prefill=prefill)
                 resume(learnt, decode=decode)

@@ -13,6 +13,8 @@ from typing import Any, TextIO, TypeVar
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import compat
 from sglang_kairos.engine.chaos import Chaos
+from sglang_kairos.engine.graphs import captured_sizes
+from sglang_kairos.engine.latest import LatestSteps
 from sglang_kairos.engine.plugin import INSTALLED, active_config
 from sglang_kairos.engine.profile import Profile
 from sglang_kairos.engine.ranks import Clock, agreement
@@ -77,9 +79,9 @@ class KairosState:
         self.scheduler = scheduler
         self.table: SloTable = config.slo_table()
         self.profile = Profile(scheduler, config.profile)
-        self.prefill_time, self.step_time = self.profile.start(
-            compat.captured_batch_sizes(scheduler)
-        )
+        self.captured_sizes = captured_sizes(scheduler)
+        self.prefill_time, self.step_time = self.profile.start(self.captured_sizes)
+        self.steps = LatestSteps()
         self.late_share = LateShare(config.late_share)
         self.paused: list[Paused] = []
         self.held: list[Any] = []
@@ -195,6 +197,9 @@ class KairosState:
             "last_request": {},
             "seams": dict(INSTALLED),
             "profile": self.profile.source,
+            "profile_key": dataclasses.asdict(self.profile.key),
+            "captured_sizes": self.captured_sizes,
+            "steps": self.steps.report(),
         }
         if (last := self.last_request) is not None:
             report["last_request"] = {**dataclasses.asdict(last.slo), "age_ms": last.age_ms}

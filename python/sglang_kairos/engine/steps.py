@@ -79,6 +79,8 @@ def _learn(state: KairosState, batch: Any, seconds: float) -> None:
         state.prefill_time.observe, batch.extend_lens, batch.prefix_lens, seconds
     )
     state.guarded("prefill_time", learn, None)
+    if len(batch.extend_lens) == 1:
+        state.steps.add(batch.extend_lens[0], batch.prefix_lens[0], seconds)
     state.keep_profile()
     state.record(
         "prefill_step",
