@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
+from answers import difference, send
 from pd_client import PdClient, trouble_in
 
 from sglang_kairos.cluster import Cluster
@@ -25,7 +25,7 @@ from sglang_kairos.cluster_layout import ClusterSpec
 from sglang_kairos.cpu.zygote import Zygote
 
 # No target can be met, and no breaker: whatever the machine, there is much to park.
-TIGHT = {"ttft_ms": 500.0, "tpot_ms": 8.0, "max_step_error": 100.0}
+TIGHT = {"ttft_ms": 500.0, "tpot_ms": 6.0, "max_step_error": 100.0}
 SERVER_ARGS = (
     *("--chunked-prefill-size", "512", "--max-total-tokens", "49152"),
     *("--grammar-backend", "llguidance", "--constrained-json-disable-any-whitespace"),
@@ -35,13 +35,13 @@ SCHEMA = {
     "type": "object",
     "properties": {
         "colour": {"enum": ["red", "green", "blue"]},
-        "sizes": {"type": "array", "items": {"enum": [1, 22, 333]}, "minItems": 3, "maxItems": 9},
-        "nested": {"type": "object", "properties": {"yes": {"type": "boolean"}}},
+        "sizes": {"type": "array", "items": {"enum": [1, 22, 333]}, "minItems": 3, "maxItems": 6},
+        "round": {"type": "boolean"},
     },
-    "required": ["colour", "sizes", "nested"],
+    "required": ["colour", "sizes", "round"],
     "additionalProperties": False,
 }
-STOP_IDS = list(range(300, 360))
+STOP_IDS = list(range(300, 400))
 FAVOURED = 321
 
 
@@ -69,7 +69,7 @@ PENALISED: dict[str, dict[str, Any]] = {
     "frequency_penalty": params(frequency_penalty=1.5),
     "presence_penalty": params(presence_penalty=1.9),
     "repetition_penalty": params(repetition_penalty=1.7),
-    "min_new_tokens": params(min_new_tokens=20, stop_token_ids=STOP_IDS),
+    "min_new_tokens": params(min_new_tokens=16, stop_token_ids=STOP_IDS),
 }
 FEATURES = {**PACKED, **PENALISED}
 
@@ -91,23 +91,23 @@ class Job:
         return {"input_ids": self.prompt, **asked, "sampling_params": sampling}
 
 
-def mixed(features: Sequence[str], seed: int, span_s: float = 1.0) -> list[Job]:
+def mixed(features: Sequence[str], seed: int, span_s: float = 0.5) -> list[Job]:
     """Two jobs of every feature and six plain ones, over `span_s`; some prompts take three chunks."""
     rng = random.Random(seed)
     jobs = []
     for index, feature in enumerate([*features, "plain", "plain", "plain"] * 2):
-        length = 1200 if index % 8 == 0 else rng.randrange(8, 250)
+        length = 1100 if index % 8 == 0 else rng.randrange(8, 250)
         prompt = [rng.randrange(10, 500) for _ in range(length)]
-        jobs.append(Job(feature, rng.uniform(0.0, span_s), prompt, rng.randrange(32, 50)))
+        jobs.append(Job(feature, rng.uniform(0.0, span_s), prompt, rng.randrange(26, 40)))
     return jobs
 
 
 # Penalties come in the middle, so that packing is seen to end and to begin again.
-BESIDE = ["regex", "logprobs", "stream_interval", "n"]
+BESIDE = ["regex", "logprobs"]
 PHASES = [
     mixed(list(PACKED), seed=1),
     mixed([*PENALISED, *BESIDE], seed=2),
-    mixed(["plain"] * 6, seed=3),
+    mixed(["plain"] * 5, seed=3),
 ]
 JOBS = [job for phase in PHASES for job in phase]
 
@@ -139,7 +139,8 @@ def run_phases(zygote: Zygote, model: str, log_dir: Path, kairos: bool | dict[st
         replies, counters = [], []
         prefill: dict[str, Any] = {}
         for phase in PHASES:
-            replies += asyncio.run(send(cluster.url, phase))
+            timed = [(job.at_s, job.body()) for job in phase]
+            replies += asyncio.run(send(cluster.url, timed))
             prefill, decode = client.kairos()
             counters.append(Counter(decode.get("counters", {})))
         return Run(
@@ -151,29 +152,6 @@ def run_phases(zygote: Zygote, model: str, log_dir: Path, kairos: bool | dict[st
             trouble=trouble_in(cluster.logs),
             log=cluster.logs["d0"].read_text(errors="replace"),
         )
-
-
-async def send(url: str, jobs: Sequence[Job]) -> list[tuple[list[dict[str, Any]], int]]:
-    """Each job's final rows (one per sample), and how many events they came in."""
-    limits = aiohttp.ClientTimeout(total=120.0)
-    async with aiohttp.ClientSession(timeout=limits) as session:
-        return await asyncio.gather(*(send_one(session, url, job) for job in jobs))
-
-
-async def send_one(
-    session: aiohttp.ClientSession, url: str, job: Job
-) -> tuple[list[dict[str, Any]], int]:
-    await asyncio.sleep(job.at_s)
-    body = job.body()
-    async with session.post(url + "/generate", json=body) as response:
-        text = await response.text()
-        assert response.status == 200, (job.feature, text[:500])
-    if not body.get("stream"):
-        found = json.loads(text)
-        return (found if isinstance(found, list) else [found]), 1
-    events = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
-    assert events[-1] == "[DONE]"
-    return [json.loads(events[-2])], len(events) - 1
 
 
 @pytest.fixture(scope="module")
@@ -194,36 +172,12 @@ def rows_of(run: Run, feature: str) -> list[dict[str, Any]]:
     return [row for job, rows in pairs if job.feature == feature for row in rows]
 
 
-COMPARED = (
-    *("finish_reason", "prompt_tokens", "completion_tokens"),
-    *("input_token_logprobs", "input_top_logprobs", "input_token_ids_logprobs"),
-    *("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs"),
-)
-
-
-def essence(row: dict[str, Any]) -> dict[str, Any]:
-    """What of a row must not depend on how it was scheduled."""
-    meta = {key: row["meta_info"][key] for key in COMPARED if key in row["meta_info"]}
-    return {"text": row["text"], "output_ids": row["output_ids"], **meta}
-
-
-def differs(got: Any, want: Any) -> bool:
-    """Whether two pieces of an answer differ, floats by more than 1e-4."""
-    if isinstance(got, float) and isinstance(want, float):
-        return abs(got - want) > 1e-4
-    if isinstance(got, list) and isinstance(want, list):
-        return len(got) != len(want) or any(map(differs, got, want))
-    return bool(got != want)
-
-
 @pytest.mark.parametrize("feature", FEATURES)
 def test_every_answer_is_stocks(feature: str, stock: Run, packed: Run) -> None:
     pairs = list(zip(rows_of(packed, feature), rows_of(stock, feature), strict=True))
     assert len(pairs) >= 2
-    for got, want in ((essence(got), essence(want)) for got, want in pairs):
-        assert got.keys() == want.keys()
-        wrong = {key: (got[key], want[key]) for key in want if differs(got[key], want[key])}
-        assert not wrong, wrong
+    for got, want in pairs:
+        assert not difference(got, want)
 
 
 def finish(rows: list[dict[str, Any]]) -> list[Any]:
@@ -235,31 +189,35 @@ def test_every_feature_was_at_work(stock: Run) -> None:
     for row in rows_of(stock, "regex"):
         assert re.fullmatch(REGEX, row["text"]), row["text"]
     for row in rows_of(stock, "json_schema"):
-        assert json.loads(row["text"])["colour"] in SCHEMA["properties"]["colour"]["enum"]
+        assert json.loads(row["text"]).keys() == SCHEMA["properties"].keys()
     for row in rows_of(stock, "logprobs"):
         meta = row["meta_info"]
-        assert len(meta["output_token_logprobs"]) == meta["completion_tokens"] > 30
+        assert len(meta["output_token_logprobs"]) == meta["completion_tokens"] > 25
         assert all(len(tops) == 3 for tops in meta["output_top_logprobs"])
     for row in rows_of(stock, "prompt_logprobs"):
         assert len(row["meta_info"]["input_token_logprobs"]) == row["meta_info"]["prompt_tokens"]
     for row in rows_of(stock, "token_logprobs"):
-        assert len(row["meta_info"]["output_token_ids_logprobs"][0]) == 3
+        # Prefill made the first token, and does not hand these over.
+        assert all(len(some) == 3 for some in row["meta_info"]["output_token_ids_logprobs"][1:])
     assert set(finish(rows_of(stock, "stop"))) & {"er", "ing", "th"}
     assert set(finish(rows_of(stock, "stop_token_ids"))) & set(STOP_IDS)
     assert any(FAVOURED in row["output_ids"] for row in rows_of(stock, "logit_bias"))
+    for row in rows_of(stock, "stream") + rows_of(stock, "stream_interval"):
+        assert len(row["output_ids"]) == row["meta_info"]["completion_tokens"] > 25
     assert {len(stock.answers[i]) for i, job in enumerate(JOBS) if job.feature == "n"} == {2}
     lengths = [row["meta_info"]["completion_tokens"] for row in rows_of(stock, "min_new_tokens")]
-    assert min(lengths) >= 20 and set(finish(rows_of(stock, "min_new_tokens"))) & set(STOP_IDS)
+    assert min(lengths) >= 16 and set(finish(rows_of(stock, "min_new_tokens"))) & set(STOP_IDS)
 
 
-def test_streams_come_in_as_many_events_as_stocks_at_most(stock: Run, packed: Run) -> None:
+def test_a_stream_interval_thins_the_events_out(stock: Run, packed: Run) -> None:
     for run in (stock, packed):
-        events = {
-            name: [run.events[i] for i, job in enumerate(JOBS) if job.feature == name]
-            for name in ("stream", "stream_interval")
-        }
-        assert min(events["stream"]) > 18 >= max(events["stream_interval"]), events
-        assert min(events["stream_interval"]) >= 5, events
+        events: Counter[str] = Counter()
+        for job, rows, seen in zip(JOBS, run.answers, run.events, strict=True):
+            events[job.feature] += seen
+            if job.feature == "stream_interval":
+                # The first token at once, then every fourth, then the end.
+                assert seen <= 2 + rows[0]["meta_info"]["completion_tokens"] / 4
+        assert events["stream"] > events["stream_interval"] > 4, events
 
 
 def test_packing_stops_for_penalties_says_so_once_and_goes_on(stock: Run, packed: Run) -> None:
