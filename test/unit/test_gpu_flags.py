@@ -57,7 +57,7 @@ def test_the_launcher_prefers_it_on_a_gpu_and_off_is_stock(
     monkeypatch.setattr(runtime, "is_active", lambda: False)
     monkeypatch.setattr(runtime, "cuda_present", lambda: True)
     monkeypatch.setattr(launch_server, "find_spec", lambda name: object())
-    monkeypatch.setattr(launch_server, "_check_plugin_is_loadable", lambda: None)
+    monkeypatch.setattr(launch_server, "check_loadable", lambda: None)
     words = ["--model-path", "m"]
     assert launch_server.prepare([*words, "--kairos", kairos]) == [*words, *added]
 
