@@ -21,3 +21,11 @@ def upstream_goodput() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def upstream_source(path: str) -> str:
+    """The text of a file below the installed ``sglang``; skips the test where there is none."""
+    package = importlib.util.find_spec("sglang")
+    if package is None or package.origin is None:
+        pytest.skip("SGLang is not installed")
+    return (Path(package.origin).parent / path).read_text(encoding="utf-8")

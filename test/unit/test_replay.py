@@ -100,6 +100,20 @@ def test_times_are_those_of_the_first_and_the_last_token() -> None:
     assert sum(outcome.itls_ms) == pytest.approx(outcome.tpot_ms * 3, abs=0.01)
 
 
+def test_an_outcome_can_be_found_in_the_servers_records() -> None:
+    meta = {"id": "abc", "completion_tokens": 1, "finish_reason": LENGTH}
+    chunk = b"data: " + json.dumps({"meta_info": meta}).encode() + b"\n\n"
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return await stream(request, [chunk])
+
+    before_s = time.perf_counter()
+    result = drive(handler, jobs_at(0.0))
+    assert result.outcomes[0].rid == "abc"
+    assert before_s < result.started_s < time.perf_counter() - result.duration_s + 1e-3
+    assert one([event(1, LENGTH)]).rid == ""
+
+
 def test_events_may_be_cut_anywhere() -> None:
     whole = event(1) + event(2) + event(3, LENGTH) + b"data: [DONE]\n\n"
     cuts: list[bytes | float] = []

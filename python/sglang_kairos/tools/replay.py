@@ -35,6 +35,7 @@ class Outcome:
 
     `status` is ``ok``, ``http 429`` and the like, ``aborted`` (the server ended it early),
     ``timeout`` or ``error``. `first_token_s` and `last_token_s` are 0 when there was no token.
+    `rid` is the id that the servers know it by, empty when no token came.
     """
 
     index: int
@@ -51,6 +52,7 @@ class Outcome:
     ended_s: float = 0.0
     output_tokens: int = 0
     itls_ms: list[float] = field(default_factory=list)
+    rid: str = ""
 
     @property
     def ok(self) -> bool:
@@ -132,10 +134,14 @@ def measure(outcomes: Sequence[Outcome], duration_s: float) -> Metrics:
 
 @dataclass(frozen=True)
 class Result:
-    """The outcomes of a run, in order of sending, and its length in seconds."""
+    """The outcomes of a run, in order of sending, and its length in seconds.
+
+    `started_s`: its start by ``time.perf_counter``, 0 when that is not known.
+    """
 
     outcomes: list[Outcome]
     duration_s: float
+    started_s: float = field(default=0.0, kw_only=True)
 
     @property
     def metrics(self) -> Metrics:
@@ -279,7 +285,7 @@ async def replay(
             for task in everything:
                 task.cancel()
             await asyncio.gather(*everything, return_exceptions=True)
-    return Result(outcomes, duration_s)
+    return Result(outcomes, duration_s, started_s=start)
 
 
 async def _send(
@@ -329,6 +335,7 @@ def _take_event(event: bytes, now: float, outcome: Outcome) -> None:
             outcome.itls_ms += [round(gap_ms / fresh, 3)] * fresh
         else:
             outcome.first_token_s = now
+            outcome.rid = str(meta.get("id", ""))
         outcome.last_token_s = now
         outcome.output_tokens += fresh
     reason = meta.get("finish_reason")
