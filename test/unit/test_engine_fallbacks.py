@@ -223,9 +223,6 @@ def test_a_fallback_step_counts_as_a_token_of_everybody(kairos: state.KairosStat
     assert memory_of(kairos).table.columns[EMITTED].tolist() == [3, 2, 2]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AttributeError, reason="_remember_step reads the missing lengths"
-)
 def test_lengths_that_only_the_device_knows_do_not_end_a_speculating_server(
     kairos: state.KairosState,
 ) -> None:
@@ -237,7 +234,6 @@ def test_lengths_that_only_the_device_knows_do_not_end_a_speculating_server(
     assert step(kairos, batch) is batch
 
 
-@pytest.mark.xfail(strict=True, reason="admission takes a speculating step for one token")
 def test_admission_is_not_gated_by_the_steps_of_a_speculating_server(
     kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:

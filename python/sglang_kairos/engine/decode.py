@@ -42,7 +42,7 @@ def pop_preallocated(original: Callable[..., Any], queue: Any, *args: Any, **kwa
         return original(queue, *args, **kwargs)
 
     whole = not args and not any(kwargs.values())
-    if whole and state.config.park and state.chaos is None:
+    if whole and state.config.park and state.chaos is None and not _speculates(state.scheduler):
         trusted = functools.partial(_trusted, state)
         return admission.reserve(state, original, queue, trusted, by_deadline)
     return by_deadline()
@@ -236,6 +236,12 @@ def _pack(
     return choice.run
 
 
+def _speculates(scheduler: Any) -> bool:
+    """A step then yields several tokens: step times say nothing about TPOT."""
+    algorithm = getattr(scheduler, "spec_algorithm", None)
+    return algorithm is not None and not algorithm.is_none()
+
+
 def _unsupported(scheduler: Any, batch: Any) -> str:
     """Why this batch cannot run in part, in words; empty when it can."""
     if not batch.spec_algorithm.is_none():
@@ -259,7 +265,8 @@ def _remember_step(state: KairosState, batch: Any) -> None:
     """Teach the step-time model from the cadence of consecutive decode decisions."""
     now = state.now()
     previous = state.last_step
-    if batch is None or not batch.reqs:
+    # Some attention backends keep the lengths on the device only.
+    if batch is None or not batch.reqs or batch.seq_lens_cpu is None:
         state.last_step = None
         return
     state.last_step = (now, len(batch.reqs), float(batch.seq_lens_cpu.sum()))
