@@ -65,7 +65,8 @@ def test_the_table_of_a_run_agrees_with_upstreams_goodput(
     assert metrics.decode_tokens_per_s == pytest.approx(record["output_throughput"])
     assert metrics.ttft_p50_ms == pytest.approx(record["median_ttft_ms"])
     assert metrics.ttft_p99_ms == pytest.approx(record["p99_ttft_ms"])
-    assert metrics.tpot_p99_ms == pytest.approx(record["p99_tpot_ms"], rel=0.05, abs=1.0)
+    # The [DONE] line's delay is shared by a handful of tokens: theirs is the larger.
+    assert record["p99_tpot_ms"] - 5.0 < metrics.tpot_p99_ms < record["p99_tpot_ms"] + 0.1
 
     # At targets that half of the requests miss, whatever this machine's speed.
     ttft_ms = float(sorted(record["ttfts"])[PROMPTS // 2]) * 1e3

@@ -151,9 +151,12 @@ def test_an_estimate_never_shrinks_with_the_prompt() -> None:
     assert guesses[-1] >= 8 * 0.1
 
 
-def measured_cells(budget_s: float, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+def measured_cells(
+    budget_s: float, monkeypatch: pytest.MonkeyPatch, mode: str = "null"
+) -> list[tuple[int, int]]:
     """Cells that are measured where 1,000 tokens take 0.1 s, without a server or a clock."""
     info = {"chunked_prefill_size": 4096, "max_total_num_tokens": 60_000, "context_length": 40_000}
+    info |= {"disaggregation_mode": mode}
     measuring = Measurement(Server("http://x", {}, info), budget_s, print, 0)
     spent, cells = [0.0], []
 
@@ -177,6 +180,14 @@ def test_a_short_budget_still_sees_cached_prefixes(monkeypatch: pytest.MonkeyPat
     assert set(few) < set(many)
     assert max(prefix + new for prefix, new in many) <= 30_000
     assert max(new for _, new in many) == 4096
+
+
+def test_a_pair_sees_prefixes_in_the_chunks_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang caches no prompt of a made-up peer: whole chunks are the only prefixes there are."""
+    few = measured_cells(12.0, monkeypatch, "prefill")
+    many = measured_cells(60.0, monkeypatch, "prefill")
+    assert {prefix for prefix, _ in few} == {0, 4096}
+    assert {prefix for prefix, _ in many} == {0, 4096, 8192, 16_384}
 
 
 @pytest.mark.parametrize("words", [["--url", "http://x"], ["--out", "f"], []])

@@ -116,21 +116,40 @@ class Measurement:
         self._draws = itertools.count(seed * 10_000)
         self.source = "the server's own steps"
 
+    @property
+    def _caches(self) -> bool:
+        """Whether prompts stay in its prefix cache: not those with made-up KV or a made-up peer."""
+        return self.server.mode == "null"
+
     def left_s(self) -> float:
         return self._ends_s - time.monotonic()
 
     def prefill(self, until_s: float) -> list[PrefillRow]:
-        """Rows over the grid, fewest tokens first, until `until_s` of the budget are left."""
+        """Rows over the grid, fewest tokens first, until `until_s` of the budget are left.
+
+        A cell behind a prefix is taken as soon as the budget allows one: without any, the law has
+        no attention term.
+        """
         server, rows = self.server, list[PrefillRow]()
         self._send([self._job(32, 1), self._job(300, 1)])
         sizes = {min(new, server.chunk) for new in NEW}
+        prefixes = PREFIX if self._caches else (0, *(server.chunk * k for k in (1, 2, 4)))
         room = min(server.longest, server.capacity // 2)
-        cells = [(prefix, new) for prefix in PREFIX for new in sizes if prefix + new <= room]
-        for prefix, new in sorted(cells, key=lambda cell: (sum(cell), cell)):
-            cost = self._estimate(rows, prefix + new) + REPEATS * self._estimate(rows, new)
-            if self.left_s() - 1.5 * cost > until_s:
-                rows += self._prefill_cell(prefix, new)
+        cells = [(prefix, new) for prefix in prefixes for new in sizes if prefix + new <= room]
+        cells.sort(key=lambda cell: (sum(cell), cell))
+        while fits := [cell for cell in cells if self._affords(rows, cell, until_s)]:
+            wanted = bool(rows) and not any(cached for cached, *_ in rows)
+            behind = [cell for cell in fits if cell[0]] if wanted else []
+            cell = (behind or fits)[0]
+            cells.remove(cell)
+            rows += self._prefill_cell(*cell)
         return rows
+
+    def _affords(self, rows: Sequence[PrefillRow], cell: tuple[int, int], until_s: float) -> bool:
+        whole, new = sum(cell), cell[1]
+        repeats = self._estimate(rows, new if self._caches else whole)
+        cost = REPEATS * repeats + (self._estimate(rows, whole) if self._caches else 0.0)
+        return self.left_s() - 1.5 * cost > until_s
 
     def decode(self) -> list[DecodeRow]:
         """Rows over the grid, smallest batches' shortest contexts first, while the budget lasts."""
@@ -154,14 +173,14 @@ class Measurement:
         return [(int(b), tokens, seconds) for b, tokens, seconds in medians(rows)]
 
     def _prefill_cell(self, prefix: int, new: int) -> list[PrefillRow]:
-        """`new` tokens behind `prefix` cached ones, a few times."""
+        """`new` tokens behind `prefix` cached ones, or behind chunks of that size, a few times."""
         group = next(self._draws)
         size = prefix + new
-        shared = (group,) if prefix else None
-        rows = [traces.Request(0.0, prefix, 1, shared, prefix)] if prefix else []
+        shared = (group,) if prefix and self._caches else None
+        rows = [traces.Request(0.0, prefix, 1, shared, prefix)] if shared else []
         rows += [traces.Request(0.0, size, 1, shared, max(1, prefix))] * REPEATS
         jobs = self._jobs(rows, group)
-        if prefix:
+        if shared:
             self._send(jobs[:1])
         seen = self._seen()
         result = self._send(jobs[-REPEATS:])
