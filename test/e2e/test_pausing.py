@@ -200,7 +200,7 @@ def test_a_paused_request_shows_in_load_reports_and_its_cache_is_not_flushed(
         assert status == 200
         await scene.crowd_is_served()
 
-    play(cluster, 1, act)
+    play(cluster, 1, act, crowd=3 * CROWD)
 
 
 def test_an_abort_on_prefill_ends_a_paused_request(cluster: Cluster) -> None:
@@ -214,7 +214,7 @@ def test_an_abort_on_prefill_ends_a_paused_request(cluster: Cluster) -> None:
         assert answer["meta_info"]["finish_reason"]["type"] == "abort"
         await scene.crowd_is_served()
 
-    play(cluster, 2, act)
+    play(cluster, 2, act, crowd=3 * CROWD)
 
 
 def test_an_abort_on_decode_alone_releases_the_paused_prefill(cluster: Cluster) -> None:
@@ -229,7 +229,7 @@ def test_an_abort_on_decode_alone_releases_the_paused_prefill(cluster: Cluster) 
         assert status == 500
         await scene.crowd_is_served()
 
-    play(cluster, 3, act)
+    play(cluster, 3, act, crowd=3 * CROWD)
 
 
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
@@ -261,7 +261,7 @@ def test_pausing_the_whole_engine_changes_no_token_of_a_paused_request(
 
     outputs: list[Any] = []
     prompts: list[list[int]] = []
-    play(cluster, seed, act)
+    play(cluster, seed, act, crowd=3 * CROWD)
     assert outputs == [asyncio.run(alone())]
 
 
