@@ -67,7 +67,7 @@ def fake_scheduler(queue: list[FakeReq]) -> Any:
         max_prefill_tokens=16_384,
         page_size=1,
         tp_size=1,
-        device="cuda",
+        device="cpu",
         tree_cache=SimpleNamespace(disable=True, evictable_size=lambda: 0),
         token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 1_000_000),
         disaggregation_mode=SimpleNamespace(value="prefill"),

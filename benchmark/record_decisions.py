@@ -90,9 +90,10 @@ def thinned(log: Path, keep: int) -> list[dict[str, Any]]:
 
 
 def has_choice(record: dict[str, Any]) -> bool:
-    """Whether another order, or another subset, would have been possible."""
+    """Prefill: something was changed about the queue as it stood. Decode: there was a choice."""
     if record["kind"] == "prefill":
-        return len(record["tokens"]) >= SHORTEST_QUEUE
+        moved = record["order"] != list(range(len(record["order"])))
+        return moved or bool(record["hold"]) or record["slot"] != record["current"]
     return record["kind"] == "decode" and len(record["slack_s"]) >= SHORTEST_QUEUE
 
 

@@ -101,7 +101,8 @@ class Scene:
     def __init__(self, servers: Servers, seed: int, steps: int) -> None:
         self.servers, self._steps = servers, steps
         self.long_prompt = prompt(LONG_TOKENS, seed)
-        self.long = asyncio.create_task(servers.generate("long", self.long_prompt, HOUR_MS))
+        self.rid = f"long{seed}"
+        self.long = asyncio.create_task(servers.generate(self.rid, self.long_prompt, HOUR_MS))
         self.crowd: list[asyncio.Task[Any]] = []
         self._seed = seed
 
@@ -122,7 +123,7 @@ class Scene:
     def _urge(self, more: int) -> None:
         for i in range(len(self.crowd), len(self.crowd) + more):
             tokens = prompt(URGENT_TOKENS, 1000 * self._seed + i)
-            urgent = self.servers.generate(f"urgent{i}", tokens, HOUR_MS / 60)
+            urgent = self.servers.generate(f"urgent{self._seed}-{i}", tokens, HOUR_MS / 60)
             self.crowd.append(asyncio.create_task(urgent))
 
     async def crowd_is_served(self) -> None:
@@ -149,7 +150,14 @@ async def paused_scene(cluster: Cluster, seed: int, crowd: int = CROWD) -> Async
             seed += 100
         else:
             pytest.fail("the crowd never came before the long request was through")
-        yield scene
+        try:
+            yield scene
+        finally:
+            # A failed assertion must not leave the next test a busy server.
+            left = [task for task in (scene.long, *scene.crowd) if not task.done()]
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
 
 
 @pytest.fixture(scope="module")
@@ -192,10 +200,11 @@ def test_a_paused_request_shows_in_load_reports_and_its_cache_is_not_flushed(
         while (await servers.kairos())["paused"]:
             _, loads = await servers.call("GET", servers.prefill + "/v1/loads?include=all")
             (load,) = loads["loads"]
-            # All others in the queue are short: what exceeds them is the long one's rest.
+            # All others in the queue are short: what exceeds them is the long one's rest. How much
+            # of it is left depends on when the crowd came in, at least a chunk.
             shorts = URGENT_TOKENS * (load["queues"]["waiting"] - 1)
             most = max(most, load["num_waiting_uncached_tokens"] - shorts)
-        assert LONG_TOKENS / 2 < most < LONG_TOKENS
+        assert 512 < most < LONG_TOKENS
         (_, (status, _)) = await scene.long
         assert status == 200
         await scene.crowd_is_served()
@@ -206,10 +215,10 @@ def test_a_paused_request_shows_in_load_reports_and_its_cache_is_not_flushed(
 def test_an_abort_on_prefill_ends_a_paused_request(cluster: Cluster) -> None:
     async def act(scene: Scene) -> None:
         servers = scene.servers
-        await servers.abort(servers.prefill, "long")
+        await servers.abort(servers.prefill, scene.rid)
         await servers.until("released", lambda r: r["paused"] == 0)
         assert not all(task.done() for task in scene.crowd), "released before its turn came"
-        await servers.abort(servers.decode, "long")  # as the router does: decode waits otherwise
+        await servers.abort(servers.decode, scene.rid)  # as the router does: decode waits otherwise
         (_, answer), _ = await scene.long
         assert answer["meta_info"]["finish_reason"]["type"] == "abort"
         await scene.crowd_is_served()
@@ -221,7 +230,7 @@ def test_an_abort_on_decode_alone_releases_the_paused_prefill(cluster: Cluster) 
     async def act(scene: Scene) -> None:
         servers = scene.servers
         before = (await servers.kairos())["counters"].get("paused_failures", 0)
-        await servers.abort(servers.decode, "long")
+        await servers.abort(servers.decode, scene.rid)
         report = await servers.until("released", lambda r: r["paused"] == 0)
         assert report["counters"]["paused_failures"] == before + 1
         assert not all(task.done() for task in scene.crowd), "released before its turn came"

@@ -114,12 +114,14 @@ def plan(
 ) -> PrefillPlan:
     """A plan for chunks of 512; work is a second per 1000 tokens, deadlines ascend by index."""
     partials = partial or []
+    fixed_s = kw.pop("fixed_s", 0.0)
     queue = PrefillQueue(
-        work_s=[t / 1000 for t in tokens],
+        work_s=[t / 1000 + fixed_s * -(-t // 512) for t in tokens],
         deadline_s=list(range(10, 10 + len(tokens))) if due is None else due,
         tokens=tokens,
         partial=[i in partials for i in range(len(tokens))],
         starving=kw.pop("starving", None),
+        fixed_s=fixed_s,
     )
     setting: dict[str, Any] = {"chunk_tokens": 512, "current": partials[0] if partials else -1}
     setting |= {"free_tokens": 100_000, "max_paused": 8}
@@ -170,27 +172,117 @@ def test_late_long_requests_do_not_block_short_ones_behind_them() -> None:
     assert got.order[:2] == [1, 2]
 
 
+def test_a_burst_with_one_deadline_runs_shortest_first() -> None:
+    """By index each step would begin another one and finish none (partials have the last indices)."""
+    assert urgency_order([3, 1, 2], [9, 9, 9]).order == [1, 2, 0]
+    assert plan([900, 300], [1], due=[9, 9]).slot == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "got", "order", "slot", "limit", "hold"),
+    [
+        # A second per 1000 tokens: with 200 done at 0.2, 200 more would end the step at 0.4.
+        ("room for both", plan([200, 200], due=[0.4, 1]), [0, 1], -1, None, []),
+        ("the second would make the first late", plan([200, 200], due=[0.39, 1]),
+         [0], -1, None, [1]),
+        ("nor does a shorter one slip in", plan([200, 200, 50], due=[0.39, 1, 1.1]),
+         [0], -1, None, [1, 2]),
+        ("who is late anyway does not stop the others", plan([200, 200], due=[0.1, 1]),
+         [1, 0], -1, None, []),
+        ("a partial takes what is in time", plan([200, 900], [1], due=[0.4, 5]),
+         [0], 1, 200, []),
+        ("and nothing if that is a crumb", plan([200, 900], [1], due=[0.25, 5]),
+         [0], -1, None, []),
+        ("in whole pages", plan([200, 900], [1], due=[0.45, 5], page_size=64), [0], 1, 192, []),
+        ("a new long one waits for its own step", plan([200, 900], due=[0.4, 5]),
+         [0], -1, None, [1]),
+        ("at the pause limit the partial runs all the same", plan([200, 900, 900], [1, 2],
+         due=[0.25, 5, 6], max_paused=1, current=1), [0], 1, 312, []),
+        ("the step's fixed cost counts once", plan([200, 200], due=[0.51, 1], fixed_s=0.1),
+         [0, 1], -1, None, []),
+    ],
+)  # fmt: skip
+def test_a_step_ends_before_a_member_is_late(
+    name: str, got: PrefillPlan, order: list[int], slot: int, limit: int | None, hold: list[int]
+) -> None:
+    assert (got.order, got.slot, got.chunk_limit, got.hold) == (order, slot, limit, hold), name
+
+
 def replay(queue: PrefillQueue, got: PrefillPlan, chunk: int, page: int) -> tuple[int, int]:
     """What SGLang makes of a plan: how many requests run, and which starts chunking (or -1)."""
-    left, ran, started, taken = chunk, 0, -1, False
+    members, started = members_of(queue, got, chunk, page)
+    return len(members), started
+
+
+def members_of(
+    queue: PrefillQueue, got: PrefillPlan, chunk: int, page: int
+) -> tuple[dict[int, int], int]:
+    """The step's requests with the tokens that they take, and which starts chunking (or -1)."""
+    left, started, taken = chunk, -1, False
+    members: dict[int, int] = {}
     if got.slot >= 0:
         room = min(left, got.chunk_limit if got.chunk_limit is not None else left)
         taken = queue.tokens[got.slot] > room // page * page
+        members[got.slot] = min(int(queue.tokens[got.slot]), room // page * page)
         left -= min(-(-queue.tokens[got.slot] // page) * page, room // page * page)
-        ran += 1
     for index in got.order:
         if left <= 0:
             break
         need = -(-queue.tokens[index] // page) * page
         if need <= left:
             left -= need
-            ran += 1
+            members[index] = int(queue.tokens[index])
             continue
         if left // page:
             assert not taken, "a second chunked request"
-            started, taken, ran = index, True, ran + 1
+            started, taken = index, True
+            members[index] = left // page * page
         break
-    return ran, started
+    return members, started
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_no_step_is_filled_beyond_what_a_member_can_bear(data: Any) -> None:
+    """Walked in order, nobody who comes later makes one late who ends in this step on time.
+
+    Only a partial that has to run, because no more may be paused, may.
+    """
+    draw = data.draw
+    n = draw(st.integers(1, 9))
+    count = draw(st.integers(0, min(2, n)))
+    page, chunk = draw(st.sampled_from([(1, 64), (1, 512), (16, 512)]))
+    fixed_s = draw(st.sampled_from([0.0, 0.02]))
+    column = lambda kind: draw(st.lists(kind, min_size=n, max_size=n))  # noqa: E731
+    tokens = column(st.integers(1, 1500))
+    queue = PrefillQueue(
+        work_s=[1e-3 * t + fixed_s * -(-t // chunk) for t in tokens],
+        deadline_s=column(st.floats(-0.1, 1.5)),
+        tokens=tokens,
+        partial=[i < count for i in range(n)],
+        fixed_s=fixed_s,
+    )
+    got = plan_prefill(
+        queue,
+        chunk_tokens=chunk,
+        current=-1,
+        free_tokens=10**6,
+        max_paused=draw(st.integers(max(1, count - 1), 4)),
+        page_size=page,
+    )
+    members, _ = members_of(queue, got, chunk, page)
+    rank = {
+        index: at for at, index in enumerate(urgency_order(queue.work_s, queue.deadline_s).order)
+    }
+    total = fixed_s + sum(1e-3 * taken for taken in members.values())
+    for index, taken in members.items():
+        due = queue.deadline_s[index]
+        before = [i for i in members if rank[i] <= rank[index]]
+        alone = fixed_s + sum(1e-3 * members[i] for i in before)
+        if taken < tokens[index] or alone > due - 1e-9:
+            continue
+        spared = 1e-3 * members[got.slot] if got.slot >= 0 and got.slot not in before else 0.0
+        assert total - spared <= due + 1e-6
 
 
 @settings(max_examples=150, deadline=None)

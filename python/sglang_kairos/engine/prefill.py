@@ -214,6 +214,7 @@ def _decide(
             partial=partial,
             weight=_weights(state.roster.weight[rows]),
             starving=starving,
+            fixed_s=model.step_s((), ()) * (1 + config.margin),
         ),
         chunk_tokens=chunk_tokens,
         current=at,

@@ -8,12 +8,17 @@ members on time. With weights the job with the least weight per second goes firs
 weighted problem is NP-hard (Karp 1972); equal weights give Moore-Hodgson exactly.
 
 Order: starving requests by deadline, then the on-time set by deadline (EDF: feasible if anything
-is), then the late ones shortest first (SPT: least mean delay). Ties fall to the lower index.
+is; a burst's equal deadlines shortest first, or each step would begin one more and finish none),
+then the late ones shortest first (SPT: least mean delay). Ties fall to the lower index.
+
+Size of a step: whoever is in it has its first token when the step ends, so a step is not filled
+beyond the deadline of a member that would make it without the filling.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,8 +41,9 @@ class UrgencyOrder:
 class PrefillQueue:
     """Everything with prefill work left, one entry per request in each array.
 
-    `tokens` left to compute (prefix cache excluded), `work_s` the time predicted for them;
-    `partial` marks half-done chunked prefills, `starving` those entitled to go first now.
+    `tokens` left to compute (prefix cache excluded), `work_s` the time predicted for them in steps
+    of their own, of which `fixed_s` is what each step costs whatever is in it; `partial` marks
+    half-done chunked prefills, `starving` those entitled to go first now.
     """
 
     work_s: Floats
@@ -46,6 +52,7 @@ class PrefillQueue:
     partial: Mask
     weight: Floats | None = None
     starving: Mask | None = None
+    fixed_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +126,7 @@ def urgency_order(
     weights = None if weight is None else np.asarray(weight, float)[rest]
     keeps = moore_hodgson(work[rest], deadline[rest] - ahead, weights)
     good, late = rest[keeps], rest[~keeps]
-    good = good[np.argsort(deadline[good], kind="stable")]
+    good = good[np.lexsort((work[good], deadline[good]))]
     late = late[np.lexsort((deadline[late], work[late]))]
     met = int(np.count_nonzero(end <= deadline[head])) + good.size
     return UrgencyOrder([*head.tolist(), *good.tolist(), *late.tolist()], met)
@@ -144,7 +151,8 @@ def plan_prefill(
     fit `free_tokens`; if it may not, the most urgent partial runs in its place, as only that
     unblocks it. A partial gets all that is left or nothing: `least_tokens` (0: an eighth of the
     chunk) is the least worth rereading its prefix for. `current` (-1: none) cannot be paused when
-    `max_paused` is 0. `forced` (-1: none) is a partial that runs now, uncapped.
+    `max_paused` is 0. `forced` (-1: none) is a partial that runs now, uncapped. The step is full
+    once what comes next would end it after a member's deadline.
     """
     tokens = np.asarray(queue.tokens, np.int64).tolist()
     begun = np.flatnonzero(np.asarray(queue.partial, bool)).tolist()
@@ -156,6 +164,7 @@ def plan_prefill(
     committed = sum(tokens[index] for index in partials)
     least = min(max(page_size, least_tokens or chunk_tokens // 8), chunk_tokens)
     left, slot, limit = chunk_tokens, -1, None
+    clock = _StepClock(queue, chunk_tokens)
     unfinished = skipped = False  # slot taken beyond this step; a partial found too little left
     admitted: list[int] = []
     waiting: list[int] = []
@@ -167,11 +176,15 @@ def plan_prefill(
     def take_slot(index: int) -> bool:
         nonlocal left, slot, limit, unfinished, skipped
         room = left // page_size * page_size
+        in_time = tokens[index] if must_run else clock.tokens_in_time(index)
+        if in_time < min(tokens[index], room):
+            room = in_time // page_size * page_size
         if room < min(least // page_size * page_size, tokens[index]):
             skipped = True
             return False
-        slot, limit = index, None if left == chunk_tokens else room
+        slot, limit = index, None if room // page_size == chunk_tokens // page_size else room
         unfinished = tokens[index] > room
+        clock.add(index, min(tokens[index], room))
         left -= min(pages(tokens[index]), room)
         return True
 
@@ -197,13 +210,21 @@ def plan_prefill(
             continue
         while True:
             reserve = min(least, pages(tokens[candidates[0]])) if must_run and slot < 0 else 0
-            if pages(tokens[index]) <= left - reserve:
-                left -= pages(tokens[index])
-                committed += tokens[index]
+            whole = pages(tokens[index]) <= left - reserve
+            if whole or may_chunk(index):
+                take = min(tokens[index], left)
+                if clock.tokens_in_time(index) < take:
+                    if must_run and slot < 0:
+                        take_slot(candidates[0])
+                    hold += [i for i in urgency.order[at:] if i not in partial]
+                    return PrefillPlan(admitted, slot, limit, urgency.on_time, hold)
+                clock.add(index, take)
                 admitted.append(index)
-            elif may_chunk(index):
-                left, unfinished = left % page_size, True
-                admitted.append(index)
+                if whole:
+                    left -= pages(take)
+                    committed += take
+                else:
+                    left, unfinished = left % page_size, True
             elif slot < 0 and candidates and not (unfinished or skipped):
                 if take_slot(candidates[0]):
                     continue
@@ -212,6 +233,34 @@ def plan_prefill(
                 (waiting if left < page_size else hold).append(index)
             break
     return PrefillPlan(admitted + waiting, slot, limit, urgency.on_time, hold)
+
+
+class _StepClock:
+    """When the step would end as it stands, and by when it has to."""
+
+    def __init__(self, queue: PrefillQueue, chunk_tokens: int) -> None:
+        self._queue, self._chunk = queue, chunk_tokens
+        self._ends_s, self._latest_s = queue.fixed_s, math.inf
+
+    def tokens_in_time(self, index: int) -> int:
+        """Tokens of that request which the step may take without making a member late."""
+        count, pace_s = int(self._queue.tokens[index]), self._pace_s(index)
+        if self._latest_s == math.inf or pace_s <= 0:
+            return count
+        return int(min(count, max(0.0, (self._latest_s - self._ends_s) / pace_s)))
+
+    def add(self, index: int, tokens: int) -> None:
+        """The step takes so many tokens of it; one that ends in it, on time so far, is a member."""
+        self._ends_s += tokens * self._pace_s(index)
+        due_s = float(self._queue.deadline_s[index])
+        if tokens == self._queue.tokens[index] and self._ends_s <= due_s:
+            self._latest_s = min(self._latest_s, due_s)
+
+    def _pace_s(self, index: int) -> float:
+        """Seconds a token, the steps' fixed cost left out."""
+        count = int(self._queue.tokens[index])
+        own = self._queue.work_s[index] - self._queue.fixed_s * -(-count // self._chunk)
+        return max(0.0, float(own)) / max(1, count)
 
 
 class LateShare:

@@ -240,6 +240,7 @@ class PrefillServer:
             tokens=count,
             partial=[False] * len(waiting) + [True] * len(partials),
             starving=[req.starving for req in jobs],
+            fixed_s=model.step_s((), ()) * (1 + config.margin),
         )
         current = len(waiting) if self.slot is not None else -1
         begun = float(prefix[len(waiting) :].max(initial=0.0))
