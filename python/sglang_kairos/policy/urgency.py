@@ -28,6 +28,9 @@ from numpy.typing import NDArray
 Floats = Sequence[float] | NDArray[np.float64]
 Mask = Sequence[bool] | NDArray[np.bool_]
 
+# Nobody knows how full the coming steps will be: the middle (docs/simulator.md has both ends).
+SHARED = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class UrgencyOrder:
@@ -153,10 +156,19 @@ def plan_prefill(
     chunk) is the least worth rereading its prefix for. `current` (-1: none) cannot be paused when
     `max_paused` is 0. `forced` (-1: none) is a partial that runs now, uncapped. The step is full
     once what comes next would end it after a member's deadline.
+
+    Work in the on-time set counts with half of what sharing steps can save (`_saved_s`), its
+    deadlines half a step's fixed cost earlier, as a request is done only when its step is.
     """
     tokens = np.asarray(queue.tokens, np.int64).tolist()
     begun = np.flatnonzero(np.asarray(queue.partial, bool)).tolist()
-    urgency = urgency_order(queue.work_s, queue.deadline_s, queue.weight, queue.starving)
+    saved_s = _saved_s(queue, chunk_tokens)
+    urgency = urgency_order(
+        np.asarray(queue.work_s, float) - saved_s,
+        np.asarray(queue.deadline_s, float) - SHARED * queue.fixed_s,
+        queue.weight,
+        queue.starving,
+    )
     partial = frozenset(begun)
     partials = begun if len(begun) < 2 else [i for i in urgency.order if i in partial]
     candidates = [current] if max_paused == 0 and current >= 0 else partials
@@ -233,6 +245,17 @@ def plan_prefill(
                 (waiting if left < page_size else hold).append(index)
             break
     return PrefillPlan(admitted + waiting, slot, limit, urgency.on_time, hold)
+
+
+def _saved_s(queue: PrefillQueue, chunk_tokens: int) -> NDArray[np.float64]:
+    """Seconds by which each request is cheaper than its `work_s` as it shares steps, (n,).
+
+    Of a step's fixed cost a request has to bear between all, alone in it, and its share of the
+    tokens, if steps are full: what is saved lies between nothing and the difference.
+    """
+    tokens, work = np.asarray(queue.tokens, float), np.asarray(queue.work_s, float)
+    spare = np.ceil(tokens / chunk_tokens) - tokens / chunk_tokens
+    return np.minimum(SHARED * queue.fixed_s * spare, work)
 
 
 class _StepClock:
