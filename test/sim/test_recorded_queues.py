@@ -95,9 +95,10 @@ def step_model(record: dict[str, Any]) -> StepTimeModel:
 
 def test_the_recording_is_worth_replaying() -> None:
     assert min(len(PREFILL), len(DECODE)) >= 40
-    assert sum(record["order"] != sorted(record["order"]) for record in PREFILL) >= 20
+    assert sum(record["order"] != sorted(record["order"]) for record in PREFILL) >= 10
     assert any(record["hold"] for record in PREFILL)
-    assert any(record["current"] >= 0 and record["slot"] != record["current"] for record in PREFILL)
+    moved = [record for record in PREFILL if record["slot"] != record["current"] >= 0]
+    assert len(moved) >= 10
     assert any(len(record["run"]) < len(record["slack_s"]) for record in DECODE)
     assert any(len(record["run"]) == len(record["slack_s"]) for record in DECODE)
 

@@ -255,7 +255,7 @@ def _saved_s(queue: PrefillQueue, chunk_tokens: int) -> NDArray[np.float64]:
     """
     tokens, work = np.asarray(queue.tokens, float), np.asarray(queue.work_s, float)
     spare = np.ceil(tokens / chunk_tokens) - tokens / chunk_tokens
-    return np.minimum(SHARED * queue.fixed_s * spare, work)
+    return np.asarray(np.minimum(SHARED * queue.fixed_s * spare, work), float)
 
 
 class _StepClock:
