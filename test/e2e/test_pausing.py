@@ -28,6 +28,7 @@ SIZES = ("--chunked-prefill-size", "512", "--max-total-tokens", "49152")
 LONG_TOKENS, URGENT_TOKENS, CROWD = 7000, 500, 40
 OUTPUT_TOKENS = 6
 HOUR_MS = 3_600_000
+GATHERING_S = 1.0
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -107,18 +108,23 @@ class Scene:
         self._seed = seed
 
     async def pause(self, crowd: int) -> bool:
-        """Whether the long request paused; False when it was through before the crowd was in."""
-        pauses = (await self.servers.kairos())["counters"].get("pauses", 0)
-        await self.servers.until("began", lambda r: r["prefill_error"]["samples"] > self._steps)
-        self._urge(CROWD)
+        """Whether the long request is paused; False when it was through before the crowd was in.
 
-        # The counter, not the state: a slow host may answer only when the pause is over again.
+        The engine stands still while the crowd gathers: it comes in as one, however fast or slow
+        this host is, so that the pause lasts as long as prefilling all of it takes.
+        """
+        servers = self.servers
+        await servers.until("began", lambda r: r["prefill_error"]["samples"] > self._steps)
+        await servers.call("POST", servers.prefill + "/pause_generation", mode="in_place")
+        self._urge(crowd)
+        await asyncio.sleep(GATHERING_S)
+        await servers.call("POST", servers.prefill + "/continue_generation")
+
         def settled(report: dict[str, Any]) -> bool:
-            return self.long.done() or report["counters"].get("pauses", 0) > pauses
+            return self.long.done() or report["paused"] == 1
 
-        report = await self.servers.until("paused", settled)
-        self._urge(crowd - CROWD)
-        return bool(report["counters"].get("pauses", 0) > pauses)
+        report = await servers.until("paused", settled)
+        return bool(report["paused"] == 1)
 
     def _urge(self, more: int) -> None:
         for i in range(len(self.crowd), len(self.crowd) + more):

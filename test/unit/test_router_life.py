@@ -179,6 +179,38 @@ def test_who_waits_for_a_silent_server_is_moved_to_another_one(role: str) -> Non
     asyncio.run(main())
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_the_only_server_of_its_role_keeps_its_requests_while_it_is_silent(role: str) -> None:
+    async def main() -> None:
+        over = asyncio.Event()
+
+        async def tell(_: web.Request) -> web.Response:
+            await over.wait()
+            return web.json_response({})
+
+        async def answer(_: web.Request) -> web.StreamResponse:
+            await over.wait()
+            return web.json_response({})
+
+        fakes = {name: Fake(name, answer) for name in ("prefill", "decode")}
+        silent = fakes[role]
+        silent.tell = silent.load = tell  # type: ignore[method-assign]
+        rules = HealthRules(probe_failures=1)
+        async with bench(**fakes, health=rules, probe_timeout_s=0.1) as b:
+            sending = asyncio.create_task(b.post(GENERATE, {"text": "x"}))
+            await until(lambda: b.router.fleet.find(silent.url).describe()["state"] == "gone")
+            assert not sending.done()
+            over.set()
+            status, _ = await asyncio.wait_for(sending, 5)
+            assert status == 200
+            assert len(silent.bodies) == 1, "it was not asked twice"
+            await until(lambda: b.router.fleet.find(silent.url).up)
+            await idle(b)
+
+    asyncio.run(main())
+
+
 def test_a_request_ends_with_504_when_its_time_is_up_and_both_servers_are_told() -> None:
     async def main() -> None:
         async with bench(Fake("prefill", never), Fake("decode", never), request_timeout_s=0.2) as b:

@@ -31,6 +31,8 @@ ENV_DEFAULTS = {
     "MC_FORCE_TCP": "1",
     # Several servers usually share the cores; one thread each keeps them from fighting.
     "OMP_NUM_THREADS": "1",
+    # The first request with, say, a logit bias would stop the scheduler for a quarter of a minute.
+    "TORCHDYNAMO_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
 }
 

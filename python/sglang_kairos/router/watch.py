@@ -122,4 +122,7 @@ class Watch:
         if server.health.probe_failed(refused):
             reason = "unreachable" if refused else "silent"
             self._metrics.ejections.labels(server.url, reason).inc()
-            server.cut(ServerFailed(server, ServerGone(f"{reason}: {error!r}")))
+            # A silent one may be compiling a kernel. Where nobody else could take its requests
+            # over they are better left with it, each until its own time-out.
+            if refused or self._fleet.has_other(server):
+                server.cut(ServerFailed(server, ServerGone(f"{reason}: {error!r}")))
