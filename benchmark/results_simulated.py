@@ -457,7 +457,7 @@ def decode_side(bench: Bench, found: Sequence[Source]) -> list[results_page.Deco
     The prefill side is Kairos' in both, so that only the decode side differs; fcfs is stock on
     both sides.
     """
-    policies = ("fcfs", "kairos-prefill", "kairos")
+    policies = tuple(results_page.DECODE_COLUMNS)
     picked: list[tuple[Group, float]] = []
     for source in found:
         rows = tuple(source.window(0, source.requests))

@@ -93,6 +93,12 @@ class KairosConfig:
     max_itl_ms: float = _setting(
         2000.0, "a parked request is never silent longer than this (ms)", low=1.0, high=3_600_000.0
     )
+    min_throughput: float = _setting(
+        0.0,
+        "decode keeps at least this share of stock's tokens/s, whatever TPOT targets it costs",
+        low=0.0,
+        high=1.0,
+    )
     max_step_error: float = _setting(
         0.2,
         "circuit breaker: no parking while decode steps are predicted worse than this (mean error)",

@@ -36,7 +36,12 @@ def server(kept: int, tpot: float = 0.05, used: float = 1.0, slots: float = 1.0)
 
 
 def plan(
-    prompt: list[float], due: Any, occupancy: Occupancy, tpot: Any = 0.05, **more: Any
+    prompt: list[float],
+    due: Any,
+    occupancy: Occupancy,
+    tpot: Any = 0.05,
+    min_throughput: float = 0.0,
+    **more: Any,
 ) -> AdmissionPlan:
     n = len(prompt)
     return plan_admission(
@@ -52,6 +57,7 @@ def plan(
         occupancy,
         step_s,
         expected_output=100.0,
+        min_throughput=min_throughput,
     )
 
 
@@ -76,6 +82,18 @@ K = 1000.0
          plan([K] * 4, 1.0, server(18), tpot=[0.1] * 4), [0, 1, 2, 3], 3, 3),
         ("a starving one goes first",
          plan([9 * K, K], [-9, 1], server(3), starving=[True, False]), [0, 1], 2, 2),
+        ("where all tokens/s are wanted, whoever fits comes in, unkept",
+         plan([K] * 9, 1.0, server(20, used=0.2, slots=0.2), min_throughput=1.0),
+         list(range(9)), 0, 9),
+        ("for nine tenths of them, as many as make those",
+         plan([K] * 9, 1.0, server(9, used=0.09, slots=0.09), tpot=0.02, min_throughput=0.9),
+         list(range(9)), 1, 3),
+        ("slots end it all the same",
+         plan([1.0] * 9, 1.0, server(20, used=0.2, slots=0.99), min_throughput=1.0),
+         list(range(9)), 0, 1),
+        ("nobody comes in who would make it fewer",
+         plan([30 * K] * 9, 1.0, server(20, used=0.5, slots=0.2), min_throughput=1.0),
+         list(range(9)), 0, 0),
     ],
 )  # fmt: skip
 def test_plan(name: str, got: AdmissionPlan, order: list[int], kept: int, count: int) -> None:

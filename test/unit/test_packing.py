@@ -103,6 +103,18 @@ def test_a_step_that_just_fits_is_stocks_own(lead: float) -> None:
     assert (got.run, got.reason, got.served.all()) == (list(range(n)), "all", True)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.98, 1.0])
+def test_a_step_makes_that_share_of_the_tokens_of_everybodys(share: float) -> None:
+    n = 150  # 76 ms: 2.5 times what the target allows
+    free, held = choose([400] * n), choose([400] * n, min_throughput=share)
+    everybody = n / step_s(n, 400 * n)
+    assert len(held.run) / held.predicted_s >= share * everybody
+    assert set(free.run) <= set(held.run)
+    if len(held.run) > len(free.run):
+        fewer = len(held.run) - 1
+        assert fewer / step_s(fewer, 400 * fewer) < share * everybody, "no fuller than it must be"
+
+
 requests = st.lists(
     st.tuples(
         st.floats(-3, 3),

@@ -97,6 +97,7 @@ def _plan(state: KairosState, queue: Any) -> Agreed:
         _occupancy(state, queue, now),
         state.step_time.step_s,
         expected_output=memory.stay.output_tokens,
+        min_throughput=state.config.min_throughput,
     )
     return plan.order, plan.kept, plan.count, starving
 

@@ -215,6 +215,7 @@ def _pack(
         state.step_time.step_s,
         served=served,
         reserve_tokens=reserve_tokens,
+        min_throughput=state.config.min_throughput,
         max_itl_s=max_itl_s,
     )
     columns[SERVED] = choice.served
@@ -229,6 +230,7 @@ def _pack(
             served=served.tolist(),
             reserve_tokens=reserve_tokens,
             model=state.step_time.snapshot(),
+            min_throughput=state.config.min_throughput,
             max_itl_s=max_itl_s,
             run=choice.run,
             reason=choice.reason,

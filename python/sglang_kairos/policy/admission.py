@@ -10,7 +10,9 @@ Hodgson's on (work, latest start): as many in time as possible, late ones last, 
 that order they are *kept*, admitted to run at their TPOT, while
     base / min tpot + sum of cost / tpot over the committed and the kept <= TARGET
 (`load`). While memory is plentiful, shutting others out saves nothing: who would else miss its
-first token is let in too, to be parked until there is room for it (`packing`).
+first token is let in too, to be parked until there is room for it (`packing`). And as many are let
+in as it takes to make `min_throughput` times the tokens per second of a server that lets in all it
+has memory for.
 Our own design. Constants: chosen in simulation, flat around these values (docs/decode.md).
 """
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sglang_kairos.policy.load import Floats, StepTime, step_costs
 from sglang_kairos.policy.urgency import Mask, urgency_order
@@ -69,11 +72,17 @@ class AdmissionPlan:
 
 
 def plan_admission(
-    waiting: Waiting, server: Occupancy, step_s: StepTime, *, expected_output: float
+    waiting: Waiting,
+    server: Occupancy,
+    step_s: StepTime,
+    *,
+    expected_output: float,
+    min_throughput: float = 0.0,
 ) -> AdmissionPlan:
     """Order of the queue and how many of it may come in; somebody if the server keeps nobody.
 
     `expected_output`: tokens, the mean of recent requests (lengths are not known before the end).
+    `min_throughput`: 0 to 1.
     """
     prompt, tpot = np.asarray(waiting.prompt_tokens, float), np.asarray(waiting.tpot_s, float)
     if prompt.size == 0:
@@ -103,4 +112,21 @@ def plan_admission(
     called &= tokens + np.cumsum(np.where(called, prompt[rest], 0.0)) <= PLENTY * server.kv_tokens
     called &= server.used_slots + kept + np.cumsum(called) <= PLENTY * server.slots
     final = [*order[:kept].tolist(), *rest[called].tolist(), *rest[~called].tolist()]
-    return AdmissionPlan(final, kept, kept + int(np.count_nonzero(called)))
+    count = kept + int(np.count_nonzero(called))
+    if min_throughput > 0.0:
+        count = max(count, _least_count(prompt[final], server, step_s, min_throughput))
+    return AdmissionPlan(final, kept, count)
+
+
+def _least_count(
+    prompt: NDArray[np.float64], server: Occupancy, step_s: StepTime, min_throughput: float
+) -> int:
+    """How many must come in, in this order, for that share of the tokens/s with all that fit."""
+    batch = server.used_slots + np.arange(prompt.size + 1)
+    tokens = server.used_tokens + np.append(0.0, np.cumsum(prompt))
+    fit = np.flatnonzero((batch <= server.slots) & (tokens <= server.kv_tokens))
+    if fit.size == 0:
+        return 0
+    batch, tokens = np.maximum(batch[fit], 1), tokens[fit]
+    rate = batch / step_s(batch, tokens)
+    return int(np.argmax(rate >= min_throughput * rate[-1]))

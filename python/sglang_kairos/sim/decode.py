@@ -217,6 +217,7 @@ class DecodeServer:
             ),
             self._predictor.decode_step(0.0),
             expected_output=self._stay.output_tokens,
+            min_throughput=config.min_throughput,
         )
         self.asking = [queue[index] for index in plan.order]
         return plan.kept, plan.count
@@ -335,6 +336,7 @@ class DecodeServer:
             step,
             served=table[SERVED] > 0.0,
             reserve_tokens=reserve,
+            min_throughput=config.min_throughput,
             max_itl_s=config.max_itl_ms / 1e3,
         )
         table[SERVED] = choice.served

@@ -43,6 +43,7 @@ POLICIES: dict[str, Policy] = {
         replace(_FULL, name="kairos-no-pause", config=replace(KAIROS, pause=False)),
         replace(_FULL, name="kairos-no-gate", gate=False),
         replace(_FULL, name="kairos-no-reserve-order", by_deadline=False, gate=False),
+        replace(_FULL, name="kairos-full-throughput", config=replace(KAIROS, min_throughput=0.98)),
         _FULL,
     )
 }
