@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sglang_kairos.policy.packing import (
     MOST_RESERVE,
     StepChoice,
+    _fitting,
     choose_step,
     reserve_of,
     room_s,
@@ -101,6 +102,21 @@ def test_a_step_that_just_fits_is_stocks_own(lead: float) -> None:
     assert 0.98 * TPOT < step_s(n, 400 * n) <= TPOT
     got = choose([400] * n, slack=(1 + lead) * TPOT, served=np.arange(n) < n // 2)
     assert (got.run, got.reason, got.served.all()) == (list(range(n)), "all", True)
+
+
+def bent_s(batch: Any, kv_tokens: Any) -> Any:
+    """Flattens, is stepped, and jumps: what looking for the fullest step must cope with."""
+    padded = -(-batch // 16) * 16
+    return 1e-3 * batch**0.5 + 1e-4 * padded + 0.65e-6 * kv_tokens + 5e-3 * (batch > 40)
+
+
+@given(st.lists(st.integers(1, 4000), min_size=2, max_size=200), st.floats(0.0, 1.0))
+def test_the_fullest_step_is_found_on_any_monotone_law(context: list[int], where: float) -> None:
+    tokens = np.cumsum(np.array(context, float))
+    n, full = len(context), bent_s(len(context), tokens[-1])
+    limit = where * full * 0.999
+    steps = [bent_s(size, tokens[size - 1]) for size in range(1, n + 1)]
+    assert _fitting(bent_s, tokens, limit, 0.0, full) == sum(s <= limit for s in steps)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.98, 1.0])

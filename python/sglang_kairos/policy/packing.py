@@ -35,7 +35,6 @@ flat around these values (docs/decode.md).
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,9 +113,7 @@ def choose_step(
     tier[due] = 0
     order = np.lexsort((cost, tier))
     tokens = context[order].cumsum()
-    fitting = bisect_right(
-        range(1, n + 1), limit, key=lambda size: step(size, tokens.item(size - 1))
-    )
+    fitting = n if full <= limit else _fitting(step, tokens, limit, base, full)
     count = max(1, int(np.count_nonzero(due)), fitting)
     if min_throughput > 0.0:
         rates = np.arange(count, n + 1) / step(np.arange(count, n + 1), tokens[count - 1 :])
@@ -194,6 +191,30 @@ def _due(
     if np.any(silent[queue] + turn > max_itl_s):
         due[queue[0]] = True
     return due
+
+
+def _fitting(
+    step_s: StepTime, tokens: NDArray[np.float64], limit: float, base_s: float, full_s: float
+) -> int:
+    """How many of them, in order, fit a step of `limit` when not all do (`tokens`: running sums).
+
+    Every question costs microseconds, so where the answer lies on the line between what is known
+    is asked first, and what remains is halved every third time, lest a bent line makes it slow.
+    """
+    low, low_s, high, high_s = 0, base_s, tokens.size, full_s
+    turn = 0
+    while high - low > 1:
+        turn += 1
+        middle = (low + high) // 2
+        if turn % 3 and high_s > low_s:
+            on_line = low + int((limit - low_s) / (high_s - low_s) * (high - low))
+            middle = min(max(on_line, low + 1), high - 1)
+        seconds = float(step_s(middle, tokens.item(middle - 1)))
+        if seconds <= limit:
+            low, low_s = middle, seconds
+        else:
+            high, high_s = middle, seconds
+    return low
 
 
 def _padded(step_s: StepTime, captured_sizes: Sequence[int]) -> StepTime:
