@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -196,7 +197,8 @@ def test_sglang_serve_loads_the_same_plugin_and_says_what_is_off(
     port = 20_000 + time.time_ns() % 10_000
     command = [str(Path(sys.executable).parent / "sglang"), "serve"]
     command += with_server_flags(
-        ["--model-path", tiny_model, "--host", "127.0.0.1", "--port", str(port)], fast_start=True
+        ["--model-path", tiny_model, "--host", "127.0.0.1", "--port", str(port), "--enable-metrics"],
+        fast_start=True,
     )
     environment = {"KAIROS_CPU_START": "fork", "KAIROS_TTFT_MS": "1234"}
     with log.open("wb") as file:
@@ -225,6 +227,10 @@ def test_sglang_serve_loads_the_same_plugin_and_says_what_is_off(
         assert kairos["mode"] == "null"
         assert kairos["last_request"]["ttft_ms"] == 1234
         assert "decode packing are off" in log.read_text()
+        with urllib.request.urlopen(url + "/metrics", timeout=30) as answer:
+            metrics = answer.read().decode()
+        assert re.search(r'^kairos_predict_error{.*role="null",statistic="mape"} ', metrics, re.M)
+        assert re.search(r'^kairos_events_total{event="requests",.*} [1-9]', metrics, re.M)
     finally:
         server.terminate()
         try:

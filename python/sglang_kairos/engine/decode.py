@@ -278,4 +278,4 @@ def _remember_step(state: KairosState, batch: Any) -> None:
         learn = functools.partial(state.step_time.observe, size, tokens, now - started)
         state.guarded("step_time", learn, None)
         state.steps.add(size, tokens, now - started)
-        state.keep_profile()
+        state.learnt()

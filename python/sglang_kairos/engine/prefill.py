@@ -292,6 +292,7 @@ def _weights(weights: NDArray[np.float64]) -> NDArray[np.float64] | None:
 def _order_unified(state: KairosState, waiting_queue: list[Any]) -> None:
     """Urgency order for unified serving: same predictor, no pausing."""
     rows = state.roster.rows(waiting_queue)  # also takes down what each was promised
+    state.tell_metrics()
     if len(waiting_queue) < 2:
         return
 

@@ -15,6 +15,7 @@ from sglang_kairos.engine import compat
 from sglang_kairos.engine.chaos import Chaos
 from sglang_kairos.engine.graphs import captured_sizes
 from sglang_kairos.engine.latest import LatestSteps
+from sglang_kairos.engine.metrics import SchedulerMetrics
 from sglang_kairos.engine.plugin import INSTALLED, active_config
 from sglang_kairos.engine.profile import Profile
 from sglang_kairos.engine.ranks import Clock, agreement
@@ -104,6 +105,7 @@ class KairosState:
         self.chaos = Chaos(config.chaos_seed) if config.chaos_seed >= 0 else None
         self._log: TextIO | None = open(config.decision_log, "a") if config.decision_log else None  # noqa: SIM115
         self.clock = Clock(scheduler)
+        self.metrics = SchedulerMetrics.of(scheduler, self.mode)
         self._agree: Callable[[Any], Any] = agreement(scheduler, self.counters)
 
     @property
@@ -170,15 +172,28 @@ class KairosState:
                 logger.exception("Kairos: %s failed, this step runs as stock SGLang's", what)
             return fallback
 
-    def keep_profile(self) -> None:
-        """After a learnt step: write the profile file now and then."""
-        if not self.profile.writes:
+    def learnt(self) -> None:
+        """After a step that the predictors saw: tell metrics and keep the profile, now and then."""
+        self.tell_metrics()
+        decode = self.mode == "decode"
+        if self.profile.writes:
+            self.profile.keep(
+                self.now(),
+                lambda: None if decode else self.prefill_time.snapshot(),
+                lambda: self.step_time.snapshot() if decode else None,
+            )
+
+    def tell_metrics(self) -> None:
+        """Update Prometheus, where SGLang exports metrics, now and then."""
+        if self.metrics is None or not self.metrics.due(self.now()):
             return
         decode = self.mode == "decode"
-        self.profile.keep(
-            self.now(),
-            lambda: None if decode else self.prefill_time.snapshot(),
-            lambda: self.step_time.snapshot() if decode else None,
+        error = (self.step_time if decode else self.prefill_time).error
+        self.metrics.tell(
+            error,
+            breaker_open=decode and not error.trusted(self.config.max_step_error),
+            paused=len(self.paused),
+            counters=self.counters,
         )
 
     def record(self, kind: str, **facts: Any) -> None:

@@ -81,7 +81,7 @@ def _learn(state: KairosState, batch: Any, seconds: float) -> None:
     state.guarded("prefill_time", learn, None)
     if len(batch.extend_lens) == 1:
         state.steps.add(batch.extend_lens[0], batch.prefix_lens[0], seconds)
-    state.keep_profile()
+    state.learnt()
     state.record(
         "prefill_step",
         new_tokens=list(batch.extend_lens),

@@ -1,0 +1,70 @@
+"""What a scheduler tells Prometheus, on SGLang's own ``/metrics`` (``--enable-metrics``).
+
+SGLang collects its processes' metrics from files (prometheus-client's multiprocess mode), so what is
+set in this process shows there. Rank 0 tells; the other ranks decide alike.
+"""
+
+from __future__ import annotations
+
+from collections import Counter as Counts
+from typing import Any
+
+from sglang_kairos.engine import compat
+from sglang_kairos.engine.ranks import rank_of
+from sglang_kairos.predict.error import PredictError
+
+EVERY_S = 1.0
+LABELS = ("role", "model_name")
+
+
+class SchedulerMetrics:
+    """Gauges and counters named ``kairos_…``; updated at most once in `EVERY_S` seconds."""
+
+    def __init__(self, scheduler: Any, role: str) -> None:
+        from prometheus_client import Counter, Gauge
+
+        self._labels = role, str(scheduler.server_args.served_model_name)
+
+        def gauge(name: str, text: str, *more: str) -> Any:
+            return Gauge(f"kairos_{name}", text, [*LABELS, *more], multiprocess_mode="mostrecent")
+
+        self._error = gauge(
+            "predict_error",
+            "Relative error of the latest step-time predictions: mape, p90, bias (above 0: too long)",
+            "statistic",
+        )
+        self._steps = gauge("predict_samples", "Executed steps that the predictor has seen")
+        self._breaker = gauge("breaker_open", "1 while predictions are too wrong to park anybody")
+        self._paused = gauge("paused_prefills", "Half-done prefills that sit out now")
+        self._events = Counter(
+            "kairos_events", "Counters of /server_info, by name", [*LABELS, "event"]
+        )
+        self._told: Counts[str] = Counts()
+        self._due_s = float("-inf")
+
+    @classmethod
+    def of(cls, scheduler: Any, role: str) -> SchedulerMetrics | None:
+        """None where SGLang exports no metrics, and on every rank but the first."""
+        if not compat.feature(scheduler, "enable_metrics") or rank_of(scheduler) != 0:
+            return None
+        return cls(scheduler, role)
+
+    def due(self, now_s: float) -> bool:
+        """Whether it is time for `tell`."""
+        if now_s < self._due_s:
+            return False
+        self._due_s = now_s + EVERY_S
+        return True
+
+    def tell(
+        self, error: PredictError, *, breaker_open: bool, paused: int, counters: Counts[str]
+    ) -> None:
+        """Publish the present values."""
+        for statistic in ("mape", "p90", "bias"):
+            self._error.labels(*self._labels, statistic).set(getattr(error, statistic))
+        self._steps.labels(*self._labels).set(error.samples)
+        self._breaker.labels(*self._labels).set(float(breaker_open))
+        self._paused.labels(*self._labels).set(paused)
+        for event, count in counters.items():
+            self._events.labels(*self._labels, event).inc(count - self._told[event])
+        self._told = counters.copy()
