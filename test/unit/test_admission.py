@@ -142,7 +142,7 @@ def test_costs_add_up_to_the_step_and_the_base_is_that_of_a_full_batch() -> None
     def kneed(batch: Any, kv_tokens: Any) -> Any:
         return 1e-3 + 4e-3 * np.minimum(batch, 2) + 1e-3 * batch + 1e-6 * kv_tokens
 
-    base, cost, more = step_costs(kneed, context, np.array([100.0]))
+    base, cost, more = step_costs(kneed, context, 1.0, np.array([100.0]))
     assert base + cost.sum() == pytest.approx(float(kneed(4, context.sum())))
     assert base == pytest.approx(9e-3), "the knee belongs to the base, not to each request"
     assert more[0] == pytest.approx(cost[0])

@@ -90,7 +90,8 @@ def plan_admission(
     due = np.asarray(waiting.due_s, float)
     start_by = due - np.asarray(waiting.lead_s, float)
     held, held_tpot = np.asarray(server.context_tokens, float), np.asarray(server.tpot_s, float)
-    base, held_cost, cost = step_costs(step_s, held, prompt)
+    tightest = float(min(tpot.min(), held_tpot.min(initial=np.inf)))
+    base, held_cost, cost = step_costs(step_s, held, tightest, prompt)
     free = np.maximum(tpot - base, 0.05 * tpot)
     memory = np.maximum(prompt / server.kv_tokens, 1.0 / server.slots)
     work = np.maximum(cost / free, memory) * expected_output * tpot
@@ -99,7 +100,6 @@ def plan_admission(
     urgency = urgency_order(work, latest_end, waiting.weight, waiting.starving)
     order = np.asarray(urgency.order, np.intp)
 
-    tightest = float(min(tpot.min(), held_tpot.min(initial=np.inf)))
     load = base / tightest + float((held_cost / held_tpot).sum())
     kept = int(np.count_nonzero(load + np.cumsum(cost[order] / tpot[order]) <= TARGET))
     if held.size == 0:

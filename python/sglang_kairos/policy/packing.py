@@ -103,7 +103,7 @@ def choose_step(
         return StepChoice(list(range(n)), full, "all", np.ones(n, bool))
 
     pace = pace_s(lead, tpot, reserve_tokens)
-    base, cost, _ = step_costs(step, context)
+    base, cost, _ = step_costs(step, context, float(tpot.sum()) / n)
     load = cost / pace
     keeps = _served(load, pace, base, alive, served)
     limit = float(pace[keeps].min()) if keeps.any() else float(tpot.min())
