@@ -3,9 +3,10 @@
     python -m benchmark.decode_cpu                      # prefill and decode server: about 25 minutes
     python -m benchmark.decode_cpu --mode decode        # decode server alone, KV not transferred
 
-The first cluster is measured: its decode server's step-time law says how many requests fit a step
-of the TPOT target, hence the capacity in requests per second. Each load of the grid is a share of
-it; every policy is sent the same long-tailed trace, open loop. Policies: stock (fcfs prefill, every
+The first cluster, stock's, is measured: with 8, 16, 32 … requests kept abreast, at how many does the
+TPOT that clients see reach the target? Hence the capacity in requests per second. Each load of the
+grid is a share of it; every policy is warmed up alike and sent the same long-tailed trace, open
+loop. Policies: stock (fcfs prefill, every
 running request in every step), kairos, and kairos-no-park (the same prefill, stock decode).
 Writes one row per run (`tools.report.Run.row()` with mode, load, repeat and targets) to
 ``rows.json`` and one JSON line per request under ``--out``.
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,8 +38,10 @@ POLICIES: dict[str, tuple[bool | Mapping[str, Any], str]] = {
 # Short enough for a CPU's prefill to keep up with what makes its decode miss.
 MEDIAN_INPUT, MAX_INPUT = 100.0, 3000
 # Deep enough for steps, not the streaming of tokens by the HTTP server beside it, to be the limit.
-LAYERS = 4
-REHEARSED, ABREAST = 80, 40
+LAYERS = 6
+MEDIAN_OUTPUT, MAX_OUTPUT = 48.0, 300
+ABREAST = (8, 16, 32, 64, 128)
+REHEARSED, WARM_ABREAST = 60, 24
 # A request with this bootstrap host gets made-up KV at once (SGLang's fake transfer).
 FAKE_TRANSFER = {"bootstrap_host": "2.2.2.2", "bootstrap_room": 0}
 TIMEOUT_S = 180.0
@@ -116,10 +118,10 @@ def run_grid(given: argparse.Namespace, zygote: Any) -> list[report.Run]:
         for turn in range(given.repeat)
         for policy in given.policies[:: -1 if turn % 2 else 1]
     ]
-    law = None if given.capacity else measure_law(given, zygote)
+    seen = None if given.capacity else tpot_by_abreast(given, zygote)
     for number, (tpot, load, turn, policy) in enumerate(cells, start=1):
         say = demo.narrator(f"[{number}/{len(cells)} {policy} load {load:g} TPOT {tpot:g} ms]")
-        capacity = given.capacity or capacity_of(law or {}, sample(1000, given.seed), tpot)
+        capacity = given.capacity or capacity_of(seen or {}, sample(1000, given.seed), tpot)
         rate = load * capacity
         rows = sample(max(2, round(rate * given.load_s)), given.seed + turn)
         plan = demo.Plan(traces.scale_rate(rows, rate), given.ttft_ms, tpot, given.seed, None)
@@ -151,7 +153,15 @@ def run_grid(given: argparse.Namespace, zygote: Any) -> list[report.Run]:
 
 def sample(count: int, seed: int) -> list[traces.Request]:
     """The trace, at any rate: a long tail of contexts and of outputs."""
-    return traces.long_tail(count, 1.0, seed, median_input=MEDIAN_INPUT, max_input=MAX_INPUT)
+    return traces.long_tail(
+        count,
+        1.0,
+        seed,
+        median_input=MEDIAN_INPUT,
+        max_input=MAX_INPUT,
+        median_output=MEDIAN_OUTPUT,
+        max_output=MAX_OUTPUT,
+    )
 
 
 def spec_for(policy: str, given: argparse.Namespace, zygote: Any, number: int) -> ClusterSpec:
@@ -172,8 +182,7 @@ def spec_for(policy: str, given: argparse.Namespace, zygote: Any, number: int) -
 def prepare(cluster: Cluster, given: argparse.Namespace) -> None:
     """Warm servers, and a core for the decode scheduler."""
     demo.separate(cluster, "d")
-    rows = [traces.Request(0.0, size, 8) for size in (32, 300, 1200, 100)]
-    drive(cluster, given, rows, 1e5, 1e5, concurrency=2)
+    drive(cluster, given, sample(REHEARSED, given.seed + 1000), 1e5, 1e5, WARM_ABREAST)
     demo.forget(cluster)
 
 
@@ -194,33 +203,34 @@ def drive(
     return run(replay(url, jobs, timeout_s=TIMEOUT_S, concurrency=concurrency, check=cluster.check))
 
 
-def measure_law(given: argparse.Namespace, zygote: Any) -> dict[str, Any]:
-    """The decode server's step-time law, learnt from a rehearsal with many requests abreast."""
+def tpot_by_abreast(given: argparse.Namespace, zygote: Any) -> dict[int, float]:
+    """Seconds per token that clients of stock see, by how many requests are kept abreast."""
     say = demo.narrator("[capacity]")
-    with Cluster(spec_for("kairos", given, zygote, 0)) as cluster:
+    found: dict[int, float] = {}
+    with Cluster(spec_for("stock", given, zygote, 0)) as cluster:
         prepare(cluster, given)
-        drive(cluster, given, sample(REHEARSED, given.seed + 1000), 1e5, 1e5, ABREAST)
-        law: dict[str, Any] = demo.kairos_reports(cluster)["kairos_decode"]["decode"]
-    shown = ", ".join(f"{1e3 * step_s(law, size, 300.0):.1f} ms of {size}" for size in (1, 10, 50))
-    say(f"a step takes, at 300 tokens each: {shown}")
-    return law
+        for abreast in ABREAST:
+            rows = sample(4 * abreast, given.seed + 1000 + abreast)
+            done = drive(cluster, given, rows, 1e5, 1e5, abreast).outcomes
+            # The first and the last ones had fewer beside them.
+            full = done[abreast // 2 : -abreast]
+            decoding = sum(one.last_token_s - one.first_token_s for one in full)
+            found[abreast] = decoding / sum(max(0, one.output_tokens - 1) for one in full)
+            say(f"{abreast} abreast: {1e3 * found[abreast]:.1f} ms per token")
+            if 1e3 * found[abreast] > max(given.tpots_ms):
+                break
+    return found
 
 
-def step_s(law: Mapping[str, Any], batch: float, context: float) -> float:
-    """Seconds of a step over `batch` requests of `context` tokens each, by a reported law."""
-    knees = sum(slope * min(batch, size) for size, slope in law["knees"])
-    return float(law["a_s"] + law["b_s"] * batch + knees + law["c_s"] * batch * context)
+def capacity_of(
+    tpot_s: Mapping[int, float], rows: Sequence[traces.Request], tpot_ms: float
+) -> float:
+    """Requests per second at which as many are abreast as see just `tpot_ms` per token.
 
-
-def capacity_of(law: Mapping[str, Any], rows: Sequence[traces.Request], tpot_ms: float) -> float:
-    """Requests per second whose steps, all of them in each, last just `tpot_ms`."""
-    outputs = np.array([row.output_tokens for row in rows], float)
-    contexts = np.array([row.input_tokens for row in rows], float) + outputs / 2
-    context = float((contexts * outputs).sum() / outputs.sum())
-    target = tpot_ms / 1e3
-    sizes = range(1, 4096)
-    abreast = max(1, bisect_right(sizes, target, key=lambda size: step_s(law, size, context)))
-    return abreast / (target * float(outputs.mean()))
+    `tpot_s`: seconds per token by how many are abreast; straight lines in between.
+    """
+    abreast = float(np.interp(tpot_ms / 1e3, list(tpot_s.values()), list(tpot_s)))
+    return abreast / (tpot_ms / 1e3 * float(np.mean([row.output_tokens for row in rows])))
 
 
 def silences_ms(result: Result) -> dict[str, float]:

@@ -197,7 +197,15 @@ def test_sglang_serve_loads_the_same_plugin_and_says_what_is_off(
     port = 20_000 + time.time_ns() % 10_000
     command = [str(Path(sys.executable).parent / "sglang"), "serve"]
     command += with_server_flags(
-        ["--model-path", tiny_model, "--host", "127.0.0.1", "--port", str(port), "--enable-metrics"],
+        [
+            "--model-path",
+            tiny_model,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--enable-metrics",
+        ],
         fast_start=True,
     )
     environment = {"KAIROS_CPU_START": "fork", "KAIROS_TTFT_MS": "1234"}

@@ -147,6 +147,9 @@ def test_every_decode_choice_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> 
             hisparse_coordinator=None,
             model_config=SimpleNamespace(is_encoder_decoder=False),
         )
+        # The engine learns from requests' ends, which these copies do not have.
+        stay = SimpleNamespace(output_tokens=server._stay.output_tokens, ended=lambda _: None)
+        engine_running.memory_of(state).stay = stay
         everybody = list(range(len(reqs)))
         assert engine_decode._choose(state, batch) == (everybody if keep is None else keep)
         engine_running.memory_of(state).table.ran(keep)

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sglang_kairos.policy.packing import HORIZON
 from sglang_kairos.policy.urgency import PrefillPlan
 from sglang_kairos.predict.prefill_time import PrefillTimeModel
 from sglang_kairos.predict.step_time import StepTimeModel
+from sglang_kairos.sim import decode as sim_decode
 from sglang_kairos.sim.cluster import Cluster, Setup
 from sglang_kairos.sim.decode import CONTEXT, FIRST_S, LAST_S, SERVED, TPOT_S
 from sglang_kairos.sim.policies import POLICIES
@@ -128,6 +130,7 @@ def test_decode_runs_whom_the_record_ran(
     server, count = cluster.decodes[0], len(record["slack_s"])
     server._predictor.decode = step_model(record)
     monkeypatch.setattr(server, "_reserve_tokens", lambda: record.get("reserve_tokens", 0.0))
+    monkeypatch.setattr(sim_decode, "horizon_of", lambda _: record.get("horizon_tokens", HORIZON))
     server.running = [job(index, 1, 0.0) for index in range(count)]
     table = server._table
     # At time 0 with nothing emitted, the slack is the time of the first token.

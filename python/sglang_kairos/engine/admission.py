@@ -10,7 +10,7 @@ import numpy as np
 from sglang_kairos.engine.running import EMITTED, FIRST_S, SERVED, TPOT_S, memory_of
 from sglang_kairos.engine.state import KairosState
 from sglang_kairos.policy.admission import Occupancy, Waiting, plan_admission
-from sglang_kairos.policy.packing import pace_s, reserve_of
+from sglang_kairos.policy.packing import horizon_of, pace_s, reserve_of
 from sglang_kairos.predict.stay import BEST
 
 Agreed = tuple[list[int], int, int, int]
@@ -112,7 +112,9 @@ def _occupancy(state: KairosState, queue: Any, now: float) -> Occupancy:
     served = columns[SERVED] > 0.0
     first, tpot, emitted = columns[FIRST_S], columns[TPOT_S], columns[EMITTED]
     lead = first + (emitted - 1.0) * tpot - now
-    pace = np.minimum(pace_s(lead, tpot, reserve_of(state.step_time.error.mape)), tpot)
+    reserve = reserve_of(state.step_time.error.mape)
+    horizon = horizon_of(memory_of(state).stay.output_tokens)
+    pace = np.minimum(pace_s(lead, tpot, reserve, horizon), tpot)
     size = float(scheduler.max_total_num_tokens)
     return Occupancy(
         np.append(context[served], [len(req.origin_input_ids) for req in kept]),

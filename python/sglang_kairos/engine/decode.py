@@ -25,7 +25,13 @@ from sglang_kairos.engine.running import (
 )
 from sglang_kairos.engine.state import KairosState, current
 from sglang_kairos.engine.subset import SubsetView
-from sglang_kairos.policy.packing import MOST_RESERVE, choose_step, reserve_of, room_s
+from sglang_kairos.policy.packing import (
+    MOST_RESERVE,
+    choose_step,
+    horizon_of,
+    reserve_of,
+    room_s,
+)
 from sglang_kairos.policy.retraction import keep_order
 from sglang_kairos.predict.error import LEARNT_STEPS
 
@@ -157,12 +163,13 @@ def _choose(state: KairosState, batch: Any) -> list[int]:
 
     def decide() -> list[int] | None:
         full = float(state.step_time.step_s(count, float(context.sum())))
-        if full <= room_s(table.tightest_s, MOST_RESERVE):  # spares looking up the error
+        horizon = horizon_of(memory_of(state).stay.output_tokens)
+        if full <= room_s(table.tightest_s, MOST_RESERVE, horizon):  # spares looking up the error
             return None
         reserve = reserve_of(state.step_time.error.mape)
-        if full <= room_s(table.tightest_s, reserve) or not _trusted(state):
+        if full <= room_s(table.tightest_s, reserve, horizon) or not _trusted(state):
             return None
-        return _pack(state, table, context, now, reserve)
+        return _pack(state, table, context, now, reserve, horizon)
 
     agreed = state.agree(state.guarded("packing", decide, None))
     return everyone if agreed is None else list(agreed)
@@ -200,7 +207,12 @@ def _trusted(state: KairosState) -> bool:
 
 
 def _pack(
-    state: KairosState, table: RunningTable, context: Any, now: float, reserve_tokens: float
+    state: KairosState,
+    table: RunningTable,
+    context: Any,
+    now: float,
+    reserve_tokens: float,
+    horizon_tokens: float,
 ) -> list[int]:
     columns = table.columns
     slack = columns[FIRST_S] + columns[EMITTED] * columns[TPOT_S] - now
@@ -215,6 +227,7 @@ def _pack(
         state.step_time.step_s,
         served=served,
         reserve_tokens=reserve_tokens,
+        horizon_tokens=horizon_tokens,
         min_throughput=state.config.min_throughput,
         max_itl_s=max_itl_s,
     )
@@ -229,6 +242,7 @@ def _pack(
             silent_s=silent.tolist(),
             served=served.tolist(),
             reserve_tokens=reserve_tokens,
+            horizon_tokens=horizon_tokens,
             model=state.step_time.snapshot(),
             min_throughput=state.config.min_throughput,
             max_itl_s=max_itl_s,

@@ -3,10 +3,10 @@
 All arrays have shape (n,), one entry per running request; times in seconds, context in KV tokens.
     lead_i  = slack_i - tpot_i       how early the last token came; the final TPOT is met iff it
                                      is >= 0 when the last token comes
-    pace_i  = tpot_i + (lead_i - reserve tpot_i) / HORIZON, within FLOOR..CEILING of tpot_i
+    pace_i  = tpot_i + (lead_i - reserve tpot_i) / horizon, within FLOOR..CEILING of tpot_i
                                      longest mean step with which the lead comes down to `reserve`
-                                     tokens in HORIZON: shorter for who is behind, longer for who
-                                     is ahead
+                                     tokens in `horizon` ones: shorter for who is behind, longer for
+                                     who is ahead
     cost_i  = what i adds to the step (`load`);   load_i = cost_i / pace_i
 A request LOST tokens or more behind its pace is given up: it takes what others leave.
 
@@ -28,6 +28,8 @@ Where the fixed part of a step is large, a step a little shorter means far fewer
 which 17 are fixed: 1 % is 3 % of the batch). So there is no margin on a step: whoever falls behind is
 noticed by its lead. But where steps scatter around their predictions, who aims at a lead of nothing
 ends late every other time: the worse the predictions, the larger the `reserve_tokens` aimed at.
+It must be there when a request ends, so the `horizon_tokens` are half of what requests usually
+have, HORIZON at most.
 
 Our own design; no claim that any paper's formula looks like it. Constants: tuned in simulation and
 flat around these values (docs/decode.md).
@@ -44,7 +46,7 @@ from numpy.typing import NDArray
 
 from sglang_kairos.policy.load import Floats, StepTime, step_costs
 
-HORIZON = 60.0
+HORIZON, SHORTEST_HORIZON = 60.0, 12.0
 RESERVE_PER_ERROR = 40.0
 MOST_RESERVE = 6.0
 FLOOR = 0.7
@@ -78,6 +80,7 @@ def choose_step(
     max_itl_s: float,
     served: NDArray[np.bool_] | None = None,
     reserve_tokens: float = 0.0,
+    horizon_tokens: float = HORIZON,
     min_throughput: float = 0.0,
     captured_sizes: Sequence[int] | None = None,
 ) -> StepChoice:
@@ -86,7 +89,8 @@ def choose_step(
     `slack_s`: time until the next token is due, (first token + emitted * tpot) - now. `silent_s`:
     time since the last token. `step_s(batch, kv_tokens)`: predicted seconds, monotone, for scalars
     and arrays. `served`: the last choice's, False for who has joined since (None: nobody was).
-    `reserve_tokens`: the lead to end with, of `reserve_of`. `min_throughput`: 0 to 1.
+    `reserve_tokens`: the lead to end with, of `reserve_of`; `horizon_tokens`: of `horizon_of`.
+    `min_throughput`: 0 to 1.
     `captured_sizes`: ascending batch sizes that a step is padded up to, unless `step_s` already
     does so.
     """
@@ -99,10 +103,11 @@ def choose_step(
     full = float(step(n, float(context.sum())))
     lead = slack - tpot
     alive = lead > -LOST * tpot
-    if full <= float(np.where(alive, tpot + (lead - reserve_tokens * tpot) / HORIZON, tpot).min()):
+    wanted = _bare_pace_s(lead, tpot, reserve_tokens, horizon_tokens)
+    if full <= float(np.where(alive, wanted, tpot).min()):
         return StepChoice(list(range(n)), full, "all", np.ones(n, bool))
 
-    pace = pace_s(lead, tpot, reserve_tokens)
+    pace = pace_s(lead, tpot, reserve_tokens, horizon_tokens)
     base, cost, _ = step_costs(step, context, float(tpot.sum()) / n)
     load = cost / pace
     keeps = _served(load, pace, base, alive, served)
@@ -128,17 +133,34 @@ def reserve_of(mean_error: float) -> float:
     return min(MOST_RESERVE, RESERVE_PER_ERROR * mean_error)
 
 
-def room_s(tightest_tpot_s: float, reserve_tokens: float) -> float:
+def horizon_of(expected_output: float) -> float:
+    """Tokens in which a lead is to be made up or used, where requests have so many on average."""
+    return min(HORIZON, max(SHORTEST_HORIZON, 0.5 * expected_output))
+
+
+def room_s(tightest_tpot_s: float, reserve_tokens: float, horizon_tokens: float = HORIZON) -> float:
     """A step of everybody that is no longer than this needs no choice, whatever the leads."""
-    return tightest_tpot_s * (1.0 - reserve_tokens / HORIZON)
+    return tightest_tpot_s * (1.0 - reserve_tokens / horizon_tokens)
 
 
 def pace_s(
-    lead_s: NDArray[np.float64], tpot_s: NDArray[np.float64], reserve_tokens: float
+    lead_s: NDArray[np.float64],
+    tpot_s: NDArray[np.float64],
+    reserve_tokens: float,
+    horizon_tokens: float = HORIZON,
 ) -> NDArray[np.float64]:
     """The longest mean step each may see, (n,)."""
-    pace = tpot_s + (lead_s - reserve_tokens * tpot_s) / HORIZON
+    pace = _bare_pace_s(lead_s, tpot_s, reserve_tokens, horizon_tokens)
     return np.minimum(np.maximum(pace, FLOOR * tpot_s), CEILING * tpot_s)
+
+
+def _bare_pace_s(
+    lead_s: NDArray[np.float64],
+    tpot_s: NDArray[np.float64],
+    reserve_tokens: float,
+    horizon_tokens: float,
+) -> NDArray[np.float64]:
+    return tpot_s + (lead_s - reserve_tokens * tpot_s) / horizon_tokens
 
 
 def _served(

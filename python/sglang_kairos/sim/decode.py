@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sglang_kairos.policy.admission import Occupancy, Waiting, plan_admission
-from sglang_kairos.policy.packing import choose_step, pace_s, reserve_of, room_s
+from sglang_kairos.policy.packing import choose_step, horizon_of, pace_s, reserve_of, room_s
 from sglang_kairos.policy.retraction import keep_order
 from sglang_kairos.policy.urgency import LateShare
 from sglang_kairos.predict.stay import BEST, Stay
@@ -196,7 +196,8 @@ class DecodeServer:
         prompt = np.array([req.prompt for req in queue], float)
         due = np.array([req.due_s for req in queue]) - now
         tpot = np.array([req.tpot_s for req in queue])
-        pace = pace_s(lead, kept[TPOT_S], self._reserve_tokens())
+        horizon = horizon_of(self._stay.output_tokens)
+        pace = pace_s(lead, kept[TPOT_S], self._reserve_tokens(), horizon)
         plan = plan_admission(
             Waiting(
                 prompt,
@@ -324,8 +325,9 @@ class DecodeServer:
         if count < 2:
             return None
         step: Any = self._predictor.decode_step(0.0)
-        reserve = self._reserve_tokens()
-        if float(step(count, float(self._context))) <= room_s(self._tightest_s, reserve):
+        reserve, horizon = self._reserve_tokens(), horizon_of(self._stay.output_tokens)
+        room = room_s(self._tightest_s, reserve, horizon)
+        if float(step(count, float(self._context))) <= room:
             return None
         table, now = self._table[:, :count], self._clock.now_s
         choice = choose_step(
@@ -336,6 +338,7 @@ class DecodeServer:
             step,
             served=table[SERVED] > 0.0,
             reserve_tokens=reserve,
+            horizon_tokens=horizon,
             min_throughput=config.min_throughput,
             max_itl_s=config.max_itl_ms / 1e3,
         )
