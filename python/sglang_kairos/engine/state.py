@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from collections import Counter
@@ -105,7 +106,9 @@ class KairosState:
         self.chaos = Chaos(config.chaos_seed) if config.chaos_seed >= 0 else None
         self._log: TextIO | None = open(config.decision_log, "a") if config.decision_log else None  # noqa: SIM115
         self.clock = Clock(scheduler)
-        self.metrics = SchedulerMetrics.of(scheduler, self.mode)
+        self.metrics = self.guarded(
+            "metrics", lambda: SchedulerMetrics.of(scheduler, self.mode), None
+        )
         self._agree: Callable[[Any], Any] = agreement(scheduler, self.counters)
 
     @property
@@ -189,12 +192,14 @@ class KairosState:
             return
         decode = self.mode == "decode"
         error = (self.step_time if decode else self.prefill_time).error
-        self.metrics.tell(
+        tell = functools.partial(
+            self.metrics.tell,
             error,
             breaker_open=decode and not error.trusted(self.config.max_step_error),
             paused=len(self.paused),
             counters=self.counters,
         )
+        self.guarded("metrics", tell, None)  # its files may not be writable
 
     def record(self, kind: str, **facts: Any) -> None:
         """Append one decision to the decision log, if there is one."""

@@ -47,8 +47,8 @@ from numpy.typing import NDArray
 from sglang_kairos.policy.load import Floats, StepTime, step_costs
 
 HORIZON, SHORTEST_HORIZON = 60.0, 12.0
-RESERVE_PER_ERROR = 40.0
-MOST_RESERVE = 6.0
+RESERVE_PER_ERROR = 20.0
+MOST_RESERVE = 4.0
 FLOOR = 0.7
 CEILING = 1.3
 LOST = 10.0
