@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 
 from benchmark import demo
-from benchmark.decode_cpu import capacity_of, step_s
+from benchmark.gpu.capacity import capacity_of, step_s
 from benchmark.gpu.shape import IDENTITY, write_shape
 from sglang_kairos.cluster import Cluster, ClusterError, ClusterSpec
 from sglang_kairos.cpu.tiny_model import make_tiny_model

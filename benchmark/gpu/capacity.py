@@ -1,0 +1,31 @@
+"""How many requests per second a decode server can keep on pace, by the step-time law it reports."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sglang_kairos.tools import traces
+
+
+def step_s(law: Mapping[str, Any], batch: float, context: float) -> float:
+    """Seconds of a step over `batch` requests of `context` tokens each, by a reported law."""
+    knees = sum(slope * min(batch, size) for size, slope in law["knees"])
+    return float(law["a_s"] + law["b_s"] * batch + knees + law["c_s"] * batch * context)
+
+
+def capacity_of(law: Mapping[str, Any], rows: Sequence[traces.Request], tpot_ms: float) -> float:
+    """Requests per second whose steps, all of them in each, last just `tpot_ms`.
+
+    As good as the law at that batch: it should have been learnt with about as many abreast.
+    """
+    outputs = np.array([row.output_tokens for row in rows], float)
+    contexts = np.array([row.input_tokens for row in rows], float) + outputs / 2
+    context = float((contexts * outputs).sum() / outputs.sum())
+    target = tpot_ms / 1e3
+    sizes = range(1, 4096)
+    abreast = max(1, bisect_right(sizes, target, key=lambda size: step_s(law, size, context)))
+    return abreast / (target * float(outputs.mean()))
