@@ -22,6 +22,7 @@ from sglang_kairos.cluster import Cluster
 from sglang_kairos.cluster_layout import ClusterSpec
 from sglang_kairos.cpu.flags import with_server_flags
 from sglang_kairos.cpu.zygote import Zygote
+from sglang_kairos.engine.metrics import EVERY_S
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +236,8 @@ def test_sglang_serve_loads_the_same_plugin_and_says_what_is_off(
         assert kairos["mode"] == "null"
         assert kairos["last_request"]["ttft_ms"] == 1234
         assert "decode packing are off" in log.read_text()
+        time.sleep(EVERY_S)  # the scheduler tells metrics no oftener, and only while it works
+        assert post(url + "/generate", native())[0] == 200
         with urllib.request.urlopen(url + "/metrics", timeout=30) as answer:
             metrics = answer.read().decode()
         assert re.search(r'^kairos_predict_error{.*role="null",statistic="mape"} ', metrics, re.M)
