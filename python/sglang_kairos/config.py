@@ -95,7 +95,8 @@ class KairosConfig:
     )
     min_throughput: float = _setting(
         0.0,
-        "decode keeps at least this share of stock's tokens/s, whatever TPOT targets it costs",
+        "each decode step makes at least this share of the tokens/s that one of everybody running would, "
+        "and as many are let in as that takes, whatever TPOT targets it costs",
         low=0.0,
         high=1.0,
     )
