@@ -188,16 +188,8 @@ def _half_rows(
 
 
 HALF_HEADER = (
-    "trace, shape, targets",
-    "req/s",
-    "fcfs",
-    "best upstream",
-    "Kairos",
-    "over fcfs",
-    "over best",
-    "bound",
-    "share of bound",
-)
+    "trace, shape, targets|req/s|fcfs|best upstream|Kairos|over fcfs|over best|bound|share of bound"
+).split("|")
 
 
 def _goals(measured: Measured) -> str:
