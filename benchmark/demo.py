@@ -21,6 +21,7 @@ import os
 import random
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -276,12 +277,18 @@ def warm_up(cluster: Cluster) -> None:
 
 
 def forget(cluster: Cluster) -> None:
-    """Empties the servers' prefix caches."""
+    """Empties the servers' prefix caches, once they are through with what is left of earlier runs."""
+    deadline = time.monotonic() + TIMEOUT_S
     for url in (*cluster.prefill_urls, *cluster.decode_urls):
-        with urllib.request.urlopen(
-            urllib.request.Request(url + "/flush_cache", method="POST"), timeout=10
-        ):
-            pass
+        ask = urllib.request.Request(url + "/flush_cache", method="POST")
+        while True:
+            try:
+                with urllib.request.urlopen(ask, timeout=10):
+                    break
+            except urllib.error.HTTPError as error:  # 400: busy
+                if error.code != 400 or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
 
 
 def measure_prefill(
