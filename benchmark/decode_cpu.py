@@ -1,13 +1,13 @@
 """Decode under load: stock SGLang and Kairos in turn, real servers, no GPU needed.
 
-    python -m benchmark.decode_cpu                      # prefill and decode server: about 25 minutes
+    python -m benchmark.decode_cpu                      # prefill and decode server
     python -m benchmark.decode_cpu --mode decode        # decode server alone, KV not transferred
 
 The first cluster, stock's, is measured: with 8, 16, 32 … requests kept abreast, at how many does the
 TPOT that clients see reach the target? Hence the capacity in requests per second. Each load of the
 grid is a share of it; every policy is warmed up alike and sent the same long-tailed trace, open
-loop. Policies: stock (fcfs prefill, every
-running request in every step), kairos, and kairos-no-park (the same prefill, stock decode).
+loop. Policies: stock (fcfs prefill, every running request in every step), kairos, and
+kairos-no-park (the same prefill, stock decode).
 Writes one row per run (`tools.report.Run.row()` with mode, load, repeat and targets) to
 ``rows.json`` and one JSON line per request under ``--out``.
 """

@@ -107,7 +107,7 @@ def choose_step(
     if full <= float(np.where(alive, wanted, tpot).min()):
         return StepChoice(list(range(n)), full, "all", np.ones(n, bool))
 
-    pace = pace_s(lead, tpot, reserve_tokens, horizon_tokens)
+    pace = _within_bounds(wanted, tpot)
     base, cost, _ = step_costs(step, context, float(tpot.sum()) / n)
     load = cost / pace
     keeps = _served(load, pace, base, alive, served)
@@ -121,8 +121,9 @@ def choose_step(
     fitting = n if full <= limit else _fitting(step, tokens, limit, base, full)
     count = max(1, int(np.count_nonzero(due)), fitting)
     if min_throughput > 0.0:
-        rates = np.arange(count, n + 1) / step(np.arange(count, n + 1), tokens[count - 1 :])
-        count += int(np.argmax(rates >= min_throughput * n / full))
+        sizes = np.arange(count, n + 1)
+        enough = sizes / step(sizes, tokens[count - 1 :]) >= min_throughput * n / full
+        count += int(np.argmax(enough))
     predicted = float(step(count, tokens.item(count - 1)))
     reason = "packed" if keeps.all() and predicted <= limit else "overload"
     return StepChoice(np.sort(order[:count]).tolist(), predicted, reason, keeps)
@@ -150,8 +151,11 @@ def pace_s(
     horizon_tokens: float = HORIZON,
 ) -> NDArray[np.float64]:
     """The longest mean step each may see, (n,)."""
-    pace = _bare_pace_s(lead_s, tpot_s, reserve_tokens, horizon_tokens)
-    return np.minimum(np.maximum(pace, FLOOR * tpot_s), CEILING * tpot_s)
+    return _within_bounds(_bare_pace_s(lead_s, tpot_s, reserve_tokens, horizon_tokens), tpot_s)
+
+
+def _within_bounds(pace_s: NDArray[np.float64], tpot_s: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.minimum(np.maximum(pace_s, FLOOR * tpot_s), CEILING * tpot_s)
 
 
 def _bare_pace_s(
