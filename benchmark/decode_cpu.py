@@ -78,6 +78,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ttft-ms", type=float, default=1000.0)
     parser.add_argument("--capacity", type=float, help="requests/s (default: measured, per TPOT)")
     parser.add_argument("--load-s", type=float, default=45.0, help="seconds of arrivals per run")
+    parser.add_argument("--median-input", type=float, default=MEDIAN_INPUT, help="tokens")
+    parser.add_argument("--max-input", type=int, default=MAX_INPUT, help="tokens")
     parser.add_argument("--repeat", type=int, default=1, help="rounds, order reversed in between")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/decode_cpu"))
@@ -101,7 +103,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if not all(value > 0 for value in values):
             parser.error(f"{flag}: must be positive, got {','.join(words)!r}")
         setattr(given, name, values)
-    for name in ("ttft_ms", "load_s", "repeat", "capacity"):
+    for name in ("ttft_ms", "load_s", "repeat", "capacity", "median_input", "max_input"):
         value = getattr(given, name)
         if value is not None and not value > 0:
             parser.error(f"--{name.replace('_', '-')}: must be positive, got {value}")
@@ -121,9 +123,9 @@ def run_grid(given: argparse.Namespace, zygote: Any) -> list[report.Run]:
     seen = None if given.capacity else tpot_by_abreast(given, zygote)
     for number, (tpot, load, turn, policy) in enumerate(cells, start=1):
         say = demo.narrator(f"[{number}/{len(cells)} {policy} load {load:g} TPOT {tpot:g} ms]")
-        capacity = given.capacity or capacity_of(seen or {}, sample(1000, given.seed), tpot)
+        capacity = given.capacity or capacity_of(seen or {}, sample(1000, given.seed, given), tpot)
         rate = load * capacity
-        rows = sample(max(2, round(rate * given.load_s)), given.seed + turn)
+        rows = sample(max(2, round(rate * given.load_s)), given.seed + turn, given)
         plan = demo.Plan(traces.scale_rate(rows, rate), given.ttft_ms, tpot, given.seed, None)
         with Cluster(spec_for(policy, given, zygote, number)) as cluster:
             prepare(cluster, given)
@@ -151,14 +153,14 @@ def run_grid(given: argparse.Namespace, zygote: Any) -> list[report.Run]:
     return runs
 
 
-def sample(count: int, seed: int) -> list[traces.Request]:
+def sample(count: int, seed: int, given: argparse.Namespace) -> list[traces.Request]:
     """The trace, at any rate: a long tail of contexts and of outputs."""
     return traces.long_tail(
         count,
         1.0,
         seed,
-        median_input=MEDIAN_INPUT,
-        max_input=MAX_INPUT,
+        median_input=given.median_input,
+        max_input=given.max_input,
         median_output=MEDIAN_OUTPUT,
         max_output=MAX_OUTPUT,
     )
@@ -182,7 +184,7 @@ def spec_for(policy: str, given: argparse.Namespace, zygote: Any, number: int) -
 def prepare(cluster: Cluster, given: argparse.Namespace) -> None:
     """Warm servers, and a core for the decode scheduler."""
     demo.separate(cluster, "d")
-    drive(cluster, given, sample(REHEARSED, given.seed + 1000), 1e5, 1e5, WARM_ABREAST)
+    drive(cluster, given, sample(REHEARSED, given.seed + 1000, given), 1e5, 1e5, WARM_ABREAST)
     demo.forget(cluster)
 
 
@@ -210,7 +212,7 @@ def tpot_by_abreast(given: argparse.Namespace, zygote: Any) -> dict[int, float]:
     with Cluster(spec_for("stock", given, zygote, 0)) as cluster:
         prepare(cluster, given)
         for abreast in ABREAST:
-            rows = sample(4 * abreast, given.seed + 1000 + abreast)
+            rows = sample(4 * abreast, given.seed + 1000 + abreast, given)
             done = drive(cluster, given, rows, 1e5, 1e5, abreast).outcomes
             # The first and the last ones had fewer beside them.
             full = done[abreast // 2 : -abreast]
