@@ -35,8 +35,10 @@ POLICIES: dict[str, tuple[bool | Mapping[str, Any], str]] = {
     "kairos": (True, ""),
     "kairos-no-park": ({"park": False}, ""),
 }
-# Short enough for a CPU's prefill to keep up with what makes its decode miss.
-MEDIAN_INPUT, MAX_INPUT = 100.0, 3000
+# Context lengths, median and cap. With the pair they are short enough for a CPU's prefill to keep up
+# with what makes its decode miss; where nothing is prefilled, contexts make most of a step.
+INPUTS = {"pd": (100.0, 3000), "decode": (500.0, 8000)}
+TPOTS_MS = {"pd": "50", "decode": "100"}
 # Deep enough for steps, not the streaming of tokens by the HTTP server beside it, to be the limit.
 LAYERS = 6
 MEDIAN_OUTPUT, MAX_OUTPUT = 48.0, 300
@@ -73,13 +75,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--policies", default="stock,kairos", help=f"of {', '.join(POLICIES)}")
     parser.add_argument("--mode", choices=("pd", "decode"), default="pd")
-    parser.add_argument("--loads", default="0.5,0.8,1,1.25,1.5,2", help="shares of the capacity")
-    parser.add_argument("--tpots-ms", default="50", help="TPOT targets, comma separated")
+    parser.add_argument("--loads", default="0.5,1,1.3,1.5,2", help="shares of the capacity")
+    parser.add_argument("--tpots-ms", help="TPOT targets, comma separated (default: by mode)")
     parser.add_argument("--ttft-ms", type=float, default=1000.0)
     parser.add_argument("--capacity", type=float, help="requests/s (default: measured, per TPOT)")
     parser.add_argument("--load-s", type=float, default=45.0, help="seconds of arrivals per run")
-    parser.add_argument("--median-input", type=float, default=MEDIAN_INPUT, help="tokens")
-    parser.add_argument("--max-input", type=int, default=MAX_INPUT, help="tokens")
+    parser.add_argument("--median-input", type=float, help="tokens (default: by mode)")
+    parser.add_argument("--max-input", type=int, help="tokens (default: by mode)")
     parser.add_argument("--repeat", type=int, default=1, help="rounds, order reversed in between")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/decode_cpu"))
@@ -90,6 +92,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     given = parser.parse_args(argv)
     given.router = "kairos" if given.mode == "pd" else "none"
     given.launcher = "sglang_kairos.launch_server"
+    given.tpots_ms = given.tpots_ms or TPOTS_MS[given.mode]
+    median, most = INPUTS[given.mode]
+    given.median_input = median if given.median_input is None else given.median_input
+    given.max_input = most if given.max_input is None else given.max_input
     given.policies = given.policies.split(",")
     for name in given.policies:
         if name not in POLICIES:
@@ -248,8 +254,8 @@ def markdown(runs: Sequence[report.Run]) -> str:
     """A table: mean over rounds (and their range) per TPOT target, load and policy."""
     lines = [
         "| TPOT target | load | policy | TTFT met | TPOT met | both met | tokens/s while requests"
-        " arrive | ITL p99 | longest silence |",
-        "|---|---|---|---|---|---|---|---|---|",
+        " arrive | over the whole run | ITL p99 | longest silence |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     cells: dict[tuple[float, float, str], list[report.Run]] = {}
     for one in runs:
@@ -262,9 +268,10 @@ def markdown(runs: Sequence[report.Run]) -> str:
             for name in ("ttft_attainment", "tpot_attainment", "e2e_attainment")
         ]
         figures = [
-            spread([one.facts[name] for one in some], unit)
+            spread([one.row()[name] for one in some], unit)
             for name, unit in (
                 ("window_tokens_per_s", ""),
+                ("decode_tokens_per_s", ""),
                 ("itl_p99_ms", "ms"),
                 ("itl_longest_ms", "ms"),
             )

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_kairos.policy.load import largest_fitting, step_costs
 from sglang_kairos.policy.packing import (
     MOST_RESERVE,
     StepChoice,
-    _fitting,
     choose_step,
     reserve_of,
     room_s,
@@ -104,6 +104,17 @@ def test_a_step_that_just_fits_is_stocks_own(lead: float) -> None:
     assert (got.run, got.reason, got.served.all()) == (list(range(n)), "all", True)
 
 
+def test_where_all_are_given_up_everybody_runs_until_somebody_can_be_kept() -> None:
+    context, lost = [400] * 150, -20.0 * TPOT  # 76 ms: 2.5 times what the target allows
+    got = choose(context, slack=lost)
+    assert (len(got.run), got.reason, got.served.any()) == (150, "overload", False)
+    slack = np.full(150, lost)
+    slack[7] = TPOT
+    held = choose(context, slack=slack)
+    assert 7 in held.run and held.served.nonzero()[0].tolist() == [7]
+    assert held.predicted_s <= 1.3 * TPOT
+
+
 def bent_s(batch: Any, kv_tokens: Any) -> Any:
     """Flattens, is stepped, and jumps: what looking for the fullest step must cope with."""
     padded = -(-batch // 16) * 16
@@ -116,7 +127,17 @@ def test_the_fullest_step_is_found_on_any_monotone_law(context: list[int], where
     n, full = len(context), bent_s(len(context), tokens[-1])
     limit = where * full * 0.999
     steps = [bent_s(size, tokens[size - 1]) for size in range(1, n + 1)]
-    assert _fitting(bent_s, tokens, limit, 0.0, full) == sum(s <= limit for s in steps)
+    found, _ = largest_fitting(lambda size: steps[size - 1], limit, (0, 0.0), (n, full))
+    assert found == sum(s <= limit for s in steps)
+
+
+@given(st.integers(2, 300), st.floats(0.0, 1.2))
+def test_costs_are_those_at_the_largest_batch_that_fits(n: int, where: float) -> None:
+    mean, full = 100.0, bent_s(n, 100.0 * n)
+    fits = [size for size in range(2, n + 1) if bent_s(size, size * mean) <= where * full]
+    at = max(fits, default=2)
+    base, cost, _ = step_costs(bent_s, np.full(n, mean), where * full)
+    assert base + at * cost[0] == pytest.approx(bent_s(at, at * mean)) or base == 0.0
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.98, 1.0])

@@ -17,7 +17,6 @@ somebody's `tpot` goes to the base: all can be kept on pace iff
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,17 +36,53 @@ def step_costs(
     `step_s(batch, kv_tokens)`: predicted seconds, monotone, of scalars. `limit_s`: the step aimed
     at. The operating point has two requests at least: one alone does not tell what a second adds.
     """
-    more = np.zeros(0) if more_tokens is None else more_tokens
-    known = context_tokens.size + more.size
-    mean = (float(context_tokens.sum()) + float(more.sum())) / known
+    known, in_all = context_tokens.size, float(context_tokens.sum())
+    if more_tokens is not None:
+        known, in_all = known + more_tokens.size, in_all + float(more_tokens.sum())
+    mean = in_all / known
+
+    def seconds_of(size: int) -> float:
+        return float(step_s(size, size * mean))
+
     count = max(2, known)
-    if float(step_s(count, count * mean)) > limit_s:
-        fits = bisect_right(range(1, count), limit_s, key=lambda size: step_s(size, size * mean))
-        count = max(2, fits)
+    full = seconds_of(count)
+    if full > limit_s:
+        count, full = largest_fitting(seconds_of, limit_s, (1, seconds_of(1)), (count, full))
+        if count < 2:
+            count, full = 2, seconds_of(2)
     tokens = count * mean
-    full = float(step_s(count, tokens))
     half = count // 2
     each = (full - float(step_s(half, tokens))) / (count - half)
     token = 2.0 * (full - float(step_s(count, 0.5 * tokens))) / tokens if tokens else 0.0
     cost = each + token * context_tokens
-    return max(0.0, full - count * each - token * tokens), cost, each + token * more
+    extra = np.zeros(0) if more_tokens is None else each + token * more_tokens
+    return max(0.0, full - count * each - token * tokens), cost, extra
+
+
+def largest_fitting(
+    seconds_of: Callable[[int], float],
+    limit_s: float,
+    fits: tuple[int, float],
+    fails: tuple[int, float],
+) -> tuple[int, float]:
+    """The largest size with `seconds_of(size) <= limit_s`, and these; `seconds_of` is monotone.
+
+    `fits`, `fails`: a size that fits (or is the answer for want of a smaller one) and one that does
+    not, each with its seconds. Every question costs microseconds, so where the answer lies on the
+    line between what is known is asked first, and what remains is halved every third time, lest a
+    bent line makes it slow.
+    """
+    (low, low_s), (high, high_s) = fits, fails
+    turn = 0
+    while high - low > 1:
+        turn += 1
+        middle = (low + high) // 2
+        if turn % 3 and high_s > low_s:
+            on_line = low + int((limit_s - low_s) / (high_s - low_s) * (high - low))
+            middle = min(max(on_line, low + 1), high - 1)
+        seconds = seconds_of(middle)
+        if seconds <= limit_s:
+            low, low_s = middle, seconds
+        else:
+            high, high_s = middle, seconds
+    return low, low_s

@@ -8,7 +8,8 @@ All arrays have shape (n,), one entry per running request; times in seconds, con
                                      tokens in `horizon` ones: shorter for who is behind, longer for
                                      who is ahead
     cost_i  = what i adds to the step (`load`);   load_i = cost_i / pace_i
-A request LOST tokens or more behind its pace is given up: it takes what others leave.
+A request LOST tokens or more behind its pace is given up: it takes what others leave. Where all are
+given up nobody gains from a short step, and everybody runs.
 
 1. If the step of everybody fits everybody's pace, everybody runs: stock behaviour.
 2. Otherwise the *served* set is the largest that can be kept on pace for good: for each of some
@@ -44,7 +45,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_kairos.policy.load import Floats, StepTime, step_costs
+from sglang_kairos.policy.load import Floats, StepTime, largest_fitting, step_costs
 
 HORIZON, SHORTEST_HORIZON = 60.0, 12.0
 RESERVE_PER_ERROR = 20.0
@@ -106,19 +107,25 @@ def choose_step(
     wanted = _bare_pace_s(lead, tpot, reserve_tokens, horizon_tokens)
     if full <= float(np.where(alive, wanted, tpot).min()):
         return StepChoice(list(range(n)), full, "all", np.ones(n, bool))
+    if not np.count_nonzero(alive):
+        return StepChoice(list(range(n)), full, "overload", np.zeros(n, bool))
 
     pace = _within_bounds(wanted, tpot)
     base, cost, _ = step_costs(step, context, float(tpot.sum()) / n)
     load = cost / pace
     keeps = _served(load, pace, base, alive, served)
-    limit = float(pace[keeps].min()) if keeps.any() else float(tpot.min())
+    limit = float(pace[keeps].min())
     due = _due(silent, cost, keeps, limit, max_itl_s)
     urgent = slack < URGENT * limit
     tier = 4 - alive.astype(np.int8) - keeps - (keeps & urgent)
     tier[due] = 0
     order = np.lexsort((cost, tier))
     tokens = context[order].cumsum()
-    fitting = n if full <= limit else _fitting(step, tokens, limit, base, full)
+    fitting = n
+    if full > limit:
+        fitting, _ = largest_fitting(
+            lambda size: float(step(size, tokens.item(size - 1))), limit, (0, base), (n, full)
+        )
     count = max(1, int(np.count_nonzero(due)), fitting)
     if min_throughput > 0.0:
         sizes = np.arange(count, n + 1)
@@ -174,18 +181,17 @@ def _served(
     alive: NDArray[np.bool_],
     before: NDArray[np.bool_] | None,
 ) -> NDArray[np.bool_]:
-    """The largest set that can be kept on pace: mask (n,); somebody unless nobody is alive."""
+    """The largest set that can be kept on pace: mask (n,); somebody, as somebody is alive."""
     key = load if before is None else np.where(before, INCUMBENT * load, load)
     lightest = np.argsort(key, kind="stable")
-    if not alive.all():
+    if np.count_nonzero(alive) < alive.size:
         lightest = lightest[alive[lightest]]
     keeps = np.zeros(load.size, bool)
-    if lightest.size == 0:
-        return keeps
     paces = pace[lightest]
     limits = np.sort(paces)[(np.arange(LIMITS) * (paces.size - 1)) // (LIMITS - 1)]
     member = paces >= limits[:, None]
-    fits = (member * load[lightest]).cumsum(axis=1) <= 1.0 - base / limits[:, None]
+    sums = np.add.accumulate(member * load[lightest], axis=1)
+    fits = sums <= 1.0 - base / limits[:, None]
     fits &= member
     counts = fits.sum(axis=1)
     best = counts.size - 1 - int(np.argmax(counts[::-1]))
@@ -217,30 +223,6 @@ def _due(
     if np.any(silent[queue] + turn > max_itl_s):
         due[queue[0]] = True
     return due
-
-
-def _fitting(
-    step_s: StepTime, tokens: NDArray[np.float64], limit: float, base_s: float, full_s: float
-) -> int:
-    """How many of them, in order, fit a step of `limit` when not all do (`tokens`: running sums).
-
-    Every question costs microseconds, so where the answer lies on the line between what is known
-    is asked first, and what remains is halved every third time, lest a bent line makes it slow.
-    """
-    low, low_s, high, high_s = 0, base_s, tokens.size, full_s
-    turn = 0
-    while high - low > 1:
-        turn += 1
-        middle = (low + high) // 2
-        if turn % 3 and high_s > low_s:
-            on_line = low + int((limit - low_s) / (high_s - low_s) * (high - low))
-            middle = min(max(on_line, low + 1), high - 1)
-        seconds = float(step_s(middle, tokens.item(middle - 1)))
-        if seconds <= limit:
-            low, low_s = middle, seconds
-        else:
-            high, high_s = middle, seconds
-    return low
 
 
 def _padded(step_s: StepTime, captured_sizes: Sequence[int]) -> StepTime:

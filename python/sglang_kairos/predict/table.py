@@ -44,6 +44,7 @@ class StepTable:
         above = [size for size in BATCHES if not sizes or size > sizes[-1]]
         self.batches = np.asarray([*sizes, *above], float)
         self._row, self._part = _positions(sizes, self.batches)
+        self._place = list(zip(self._row.tolist(), self._part.tolist(), strict=True))
         self._interpolated = bool(self._part.any())
         self._log_batch = np.log2(self.batches)
         self._log_kv = np.log2(np.maximum(KV_TOKENS, KV_TOKENS[1] / 2))
@@ -71,8 +72,7 @@ class StepTable:
 
     def at(self, table: Floats, batch: int, kv_tokens: float) -> float:
         """`table` at one point. Beyond its last cells it goes on flat."""
-        index = min(max(int(batch), 0), len(self._row) - 1)
-        row, part = int(self._row[index]), float(self._part[index])
+        row, part = self._place[min(max(int(batch), 0), len(self._place) - 1)]
         kv = min(max(float(kv_tokens), 0.0), _KV_LIST[-1])
         column = min(bisect_right(_KV_LIST, kv), len(_KV_LIST) - 1) - 1
         share = (kv - _KV_LIST[column]) * _PER_GAP[column]
@@ -81,8 +81,7 @@ class StepTable:
 
     def along(self, table: Floats, batch: int, kv_tokens: NDArray[Any]) -> Floats:
         """`table` at one batch and many KV tokens."""
-        index = min(max(int(batch), 0), len(self._row) - 1)
-        row, part = int(self._row[index]), float(self._part[index])
+        row, part = self._place[min(max(int(batch), 0), len(self._place) - 1)]
         line = table[row] + part * (table[row + 1] - table[row]) if part else table[row]
         result: Floats = np.interp(kv_tokens, KV_TOKENS, line)
         return result
