@@ -227,6 +227,7 @@ class Cluster:
                 else:
                     self.decode_urls.append(url)
         self._wait_ready(begun)
+        self._freeze_garbage(layout.api_key)
         if spec.router != "none":
             port = spec.port or book.take().http
             argv = layout.router_argv(self.prefill_urls, bootstrap, self.decode_urls, port)
@@ -291,14 +292,28 @@ class Cluster:
                 said = now
             time.sleep(0.1)
 
+    def _freeze_garbage(self, api_key: str) -> None:
+        """What a server does for itself once up, and often too early for its own port to be open.
+
+        A full collection stops its HTTP process, and with it every stream, for one to two seconds.
+        """
+        for part in self.parts:
+            request = urllib.request.Request(
+                part.url + "/freeze_gc", b"", _authorization(api_key), method="POST"
+            )
+            try:
+                with _opener().open(request, timeout=PROGRESS_EVERY_S) as response:
+                    response.read()
+            except (OSError, http.client.HTTPException) as error:
+                self.spec.say(f"{part.name} keeps collecting garbage of its start: {error}")
+
     def _probe(self, api_key: str) -> None:
         """One request all the way through: wiring mistakes show here, not in the first user's."""
         body = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 2, "temperature": 0}}
         request = urllib.request.Request(
             self.url + "/generate",
             json.dumps(body).encode(),
-            {"Content-Type": "application/json"}
-            | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
+            {"Content-Type": "application/json"} | _authorization(api_key),
         )
         try:
             with _opener().open(request, timeout=self.spec.ready_timeout_s) as response:
@@ -407,6 +422,10 @@ def _kill_group(part: Part) -> None:
 def _opener() -> urllib.request.OpenerDirector:
     # A proxy named in the environment must not see requests to this machine.
     return urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def _authorization(api_key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def _status(url: str) -> int:

@@ -47,6 +47,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers()
     def do_POST(self):
+        print("posted", self.path, flush=True)
         self.send_response(500 if "--broken" in argv else 200); self.end_headers()
         self.wfile.write(b"{}")
     def log_message(self, *args):
@@ -94,6 +95,16 @@ def gone(pid: int, within_s: float = 8.0) -> bool:
 
 def argv_of(cluster: Cluster, name: str) -> str:
     return cluster.logs[name].read_text()
+
+
+def test_servers_are_told_once_up_to_leave_their_start_to_no_garbage_collection(make: Any) -> None:
+    said: list[str] = []
+    with Cluster(make(prefill_args=["--broken"], say=said.append)) as cluster:
+        assert "posted /freeze_gc" in argv_of(cluster, "p0")
+        assert "posted /freeze_gc" in argv_of(cluster, "d0")
+        assert "/freeze_gc" not in argv_of(cluster, "router")
+    complaints = [line for line in said if "garbage" in line]
+    assert len(complaints) == 1 and complaints[0].startswith("p0 ")  # and it goes on
 
 
 def test_a_cluster_starts_serves_and_leaves_nothing_behind(make: Any) -> None:
