@@ -35,13 +35,14 @@ POLICIES: dict[str, tuple[bool | Mapping[str, Any], str]] = {
     "kairos": (True, ""),
     "kairos-no-park": ({"park": False}, ""),
 }
-# Context lengths, median and cap. With the pair they are short enough for a CPU's prefill to keep up
-# with what makes its decode miss; where nothing is prefilled, contexts make most of a step.
+# Lengths of contexts, median and cap, and median of outputs. With the pair, contexts are short and
+# outputs long enough for a CPU's prefill to keep up with what makes its decode miss; where nothing
+# is prefilled, contexts make most of a step.
 INPUTS = {"pd": (100.0, 3000), "decode": (500.0, 8000)}
+OUTPUTS, MAX_OUTPUT = {"pd": 120.0, "decode": 48.0}, 300
 TPOTS_MS = {"pd": "50", "decode": "100"}
 # Deep enough for steps, not the streaming of tokens by the HTTP server beside it, to be the limit.
 LAYERS = 6
-MEDIAN_OUTPUT, MAX_OUTPUT = 48.0, 300
 ABREAST = (8, 16, 32, 64, 128)
 REHEARSED, WARM_ABREAST = 60, 24
 # A request with this bootstrap host gets made-up KV at once (SGLang's fake transfer).
@@ -82,6 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--load-s", type=float, default=45.0, help="seconds of arrivals per run")
     parser.add_argument("--median-input", type=float, help="tokens (default: by mode)")
     parser.add_argument("--max-input", type=int, help="tokens (default: by mode)")
+    parser.add_argument("--median-output", type=float, help="tokens (default: by mode)")
     parser.add_argument("--repeat", type=int, default=1, help="rounds, order reversed in between")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/decode_cpu"))
@@ -96,6 +98,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     median, most = INPUTS[given.mode]
     given.median_input = median if given.median_input is None else given.median_input
     given.max_input = most if given.max_input is None else given.max_input
+    if given.median_output is None:
+        given.median_output = OUTPUTS[given.mode]
     given.policies = given.policies.split(",")
     for name in given.policies:
         if name not in POLICIES:
@@ -109,7 +113,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if not all(value > 0 for value in values):
             parser.error(f"{flag}: must be positive, got {','.join(words)!r}")
         setattr(given, name, values)
-    for name in ("ttft_ms", "load_s", "repeat", "capacity", "median_input", "max_input"):
+    for name in (
+        "ttft_ms",
+        "load_s",
+        "repeat",
+        "capacity",
+        "median_input",
+        "max_input",
+        "median_output",
+    ):
         value = getattr(given, name)
         if value is not None and not value > 0:
             parser.error(f"--{name.replace('_', '-')}: must be positive, got {value}")
@@ -167,7 +179,7 @@ def sample(count: int, seed: int, given: argparse.Namespace) -> list[traces.Requ
         seed,
         median_input=given.median_input,
         max_input=given.max_input,
-        median_output=MEDIAN_OUTPUT,
+        median_output=given.median_output,
         max_output=MAX_OUTPUT,
     )
 
