@@ -6,8 +6,8 @@
 The first cluster, stock's, is measured: with 8, 16, 32 … requests kept abreast, at how many does the
 TPOT that clients see reach the target? Hence the capacity in requests per second. Each load of the
 grid is a share of it; every policy is warmed up alike and sent the same long-tailed trace, open
-loop. Policies: stock (fcfs prefill, every running request in every step), kairos, and
-kairos-no-park (the same prefill, stock decode).
+loop. Policies: stock (fcfs prefill, every running request in every step), kairos, kairos-no-park (the
+same prefill, stock decode) and kairos-no-breaker (parks however badly steps are predicted).
 Writes one row per run (`tools.report.Run.row()` with mode, load, repeat and targets) to
 ``rows.json`` and one JSON line per request under ``--out``.
 """
@@ -34,6 +34,7 @@ POLICIES: dict[str, tuple[bool | Mapping[str, Any], str]] = {
     "stock": (False, "fcfs"),
     "kairos": (True, ""),
     "kairos-no-park": ({"park": False}, ""),
+    "kairos-no-breaker": ({"max_step_error": 100.0}, ""),
 }
 # Lengths of contexts, median and cap, and median of outputs. With the pair, contexts are short and
 # outputs long enough for a CPU's prefill to keep up with what makes its decode miss; where nothing

@@ -108,8 +108,14 @@ def test_killing_a_prefill_and_then_a_decode_server_hangs_nobody_and_leaks_nothi
     # server died may have lost it after the first byte was promised, and says so.
     assert set(ends) <= {"done", "error event"}
     assert ends.count("done") >= REQUESTS - 5
-    # Streams are under way on it when it dies, and far from their ends.
-    kill_when(cluster, "d0", lambda: requests_at(decode, "running") >= 2)
+    # Streams are under way on it when it dies, and far from their ends. What it says of itself may be
+    # of the load before, so the present one gets time to reach it.
+    begun = time.monotonic()
+    kill_when(
+        cluster,
+        "d0",
+        lambda: time.monotonic() > begun + 1.5 and requests_at(decode, "running") >= 2,
+    )
     ends = asyncio.run(load(cluster.url, REQUESTS, 8 * TOKENS))
     assert set(ends) == {"done", "error event"}
     assert ends.count("done") >= REQUESTS / 2
