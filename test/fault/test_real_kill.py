@@ -118,7 +118,7 @@ def test_killing_a_prefill_and_then_a_decode_server_hangs_nobody_and_leaks_nothi
     )
     ends = asyncio.run(load(cluster.url, REQUESTS, 8 * TOKENS))
     assert set(ends) == {"done", "error event"}
-    assert ends.count("done") >= REQUESTS / 4  # at worst all were sent, and half of them to it
+    assert ends.count("done") >= REQUESTS / 2
     left = {*cluster.prefill_urls, *cluster.decode_urls} - {prefill, decode}
     deadline = time.monotonic() + 30
     while any(pending(url) for url in left):
