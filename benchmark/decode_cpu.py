@@ -36,12 +36,13 @@ POLICIES: dict[str, tuple[bool | Mapping[str, Any], str]] = {
     "kairos-no-park": ({"park": False}, ""),
     "kairos-no-breaker": ({"max_step_error": 100.0}, ""),
 }
-# Lengths of contexts, median and cap, and median of outputs. With the pair, contexts are short and
-# outputs long enough for a CPU's prefill to keep up with what makes its decode miss; where nothing
-# is prefilled, contexts make most of a step.
-INPUTS = {"pd": (100.0, 3000), "decode": (500.0, 8000)}
-OUTPUTS, MAX_OUTPUT = {"pd": 120.0, "decode": 48.0}, 300
-TPOTS_MS = {"pd": "50", "decode": "100"}
+# With the pair, contexts are short and outputs long enough for a CPU's prefill to keep up with what
+# makes its decode miss; where nothing is prefilled, contexts make most of a step.
+BY_MODE: dict[str, dict[str, Any]] = {
+    "pd": {"median_input": 100.0, "max_input": 3000, "median_output": 120.0, "tpots_ms": "50"},
+    "decode": {"median_input": 500.0, "max_input": 8000, "median_output": 48.0, "tpots_ms": "100"},
+}
+MAX_OUTPUT = 300
 # Deep enough for steps, not the streaming of tokens by the HTTP server beside it, to be the limit.
 LAYERS = 6
 ABREAST = (8, 16, 32, 64, 128)
@@ -95,12 +96,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     given = parser.parse_args(argv)
     given.router = "kairos" if given.mode == "pd" else "none"
     given.launcher = "sglang_kairos.launch_server"
-    given.tpots_ms = given.tpots_ms or TPOTS_MS[given.mode]
-    median, most = INPUTS[given.mode]
-    given.median_input = median if given.median_input is None else given.median_input
-    given.max_input = most if given.max_input is None else given.max_input
-    if given.median_output is None:
-        given.median_output = OUTPUTS[given.mode]
+    for name, value in BY_MODE[given.mode].items():
+        if getattr(given, name) is None:
+            setattr(given, name, value)
     given.policies = given.policies.split(",")
     for name in given.policies:
         if name not in POLICIES:
