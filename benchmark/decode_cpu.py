@@ -4,7 +4,8 @@
     python -m benchmark.decode_cpu --mode decode        # decode server alone, KV not transferred
 
 The first cluster, stock's, is measured: with 8, 16, 32 … requests kept abreast, at how many does the
-TPOT that clients see reach the target? Hence the capacity in requests per second. Each load of the
+TPOT that clients see reach the target? Hence the capacity in requests per second, as far as step
+times limit it; with ``--kv-tokens`` the decode server's memory is the limit instead. Each load of the
 grid is a share of it; every policy is warmed up alike and sent the same long-tailed trace, open
 loop. Policies: stock (fcfs prefill, every running request in every step), kairos, kairos-no-park (the
 same prefill, stock decode) and kairos-no-breaker (parks however badly steps are predicted).
@@ -50,6 +51,7 @@ REHEARSED, WARM_ABREAST = 60, 24
 # A request with this bootstrap host gets made-up KV at once (SGLang's fake transfer).
 FAKE_TRANSFER = {"bootstrap_host": "2.2.2.2", "bootstrap_room": 0}
 TIMEOUT_S = 180.0
+KV_TOKENS = 200_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,6 +88,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--median-input", type=float, help="tokens (default: by mode)")
     parser.add_argument("--max-input", type=int, help="tokens (default: by mode)")
     parser.add_argument("--median-output", type=float, help="tokens (default: by mode)")
+    parser.add_argument(
+        "--kv-tokens",
+        type=int,
+        default=KV_TOKENS,
+        help="of the decode server (default: %(default)s)",
+    )
     parser.add_argument("--repeat", type=int, default=1, help="rounds, order reversed in between")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/decode_cpu"))
@@ -120,10 +128,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "median_input",
         "max_input",
         "median_output",
+        "kv_tokens",
     ):
         value = getattr(given, name)
         if value is not None and not value > 0:
             parser.error(f"--{name.replace('_', '-')}: must be positive, got {value}")
+    longest = given.max_input + MAX_OUTPUT
+    if given.kv_tokens < longest:
+        parser.error(f"--kv-tokens: the longest request needs {longest}, got {given.kv_tokens}")
     return given
 
 
@@ -144,7 +156,7 @@ def run_grid(given: argparse.Namespace, zygote: Any) -> list[report.Run]:
         rate = load * capacity
         rows = sample(max(2, round(rate * given.load_s)), given.seed + turn, given)
         plan = demo.Plan(traces.scale_rate(rows, rate), given.ttft_ms, tpot, given.seed, None)
-        with Cluster(spec_for(policy, given, zygote, number)) as cluster:
+        with Cluster(spec_for(policy, given, zygote, number, given.kv_tokens)) as cluster:
             prepare(cluster, given)
             result = drive(cluster, given, plan.rows, given.ttft_ms, tpot)
             facts = demo.kairos_reports(cluster)
@@ -156,6 +168,7 @@ def run_grid(given: argparse.Namespace, zygote: Any) -> list[report.Run]:
             "load": load,
             "rate_rps": round(rate, 3),
             "capacity_rps": round(capacity, 3),
+            "kv_tokens": given.kv_tokens,
             "repeat": turn,
             "slo": {"ttft_ms": given.ttft_ms, "tpot_ms": tpot},
             "platform": demo.platform(),
@@ -183,19 +196,20 @@ def sample(count: int, seed: int, given: argparse.Namespace) -> list[traces.Requ
     )
 
 
-def spec_for(policy: str, given: argparse.Namespace, zygote: Any, number: int) -> ClusterSpec:
+def spec_for(
+    policy: str, given: argparse.Namespace, zygote: Any, number: int, kv_tokens: int
+) -> ClusterSpec:
     """The demo's pair; policies differ in scheduling and in nothing else."""
     kairos, order = POLICIES[policy]
     spec = demo.spec_for(policy, given, zygote, lambda line: None, number)
-    spec = replace(
+    fake = ["--disaggregation-transfer-backend", "fake"] if given.mode == "decode" else []
+    return replace(
         spec,
         kairos=kairos,
         prefill_args=["--schedule-policy", order] if order else [],
+        decode_args=["--max-total-tokens", str(kv_tokens), *fake],
         log_dir=given.out / "logs" / f"{number}-{policy}",
     )
-    if given.mode == "pd":
-        return spec
-    return replace(spec, decode_args=["--disaggregation-transfer-backend", "fake"])
 
 
 def prepare(cluster: Cluster, given: argparse.Namespace) -> None:
@@ -226,7 +240,7 @@ def tpot_by_abreast(given: argparse.Namespace, zygote: Any) -> dict[int, float]:
     """Seconds per token that clients of stock see, by how many requests are kept abreast."""
     say = demo.narrator("[capacity]")
     found: dict[int, float] = {}
-    with Cluster(spec_for("stock", given, zygote, 0)) as cluster:
+    with Cluster(spec_for("stock", given, zygote, 0, KV_TOKENS)) as cluster:
         prepare(cluster, given)
         for abreast in ABREAST:
             rows = sample(4 * abreast, given.seed + 1000 + abreast, given)

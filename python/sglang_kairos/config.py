@@ -102,7 +102,8 @@ class KairosConfig:
     )
     max_step_error: float = _setting(
         0.2,
-        "circuit breaker: no parking while decode steps are predicted worse than this (mean error)",
+        "circuit breaker: no parking while decode steps are predicted worse than this (mean error) "
+        "and do not even follow the predictions",
         low=0.0,
         high=100.0,
     )

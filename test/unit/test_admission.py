@@ -73,7 +73,16 @@ K = 1000.0
          plan([3 * K, K, K], [-1, -1, 1], server(3)), [2, 1, 0], 3, 3),
         ("a full server lets nobody in", plan([K, K], [1.9, 1.0], server(20)), [1, 0], 0, 0),
         ("one place is left", plan([K, K], [1.9, 1.0], server(18)), [1, 0], 1, 1),
-        ("an empty one takes somebody, whatever it is", plan([90 * K], 1.0, server(0)), [0], 1, 1),
+        ("an empty one takes somebody, whatever it is", plan([90 * K], 1.0, server(0)), [0], 0, 1),
+        ("where no TPOT is within reach there is no gate",
+         plan([K, K, K], [-0.5, 1.9, 0.1], server(0, used=0.95), tpot=0.011), [1, 0, 2], 0, 3),
+        ("whose TPOT is out of reach comes in behind the others, at once, late or not",
+         plan([K, K, K], [-0.5, 1.9, 1.9], server(20, used=0.2, slots=0.2), tpot=[0.011, 0.05, 0.011]),
+         [2, 0, 1], 0, 2),
+        ("but not where memory is short",
+         plan([K, K], 1.9, server(15), tpot=[0.011, 0.05]), [1, 0], 1, 1),
+        ("unless it starves, and then first",
+         plan([K, K], [-9, 1.9], server(1), tpot=[0.011, 0.05], starving=[True, False]), [0, 1], 2, 2),
         ("with memory to spare, who is due comes in unkept, who is not waits",
          plan([K, K, K], [1.9, 0.5, -0.5], server(20, used=0.2, slots=0.2)), [1, 0, 2], 0, 1),
         ("slots alone can be short",
@@ -114,14 +123,21 @@ def test_every_plan_is_sound(rows: Any, kept: int, used: float, slots: float) ->
     got = plan(prompt, due, there, tpot)
     assert sorted(got.order) == list(range(len(rows)))
     assert 0 <= got.kept <= got.count <= len(rows)
-    assert got.kept or kept, "an empty server must not stand idle"
+    assert got.count or kept, "an empty server must not stand idle"
+    reach = [step_s(1, p) <= t for p, _, t in rows]
+    if not kept and not any(reach):
+        assert (got.kept, got.count) == (0, len(rows)), "held back for targets nobody can meet"
+        return
+    assert all(reach[i] for i in got.order[: got.kept]), "kept although out of reach"
     chosen = [rows[i] for i in got.order[: got.kept]]
     load = sum(2e-3 / 0.05 for _ in range(kept)) + sum((1e-3 + 1e-6 * p) / t for p, _, t in chosen)
-    tightest = min([*tpot, *([0.05] if kept else [])])
+    within = [t for t, near in zip(tpot, reach, strict=True) if near]
+    tightest = min([*within, *([0.05] if kept else [])])
     if kept > 1 and chosen:
         assert 10e-3 / tightest + load <= TARGET + 1e-6, "steps too long for somebody kept"
     more = [rows[i] for i in got.order[got.kept : got.count]]
-    assert all(due > 0 for _, due, _ in more), "let in beyond the load although late anyway"
+    late = [i for i in got.order[got.kept : got.count] if reach[i] and rows[i][1] <= 0]
+    assert not late, "let in beyond the load although late anyway"
     if more:
         tokens = there.used_tokens + sum(p for p, *_ in (*chosen, *more))
         assert tokens <= PLENTY * KV

@@ -41,13 +41,14 @@ def exported() -> dict[str, float]:
 def test_errors_gauges_and_counters_are_exported(metrics: SchedulerMetrics) -> None:
     counters = Counter(parked=3)
     told = {"breaker_open": True, "paused": 2, "counters": counters}
-    metrics.tell(PredictError(0.1, 0.2, 40, -0.05), **told)
+    metrics.tell(PredictError(0.1, 0.2, 40, -0.05, 0.9), **told)
     counters["parked"] += 4
-    metrics.tell(PredictError(0.1, 0.2, 40, -0.05), **told)
+    metrics.tell(PredictError(0.1, 0.2, 40, -0.05, 0.9), **told)
     assert exported() == {
         "kairos_predict_errordecodemmape": 0.1,
         "kairos_predict_errordecodemp90": 0.2,
         "kairos_predict_errorbiasdecodem": -0.05,
+        "kairos_predict_errordecodemresponse": 0.9,
         "kairos_predict_samplesdecodem": 40.0,
         "kairos_breaker_opendecodem": 1.0,
         "kairos_paused_prefillsdecodem": 2.0,

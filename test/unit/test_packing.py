@@ -115,6 +115,16 @@ def test_where_all_are_given_up_everybody_runs_until_somebody_can_be_kept() -> N
     assert held.predicted_s <= 1.3 * TPOT
 
 
+def test_a_tpot_out_of_reach_parks_nobody_but_who_is_beside_one_that_can_be_kept() -> None:
+    alone = step_s(1, 400.0)
+    out_of_reach = choose([400] * 60, tpot=0.95 * alone)
+    assert (len(out_of_reach.run), out_of_reach.served.any()) == (60, False)
+    assert len(choose([400] * 60, slack=alone, tpot=1.05 * alone).run) < 60, "within reach: packed"
+    mixed = choose([400] * 200, tpot=[0.95 * alone] * 100 + [TPOT] * 100, slack=TPOT)
+    assert not mixed.served[:100].any(), "a short step is made for who gains from it"
+    assert mixed.served.any() and mixed.predicted_s <= 1.3 * TPOT
+
+
 def bent_s(batch: Any, kv_tokens: Any) -> Any:
     """Flattens, is stepped, and jumps: what looking for the fullest step must cope with."""
     padded = -(-batch // 16) * 16

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_kairos.predict.error import CLIP_FLOOR, WINDOW, ErrorWindow, Outliers, PredictError
+from sglang_kairos.predict.error import (
+    CLIP_FLOOR,
+    LEARNT_STEPS,
+    RESPONDS,
+    WINDOW,
+    ErrorWindow,
+    Outliers,
+    PredictError,
+)
 from sglang_kairos.predict.rls import Rls
 
 SCALE = (1.0, 1e3, 1e7)
@@ -70,6 +78,50 @@ def test_the_upper_quantile_covers_as_often_as_it_says(quantile: float) -> None:
             covered.append(measured <= window.upper_ratio(quantile))
         window.add(1.0, measured)
     assert np.mean(covered) == pytest.approx(quantile, abs=0.02)
+
+
+def judged(steps: int, sigma: float, follows: float, spread: float, seed: int) -> ErrorWindow:
+    """Steps predicted e^(`spread` z) s that take that to the power of `follows`, and scatter."""
+    rng, window = np.random.default_rng(seed), ErrorWindow()
+    for _ in range(steps):
+        predicted = spread * rng.standard_normal()
+        measured = follows * predicted + sigma * rng.standard_normal()
+        window.add(float(np.exp(predicted)), float(np.exp(measured)))
+    return window
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.3, 0.8), st.floats(0.3, 1.0), st.integers(0, 2**32 - 1))
+def test_steps_that_scatter_are_trusted_while_they_follow_the_predictions(
+    sigma: float, spread: float, seed: int
+) -> None:
+    follow = judged(600, sigma, 1.0, spread, seed).error
+    assert follow.mape > 0.2 and follow.response > RESPONDS and follow.trusted(0.2)
+    ignore = judged(600, sigma, 0.0, spread, seed).error
+    assert ignore.mape > 0.2 and ignore.response < RESPONDS and not ignore.trusted(0.2)
+
+
+def test_steps_predicted_alike_leave_the_judgement_as_it_was() -> None:
+    for follows in (0.0, 1.0):
+        window = judged(600, 0.4, follows, 0.5, 1)
+        before, rng = window.error.response, np.random.default_rng(2)
+        for _ in range(20_000):
+            window.add(1.0, float(np.exp(0.4 * rng.standard_normal())))
+        assert window.error.response == pytest.approx(before, abs=0.2)
+
+
+def test_a_host_that_changes_its_mind_changes_the_judgement() -> None:
+    window, rng = judged(600, 0.4, 0.0, 0.5, 3), np.random.default_rng(4)
+    assert not window.error.trusted(0.2)
+    for _ in range(2000):
+        predicted = 0.5 * rng.standard_normal()
+        window.add(float(np.exp(predicted)), float(np.exp(predicted + 0.4 * rng.standard_normal())))
+    assert window.error.trusted(0.2)
+
+
+def test_before_enough_steps_nothing_is_trusted() -> None:
+    assert not judged(LEARNT_STEPS - 1, 0.0, 1.0, 0.5, 0).error.trusted(100.0)
+    assert judged(LEARNT_STEPS, 0.0, 1.0, 0.5, 0).error.trusted(0.0)
 
 
 def test_too_few_steps_for_a_quantile_give_the_worst_seen() -> None:

@@ -192,7 +192,7 @@ def _keep_order(state: KairosState, batch: Any) -> list[int]:
 
 
 def _trusted(state: KairosState) -> bool:
-    """The circuit breaker: parking on wrong step times harms whom it should help."""
+    """The circuit breaker: parking helps nobody where step times do not follow the predictions."""
     error = state.step_time.error
     if error.trusted(state.config.max_step_error):
         return True
@@ -201,7 +201,8 @@ def _trusted(state: KairosState) -> bool:
         state.log_once(
             "breaker",
             f"decode packing pauses while steps are predicted {100 * error.mape:.0f} % wrong "
-            f"(--kairos-max-step-error {state.config.max_step_error:g})",
+            f"(--kairos-max-step-error {state.config.max_step_error:g}) and do not follow the "
+            f"predictions (response {error.response:.2f})",
         )
     return False
 

@@ -30,11 +30,12 @@ class SchedulerMetrics:
 
         self._error = gauge(
             "predict_error",
-            "Relative error of the latest step-time predictions: mape, p90, bias (above 0: too long)",
+            "Relative error of the latest step-time predictions: mape, p90, bias (above 0: too long);"
+            " response: how much of a predicted difference steps show (1: all, 0: none)",
             "statistic",
         )
         self._steps = gauge("predict_samples", "Executed steps that the predictor has seen")
-        self._breaker = gauge("breaker_open", "1 while predictions are too wrong to park anybody")
+        self._breaker = gauge("breaker_open", "1 while predictions do not hold: nobody is parked")
         self._paused = gauge("paused_prefills", "Half-done prefills that sit out now")
         self._events = Counter(
             "kairos_events", "Counters of /server_info, by name", [*LABELS, "event"]
@@ -60,7 +61,7 @@ class SchedulerMetrics:
         self, error: PredictError, *, breaker_open: bool, paused: int, counters: Counts[str]
     ) -> None:
         """Publish the present values."""
-        for statistic in ("mape", "p90", "bias"):
+        for statistic in ("mape", "p90", "bias", "response"):
             self._error.labels(*self._labels, statistic).set(getattr(error, statistic))
         self._steps.labels(*self._labels).set(error.samples)
         self._breaker.labels(*self._labels).set(float(breaker_open))

@@ -292,6 +292,7 @@ def _error(error: Any) -> dict[str, float]:
         "mape": float(error.mape),
         "p90": float(error.p90),
         "bias": float(error.bias),
+        "response": float(error.response),
         "samples": int(error.samples),
     }
 

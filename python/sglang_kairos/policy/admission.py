@@ -10,9 +10,10 @@ Hodgson's on (work, latest start): as many in time as possible, late ones last, 
 that order they are *kept*, admitted to run at their TPOT, while
     base / min tpot + sum of cost / tpot over the committed and the kept <= TARGET
 (`load`). While memory is plentiful, shutting others out saves nothing: who would else miss its
-first token is let in too, to be parked until there is room for it (`packing`). And as many are let
-in as it takes to make `min_throughput` times the tokens per second of a server that lets in all it
-has memory for.
+first token is let in too, to be parked until there is room for it (`packing`). So is, at once, whose
+TPOT target is out of reach: shorter than a step of its own. Where nobody's is within reach, there is
+no gate. And as many are let in as it takes to make `min_throughput` times the tokens per second of
+a server that lets in all it has memory for.
 Our own design. Constants: chosen in simulation, flat around these values (docs/decode.md).
 """
 
@@ -90,24 +91,36 @@ def plan_admission(
     due = np.asarray(waiting.due_s, float)
     start_by = due - np.asarray(waiting.lead_s, float)
     held, held_tpot = np.asarray(server.context_tokens, float), np.asarray(server.tpot_s, float)
-    tightest = float(min(tpot.min(), held_tpot.min(initial=np.inf)))
+    reach = _within_reach(step_s, prompt, tpot)
+    gated = held.size > 0 or bool(reach.any())
+    aimed_at = np.append(held_tpot, tpot[reach] if gated else tpot)
+    tightest = float(aimed_at.min())
     base, held_cost, cost = step_costs(step_s, held, tightest, prompt)
     free = np.maximum(tpot - base, 0.05 * tpot)
     memory = np.maximum(prompt / server.kv_tokens, 1.0 / server.slots)
-    work = np.maximum(cost / free, memory) * expected_output * tpot
+    share = np.where(reach, np.maximum(cost / free, memory), memory)
+    work = share * expected_output * tpot
     hopeful = due - np.asarray(waiting.least_lead_s, float)
     latest_end = np.where(hopeful > 0.0, hopeful + work, -1.0)
     urgency = urgency_order(work, latest_end, waiting.weight, waiting.starving)
     order = np.asarray(urgency.order, np.intp)
+    if not gated:
+        return AdmissionPlan(order.tolist(), 0, order.size)
+    may_be_kept = reach
+    if waiting.starving is not None:
+        may_be_kept = reach | np.asarray(waiting.starving, bool)
+    order = order[np.argsort(~may_be_kept[order], kind="stable")]
 
     load = base / tightest + float((held_cost / held_tpot).sum())
-    kept = int(np.count_nonzero(load + np.cumsum(cost[order] / tpot[order]) <= TARGET))
+    loads = np.where(may_be_kept, cost / tpot, np.inf)[order]
+    kept = int(np.count_nonzero(load + np.cumsum(loads) <= TARGET))
     if held.size == 0:
         kept = max(1, kept)
     rest = order[kept:]
     called = (due[rest] > 0.0) & (
         start_by[rest] <= LAST_CALL * np.asarray(waiting.ttft_s, float)[rest]
     )
+    called |= ~reach[rest]
     tokens = server.used_tokens + prompt[order[:kept]].sum()
     called &= tokens + np.cumsum(np.where(called, prompt[rest], 0.0)) <= PLENTY * server.kv_tokens
     called &= server.used_slots + kept + np.cumsum(called) <= PLENTY * server.slots
@@ -116,6 +129,16 @@ def plan_admission(
     if min_throughput > 0.0:
         count = max(count, _least_count(prompt[final], server, step_s, min_throughput))
     return AdmissionPlan(final, kept, count)
+
+
+def _within_reach(
+    step_s: StepTime, prompt: NDArray[np.float64], tpot: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """Whose TPOT target a step of its own would meet, (n,)."""
+    if float(step_s(1, float(prompt.max()))) <= float(tpot.min()):
+        return np.ones(prompt.size, bool)
+    alone: NDArray[np.float64] = step_s(np.ones(prompt.size, np.int64), prompt)
+    return alone <= tpot
 
 
 def _least_count(

@@ -8,8 +8,9 @@ All arrays have shape (n,), one entry per running request; times in seconds, con
                                      tokens in `horizon` ones: shorter for who is behind, longer for
                                      who is ahead
     cost_i  = what i adds to the step (`load`);   load_i = cost_i / pace_i
-A request LOST tokens or more behind its pace is given up: it takes what others leave. Where all are
-given up nobody gains from a short step, and everybody runs.
+A request LOST tokens or more behind its pace is given up, and so is one whose TPOT target even a step
+of its own would miss: it takes what others leave. Where all are given up nobody gains from a short
+step, and everybody runs.
 
 1. If the step of everybody fits everybody's pace, everybody runs: stock behaviour.
 2. Otherwise the *served* set is the largest that can be kept on pace for good: for each of some
@@ -104,16 +105,21 @@ def choose_step(
     full = float(step(n, float(context.sum())))
     lead = slack - tpot
     alive = lead > -LOST * tpot
+    living = int(np.count_nonzero(alive))
     wanted = _bare_pace_s(lead, tpot, reserve_tokens, horizon_tokens)
-    if full <= float(np.where(alive, wanted, tpot).min()):
+    tightest = float((wanted if living == n else np.where(alive, wanted, tpot)).min())
+    if full <= tightest:
         return StepChoice(list(range(n)), full, "all", np.ones(n, bool))
-    if not np.count_nonzero(alive):
+    if float(step(1, float(context.max()))) > float(tpot.min()):
+        alive &= step(np.ones(n, np.int64), context) <= tpot
+        living = int(np.count_nonzero(alive))
+    if not living:
         return StepChoice(list(range(n)), full, "overload", np.zeros(n, bool))
 
     pace = _within_bounds(wanted, tpot)
     base, cost, _ = step_costs(step, context, float(tpot.sum()) / n)
     load = cost / pace
-    keeps = _served(load, pace, base, alive, served)
+    keeps = _served(load, pace, base, alive, living, served)
     limit = float(pace[keeps].min())
     due = _due(silent, cost, keeps, limit, max_itl_s)
     urgent = slack < URGENT * limit
@@ -179,12 +185,13 @@ def _served(
     pace: NDArray[np.float64],
     base: float,
     alive: NDArray[np.bool_],
+    living: int,
     before: NDArray[np.bool_] | None,
 ) -> NDArray[np.bool_]:
     """The largest set that can be kept on pace: mask (n,); somebody, as somebody is alive."""
     key = load if before is None else np.where(before, INCUMBENT * load, load)
     lightest = np.argsort(key, kind="stable")
-    if np.count_nonzero(alive) < alive.size:
+    if living < alive.size:
         lightest = lightest[alive[lightest]]
     keeps = np.zeros(load.size, bool)
     paces = pace[lightest]

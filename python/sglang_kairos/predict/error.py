@@ -19,6 +19,12 @@ LONGEST_RUN = 16
 # Before that many steps a model is a guess for unknown hardware.
 LEARNT_STEPS = 32
 
+RESPONDS = 0.5  # least response of steps to what is predicted, if they scatter more than the limit
+MEANS_STEPS = 128  # memory of the running means that a response is measured against
+EVIDENCE = 64.0  # most of it, in units of its own noise: the response is known to 1 / sqrt of that
+PRIOR_EVIDENCE = 4.0  # for a response of 1
+FIRST_VARIANCE, LEAST_VARIANCE = 0.04, 1e-4
+
 
 @dataclass(frozen=True, slots=True)
 class PredictError:
@@ -26,17 +32,25 @@ class PredictError:
 
     `mape`: mean of |predicted / measured - 1|; `p90`: its 90 % quantile; `bias`: mean of
     predicted / measured - 1, positive when predictions are too long; over the last WINDOW steps.
-    `samples`: all steps observed by this process.
+    `samples`: all steps observed by this process. `response`: see `Response`.
     """
 
     mape: float
     p90: float
     samples: int
     bias: float = 0.0
+    response: float = 1.0
 
     def trusted(self, limit: float) -> bool:
-        """Whether enough steps were seen, and their mean error is at most `limit`."""
-        return self.samples >= LEARNT_STEPS and self.mape <= limit
+        """Whether enough steps were seen, and they are as predicted or at least follow it.
+
+        As predicted: with a mean error of at most `limit`. On a busy host steps scatter by more than
+        that around predictions that are right on average; a smaller batch is still a shorter step
+        there, and all that scatter costs is a lead to end with (`policy.packing.reserve_of`). Where
+        steps take what they take whoever is in them, nobody gains from parking.
+        """
+        enough = self.samples >= LEARNT_STEPS
+        return enough and (self.mape <= limit or self.response >= RESPONDS)
 
 
 class ErrorWindow:
@@ -46,6 +60,7 @@ class ErrorWindow:
         self._latest: deque[tuple[float, float]] = deque()
         self._errors: list[float] = []
         self._ratios: list[float] = []
+        self._response = Response()
         self._samples = 0
 
     def add(self, predicted_s: float, measured_s: float) -> None:
@@ -60,6 +75,8 @@ class ErrorWindow:
         insort(self._errors, abs(error))
         insort(self._ratios, ratio)
         self._samples += 1
+        if self._samples > LEARNT_STEPS:  # before, predictions change more than steps
+            self._response.add(max(predicted_s, SHORTEST_S), measured_s)
 
     @property
     def error(self) -> PredictError:
@@ -69,7 +86,8 @@ class ErrorWindow:
             return PredictError(0.0, 0.0, 0)
         mape = sum(self._errors) / count
         bias = sum(error for error, _ in self._latest) / count
-        return PredictError(mape, self._errors[_rank(0.9, count)], self._samples, bias)
+        p90 = self._errors[_rank(0.9, count)]
+        return PredictError(mape, p90, self._samples, bias, self._response.slope)
 
     def upper_ratio(self, quantile: float) -> float:
         """A step takes at most this times its prediction with probability `quantile`, in (0, 1).
@@ -86,6 +104,39 @@ class ErrorWindow:
 
 def _rank(quantile: float, count: int) -> int:
     return min(count, math.ceil((count + 1) * quantile)) - 1
+
+
+class Response:
+    """How much of a predicted difference between steps is found in what they take: `slope`.
+
+    The slope of log measured over log predicted, both less their running means: 1 where a step
+    predicted twice as long takes twice as long, 0 where it takes what it takes. Steps that are
+    all predicted alike, as packed ones are, tell nothing, so evidence is forgotten only as fast as
+    new evidence comes in. 1 until there is some.
+    """
+
+    def __init__(self) -> None:
+        self.slope = 1.0
+        self._means: tuple[float, float] | None = None
+        self._variance = FIRST_VARIANCE
+        self._known, self._found = 0.0, 0.0
+
+    def add(self, predicted_s: float, measured_s: float) -> None:
+        """A step; both positive and finite."""
+        x, y = math.log(predicted_s), math.log(measured_s)
+        if self._means is None:
+            self._means = x, y
+        mean_x, mean_y = self._means
+        dx, dy = x - mean_x, y - mean_y
+        self._means = mean_x + dx / MEANS_STEPS, mean_y + dy / MEANS_STEPS
+        noise = dy - self.slope * dx
+        self._variance += (noise * noise - self._variance) / MEANS_STEPS
+        variance = max(self._variance, LEAST_VARIANCE)
+        news = dx * dx / variance
+        keep = 1.0 / (1.0 + news / EVIDENCE)
+        self._known = keep * self._known + news
+        self._found = keep * self._found + dx * dy / variance
+        self.slope = (self._found + PRIOR_EVIDENCE) / (self._known + PRIOR_EVIDENCE)
 
 
 class Outliers:

@@ -88,10 +88,19 @@ class LatePrefillServer(PrefillServer):
 
 
 class GuardedDecodeServer(DecodeServer):
-    """Parks nobody while decode steps are predicted worse than `max_step_error`."""
+    """Parks and holds back nobody while its breaker is open, as `engine/decode.py`."""
+
+    def _plan(self, used_slots: int) -> tuple[int, int]:
+        if self._trusted():
+            return super()._plan(used_slots)
+        self._sort(self.asking)
+        return len(self.asking), len(self.asking)
 
     def _choose(self) -> list[int] | None:
-        if not self._predictor.decode.error.trusted(self._policy.config.max_step_error):
-            self.counters["breaker_steps"] += 1
-            return None
-        return super()._choose()
+        if self._trusted():
+            return super()._choose()
+        self.counters["breaker_steps"] += 1
+        return None
+
+    def _trusted(self) -> bool:
+        return self._predictor.decode.error.trusted(self._policy.config.max_step_error)
