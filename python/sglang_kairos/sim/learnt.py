@@ -21,8 +21,29 @@ from sglang_kairos.sim.times import StepTimes
 from sglang_kairos.tools.traces import Request
 
 
+class GuardedDecodeServer(DecodeServer):
+    """Parks and holds back nobody while its breaker is open, as `engine/decode.py`."""
+
+    def _plan(self, used_slots: int) -> tuple[int, int]:
+        if self._trusted():
+            return super()._plan(used_slots)
+        self._sort(self.asking)
+        return len(self.asking), len(self.asking)
+
+    def _choose(self) -> list[int] | None:
+        if self._trusted():
+            return super()._choose()
+        self.counters["breaker_steps"] += 1
+        return None
+
+    def _trusted(self) -> bool:
+        return self._predictor.decode.error.trusted(self._policy.config.max_step_error)
+
+
 class LearntCluster(Cluster):
     """A `Cluster` of the servers below. `late_results`: prefill results wait for the next step."""
+
+    decode_kind: type[DecodeServer] = GuardedDecodeServer
 
     def __init__(
         self, setup: Setup, policy: Policy, rows: Sequence[Request], late_results: bool
@@ -43,7 +64,7 @@ class LearntCluster(Cluster):
             for index, server in enumerate(self.prefills)
         ]
         self.decodes = [
-            GuardedDecodeServer(
+            self.decode_kind(
                 self.clock,
                 system,
                 policy,
@@ -85,22 +106,3 @@ class LatePrefillServer(PrefillServer):
         results, self._results = self._results, []
         for req, tokens in results:
             super()._send(req, tokens)
-
-
-class GuardedDecodeServer(DecodeServer):
-    """Parks and holds back nobody while its breaker is open, as `engine/decode.py`."""
-
-    def _plan(self, used_slots: int) -> tuple[int, int]:
-        if self._trusted():
-            return super()._plan(used_slots)
-        self._sort(self.asking)
-        return len(self.asking), len(self.asking)
-
-    def _choose(self) -> list[int] | None:
-        if self._trusted():
-            return super()._choose()
-        self.counters["breaker_steps"] += 1
-        return None
-
-    def _trusted(self) -> bool:
-        return self._predictor.decode.error.trusted(self._policy.config.max_step_error)

@@ -1,0 +1,216 @@
+"""Decoding on a host that is not quiet, simulated: what is the circuit breaker worth?
+
+    python -m benchmark.decode_noise            # 3 minutes on one core
+
+One decode server with the step law of a small model on a CPU, fed KV at once, under a long-tailed
+load (`traces.long_tail`). Its steps take what the law says times a disturbance:
+
+* scatter S: a lognormal factor of that sigma, independent from step to step, mean 1;
+* spells X: now and then, for a second on average and 30 % of the time, all takes X times as long;
+* whatever T: every step takes T ms on average, scattered with sigma 0.5, whoever is in it: no
+  batch is shorter than another, and every request that sits out does so for nothing.
+
+Kairos learns from these steps (`sim.learnt`) and decides with stock, with no breaker, with one that
+opens wherever the mean error is above the limit, and with its own, which then asks whether steps
+follow the predictions (`predict.error`). Writes JSON under ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from statistics import mean
+from typing import Any
+
+from sglang_kairos.sim.cluster import Setup
+from sglang_kairos.sim.learnt import GuardedDecodeServer, LearntCluster
+from sglang_kairos.sim.policies import POLICIES, Policy
+from sglang_kairos.sim.times import LawTimes, System
+from sglang_kairos.tools import traces
+
+# benchmark/decode_cpu.py's model on two busy cores: 8.5 ms, 0.55 ms a request, 1.1 us a KV token.
+DECODE_LAW = (8.5e-3, 0.55e-3, 0.0, 0.0, 1.1e-6)
+PREFILL_LAW = (1e-4, 1e-9, 0.0, 0.0)
+KV_TOKENS, SLOTS = 200_000, 256
+SPELL_S, BETWEEN_S = 1.0, 2.3
+HOSTS = (
+    "quiet",
+    "scatter 0.3",
+    "scatter 0.5",
+    "scatter 0.8",
+    "spells 2",
+    "spells 4",
+    "whatever 80",
+    "whatever 120",
+)
+NO_LIMIT = 100.0
+
+Disturb = Callable[[float], float]
+
+
+class ErrorOnlyServer(GuardedDecodeServer):
+    """Its breaker opens wherever the mean error is above the limit."""
+
+    def _trusted(self) -> bool:
+        error, limit = self._predictor.decode.error, self._policy.config.max_step_error
+        return error.trusted(NO_LIMIT) and error.mape <= limit
+
+
+class ErrorOnlyCluster(LearntCluster):
+    decode_kind = ErrorOnlyServer
+
+
+def without_breaker(policy: Policy) -> Policy:
+    return replace(policy, config=replace(policy.config, max_step_error=NO_LIMIT))
+
+
+CASES: dict[str, tuple[Policy, type[LearntCluster]]] = {
+    "stock": (POLICIES["fcfs"], LearntCluster),
+    "no breaker": (without_breaker(POLICIES["kairos"]), LearntCluster),
+    "error only": (POLICIES["kairos"], ErrorOnlyCluster),
+    "kairos": (POLICIES["kairos"], LearntCluster),
+}
+
+
+class DisturbedTimes(LawTimes):
+    """The law, and what the host makes of it."""
+
+    def __init__(self, host: str, seed: int) -> None:
+        super().__init__(PREFILL_LAW, DECODE_LAW, captured_sizes=None)
+        self._disturb = disturbance(host, Random(f"{seed}/{host}"))
+
+    def decode_s(self, batch: int, kv_tokens: int) -> float:
+        return self._disturb(super().decode_s(batch, kv_tokens))
+
+
+def disturbance(host: str, rng: Random) -> Disturb:
+    """A step's seconds from those of the law. ValueError for a host that is none."""
+    kind, _, figure = host.partition(" ")
+    if host == "quiet":
+        return lambda seconds: seconds
+    try:
+        size = float(figure)
+    except ValueError:
+        raise ValueError(f"host: {host!r}; known: {', '.join(HOSTS)}, with other figures") from None
+    if kind == "scatter":
+        return lambda seconds: seconds * _scatter(rng, size)
+    if kind == "whatever":
+        return lambda seconds: size / 1e3 * _scatter(rng, 0.5)
+    if kind == "spells":
+        return _spells(rng, size)
+    raise ValueError(f"host: {host!r}; known: {', '.join(HOSTS)}, with other figures")
+
+
+def _scatter(rng: Random, sigma: float) -> float:
+    return math.exp(rng.gauss(0.0, sigma) - sigma * sigma / 2.0)
+
+
+def _spells(rng: Random, factor: float) -> Disturb:
+    """Slow and normal times in turn, measured in busy seconds."""
+    now_s, until_s, slow = 0.0, 0.0, True
+
+    def disturb(seconds: float) -> float:
+        nonlocal now_s, until_s, slow
+        while now_s >= until_s:
+            slow = not slow
+            until_s += rng.expovariate(1.0 / (SPELL_S if slow else BETWEEN_S))
+        took = seconds * (factor if slow else 1.0) * _scatter(rng, 0.1)
+        now_s += took
+        return took
+
+    return disturb
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmark.decode_noise", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--hosts", default=",".join(HOSTS), help="(default: %(default)s)")
+    parser.add_argument("--rates", default="7,11", help="requests/s (default: %(default)s)")
+    parser.add_argument("--tpot-ms", type=float, default=100.0)
+    parser.add_argument("--ttft-ms", type=float, default=1000.0)
+    parser.add_argument("--load-s", type=float, default=30.0, help="seconds of arrivals per run")
+    parser.add_argument("--seeds", type=int, default=8, help="runs per row")
+    parser.add_argument("--seed", type=int, default=0, help="the first")
+    parser.add_argument("--out", type=Path, default=Path("out/decode_noise"))
+    given = parser.parse_args(argv)
+    rates = [float(word) for word in given.rates.split(",")]
+    hosts = given.hosts.split(",")
+    try:
+        for host in hosts:
+            disturbance(host, Random(0))
+    except ValueError as error:
+        parser.error(str(error))
+    rows = [row_of(host, rate, name, given) for host in hosts for rate in rates for name in CASES]
+    given.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(rows, indent=1)
+    (given.out / "rows.json").write_text(text + "\n", encoding="utf-8")
+    print(markdown(rows))
+    return 0
+
+
+def row_of(host: str, rate: float, name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Means over the seeds, in percent, tokens per second and shares of the decode steps."""
+    runs = [one_run(host, rate, name, given, given.seed + turn) for turn in range(given.seeds)]
+    means = {key: round(mean(run[key] for run in runs), 4) for key in runs[0]}
+    met = [run["both_met"] for run in runs]
+    return {"host": host, "rate": rate, "case": name, **means, "range": [min(met), max(met)]}
+
+
+def one_run(
+    host: str, rate: float, name: str, given: argparse.Namespace, seed: int
+) -> dict[str, float]:
+    """One simulated run."""
+    policy, kind = CASES[name]
+    rows = traces.long_tail(
+        max(2, round(rate * given.load_s)),
+        1.0,
+        seed,
+        median_input=500.0,
+        max_input=8000,
+        median_output=48.0,
+        max_output=300,
+    )
+    system = System(
+        DisturbedTimes(host, seed),
+        decode_kv_tokens=KV_TOKENS,
+        max_running=SLOTS,
+        kv_bytes=1.0,
+        link_latency_s=1e-4,
+    )
+    setup = Setup(system, (given.ttft_ms,), given.tpot_ms, seed=seed)
+    cluster = kind(setup, policy, traces.scale_rate(rows, rate), late_results=False)
+    metrics, facts = cluster.run().metrics, cluster.facts()
+    counters = facts["counters"]
+    return {
+        "ttft_met": 100 * metrics.ttft_attainment,
+        "tpot_met": 100 * metrics.tpot_attainment,
+        "both_met": round(100 * metrics.e2e_attainment, 2),
+        "tokens_per_s": facts["arrival_tokens_per_s"],
+        "breaker": counters.get("breaker_steps", 0) / counters["decode_steps"],
+    }
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """A line per host, rate and case."""
+    lines = [
+        "| host | requests/s | | TTFT met | TPOT met | both met (range) | tokens/s | breaker open |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = row["range"]
+        lines.append(
+            f"| {row['host']} | {row['rate']:g} | {row['case']} | {row['ttft_met']:.1f} %"
+            f" | {row['tpot_met']:.1f} % | {row['both_met']:.1f} ({low:.0f}–{high:.0f}) %"
+            f" | {row['tokens_per_s']:.0f} | {100 * row['breaker']:.0f} % of steps |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
