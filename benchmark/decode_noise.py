@@ -1,6 +1,6 @@
 """Decoding on a host that is not quiet, simulated: what is the circuit breaker worth?
 
-    python -m benchmark.decode_noise            # 3 minutes on one core
+    python -m benchmark.decode_noise
 
 One decode server with the step law of a small model on a CPU, fed KV at once, under a long-tailed
 load (`traces.long_tail`). Its steps take what the law says times a disturbance:
