@@ -51,7 +51,6 @@ REHEARSED, WARM_ABREAST = 60, 24
 # A request with this bootstrap host gets made-up KV at once (SGLang's fake transfer).
 FAKE_TRANSFER = {"bootstrap_host": "2.2.2.2", "bootstrap_room": 0}
 TIMEOUT_S = 180.0
-KV_TOKENS = 200_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,7 +90,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--kv-tokens",
         type=int,
-        default=KV_TOKENS,
+        default=demo.KV_TOKENS,
         help="of the decode server (default: %(default)s)",
     )
     parser.add_argument("--repeat", type=int, default=1, help="rounds, order reversed in between")
@@ -112,14 +111,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if name not in POLICIES:
             parser.error(f"--policies: {name!r}; known: {', '.join(POLICIES)}")
     for name in ("loads", "tpots_ms"):
-        flag, words = "--" + name.replace("_", "-"), getattr(given, name).split(",")
-        try:
-            values = [float(word) for word in words]
-        except ValueError:
-            parser.error(f"{flag}: must be numbers, got {','.join(words)!r}")
-        if not all(value > 0 for value in values):
-            parser.error(f"{flag}: must be positive, got {','.join(words)!r}")
-        setattr(given, name, values)
+        setattr(given, name, positive_numbers(parser, name, getattr(given, name)))
     for name in (
         "ttft_ms",
         "load_s",
@@ -137,6 +129,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if given.kv_tokens < longest:
         parser.error(f"--kv-tokens: the longest request needs {longest}, got {given.kv_tokens}")
     return given
+
+
+def positive_numbers(parser: argparse.ArgumentParser, name: str, text: str) -> list[float]:
+    """The numbers of a list with commas; ends in `parser.error`, naming the flag, if they are none."""
+    flag = "--" + name.replace("_", "-")
+    try:
+        values = [float(word) for word in text.split(",")]
+    except ValueError:
+        parser.error(f"{flag}: must be numbers, got {text!r}")
+    if not all(value > 0 for value in values):
+        parser.error(f"{flag}: must be positive, got {text!r}")
+    return values
 
 
 def run_grid(given: argparse.Namespace, zygote: Any) -> list[report.Run]:
@@ -240,7 +244,7 @@ def tpot_by_abreast(given: argparse.Namespace, zygote: Any) -> dict[int, float]:
     """Seconds per token that clients of stock see, by how many requests are kept abreast."""
     say = demo.narrator("[capacity]")
     found: dict[int, float] = {}
-    with Cluster(spec_for("stock", given, zygote, 0, KV_TOKENS)) as cluster:
+    with Cluster(spec_for("stock", given, zygote, 0, demo.KV_TOKENS)) as cluster:
         prepare(cluster, given)
         for abreast in ABREAST:
             rows = sample(4 * abreast, given.seed + 1000 + abreast, given)

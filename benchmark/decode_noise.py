@@ -3,7 +3,7 @@
     python -m benchmark.decode_noise
 
 One decode server with the step law of a small model on a CPU, fed KV at once, under a long-tailed
-load (`traces.long_tail`). Its steps take what the law says times a disturbance:
+load (`benchmark.decode_cpu`). Its steps take what the law says times a disturbance:
 
 * scatter S: a lognormal factor of that sigma, independent from step to step, mean 1;
 * spells X: now and then, for a second on average and 30 % of the time, all takes X times as long;
@@ -27,6 +27,7 @@ from random import Random
 from statistics import mean
 from typing import Any
 
+from benchmark import decode_cpu, demo
 from sglang_kairos.sim.cluster import Setup
 from sglang_kairos.sim.learnt import GuardedDecodeServer, LearntCluster
 from sglang_kairos.sim.policies import POLICIES, Policy
@@ -36,7 +37,7 @@ from sglang_kairos.tools import traces
 # benchmark/decode_cpu.py's model on two busy cores: 8.5 ms, 0.55 ms a request, 1.1 us a KV token.
 DECODE_LAW = (8.5e-3, 0.55e-3, 0.0, 0.0, 1.1e-6)
 PREFILL_LAW = (1e-4, 1e-9, 0.0, 0.0)
-KV_TOKENS, SLOTS = 200_000, 256
+SLOTS = 256
 SPELL_S, BETWEEN_S = 1.0, 2.3
 HOSTS = (
     "quiet",
@@ -94,16 +95,9 @@ def disturbance(host: str, rng: Random) -> Disturb:
     if host == "quiet":
         return lambda seconds: seconds
     try:
-        size = float(figure)
-    except ValueError:
+        return KINDS[kind](rng, float(figure))
+    except (KeyError, ValueError):
         raise ValueError(f"host: {host!r}; known: {', '.join(HOSTS)}, with other figures") from None
-    if kind == "scatter":
-        return lambda seconds: seconds * _scatter(rng, size)
-    if kind == "whatever":
-        return lambda seconds: size / 1e3 * _scatter(rng, 0.5)
-    if kind == "spells":
-        return _spells(rng, size)
-    raise ValueError(f"host: {host!r}; known: {', '.join(HOSTS)}, with other figures")
 
 
 def _scatter(rng: Random, sigma: float) -> float:
@@ -126,6 +120,13 @@ def _spells(rng: Random, factor: float) -> Disturb:
     return disturb
 
 
+KINDS: dict[str, Callable[[Random, float], Disturb]] = {
+    "scatter": lambda rng, sigma: lambda seconds: seconds * _scatter(rng, sigma),
+    "spells": _spells,
+    "whatever": lambda rng, mean_ms: lambda seconds: mean_ms / 1e3 * _scatter(rng, 0.5),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmark.decode_noise", description=__doc__)
@@ -139,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first")
     parser.add_argument("--out", type=Path, default=Path("out/decode_noise"))
     given = parser.parse_args(argv)
-    rates = [float(word) for word in given.rates.split(",")]
+    rates = decode_cpu.positive_numbers(parser, "rates", given.rates)
     hosts = given.hosts.split(",")
     try:
         for host in hosts:
@@ -167,18 +168,11 @@ def one_run(
 ) -> dict[str, float]:
     """One simulated run."""
     policy, kind = CASES[name]
-    rows = traces.long_tail(
-        max(2, round(rate * given.load_s)),
-        1.0,
-        seed,
-        median_input=500.0,
-        max_input=8000,
-        median_output=48.0,
-        max_output=300,
-    )
+    lengths = argparse.Namespace(**decode_cpu.BY_MODE["decode"])
+    rows = decode_cpu.sample(max(2, round(rate * given.load_s)), seed, lengths)
     system = System(
         DisturbedTimes(host, seed),
-        decode_kv_tokens=KV_TOKENS,
+        decode_kv_tokens=demo.KV_TOKENS,
         max_running=SLOTS,
         kv_bytes=1.0,
         link_latency_s=1e-4,

@@ -42,6 +42,8 @@ from sglang_kairos.tools.replay import Result, failures, make_jobs, replay, run
 KAIROS = "kairos"
 POLICIES = ("fcfs", "hrrn", "shortest-prefill-first", KAIROS)
 CHUNK_TOKENS = 512
+# KV for all that can wait at once: this demo is about order, not about memory.
+KV_TOKENS = 200_000
 # A chunked prefill on a CPU costs the cube of the prompt: 16k tokens would take most of a run.
 MAX_INPUT, MAX_OUTPUT = 8_000, 400
 # What a tiny model on two cores can take, on average: longer traces are scaled down to it.
@@ -232,8 +234,10 @@ def spec_for(
         router=given.router,
         launcher=given.launcher,
         kairos=policy == KAIROS,
-        # KV for all that can wait at once: this demo is about order, not about memory.
-        server_args=["--chunked-prefill-size", str(CHUNK_TOKENS), "--max-total-tokens", "200000"],
+        server_args=[
+            *("--chunked-prefill-size", str(CHUNK_TOKENS)),
+            *("--max-total-tokens", str(KV_TOKENS)),
+        ],
         prefill_args=[] if policy == KAIROS else ["--schedule-policy", policy],
         # Otherwise each health check of the router makes both servers generate a token.
         env={"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"},

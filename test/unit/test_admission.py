@@ -128,6 +128,7 @@ def test_every_plan_is_sound(rows: Any, kept: int, used: float, slots: float) ->
     if not kept and not any(reach):
         assert (got.kept, got.count) == (0, len(rows)), "held back for targets nobody can meet"
         return
+    assert got.kept or kept, "somebody can be kept, and nobody is"
     assert all(reach[i] for i in got.order[: got.kept]), "kept although out of reach"
     chosen = [rows[i] for i in got.order[: got.kept]]
     load = sum(2e-3 / 0.05 for _ in range(kept)) + sum((1e-3 + 1e-6 * p) / t for p, _, t in chosen)

@@ -225,10 +225,10 @@ class KairosState:
             report["last_request"] = {**dataclasses.asdict(last.slo), "age_ms": last.age_ms}
         if self.mode == "decode":
             report["decode"] = self.step_time.coefficients
-            report["decode_error"] = _error(self.step_time.error)
+            report["decode_error"] = dataclasses.asdict(self.step_time.error)
         else:
             report["prefill"] = self.prefill_time.coefficients
-            report["prefill_error"] = _error(self.prefill_time.error)
+            report["prefill_error"] = dataclasses.asdict(self.prefill_time.error)
             report["paused"] = len(self.paused)
             report["paused_tokens"] = sum(entry.kv_tokens for entry in self.paused)
             report["cannot_pause"] = self.cannot_pause
@@ -285,16 +285,6 @@ def get_internal_state(original: Callable[..., Any], controller: Any, recv_req: 
     if CURRENT is not None:
         output.internal_state["kairos"] = CURRENT.report()
     return output
-
-
-def _error(error: Any) -> dict[str, float]:
-    return {
-        "mape": float(error.mape),
-        "p90": float(error.p90),
-        "bias": float(error.bias),
-        "response": float(error.response),
-        "samples": int(error.samples),
-    }
 
 
 # Pausing is proven where the identity tests run. Elsewhere a prefill may carry state beside its KV,

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_kairos.policy.load import Floats, StepTime, step_costs
+from sglang_kairos.policy.load import Floats, StepTime, step_costs, within_reach
 from sglang_kairos.policy.urgency import Mask, urgency_order
 
 TARGET = 0.99
@@ -91,7 +91,9 @@ def plan_admission(
     due = np.asarray(waiting.due_s, float)
     start_by = due - np.asarray(waiting.lead_s, float)
     held, held_tpot = np.asarray(server.context_tokens, float), np.asarray(server.tpot_s, float)
-    reach = _within_reach(step_s, prompt, tpot)
+    reach = within_reach(step_s, prompt, tpot)
+    if reach is None:
+        reach = np.ones(prompt.size, bool)
     gated = held.size > 0 or bool(reach.any())
     aimed_at = np.append(held_tpot, tpot[reach] if gated else tpot)
     tightest = float(aimed_at.min())
@@ -129,16 +131,6 @@ def plan_admission(
     if min_throughput > 0.0:
         count = max(count, _least_count(prompt[final], server, step_s, min_throughput))
     return AdmissionPlan(final, kept, count)
-
-
-def _within_reach(
-    step_s: StepTime, prompt: NDArray[np.float64], tpot: NDArray[np.float64]
-) -> NDArray[np.bool_]:
-    """Whose TPOT target a step of its own would meet, (n,)."""
-    if float(step_s(1, float(prompt.max()))) <= float(tpot.min()):
-        return np.ones(prompt.size, bool)
-    alone: NDArray[np.float64] = step_s(np.ones(prompt.size, np.int64), prompt)
-    return alone <= tpot
 
 
 def _least_count(

@@ -59,6 +59,16 @@ def step_costs(
     return max(0.0, full - count * each - token * tokens), cost, extra
 
 
+def within_reach(
+    step_s: StepTime, context_tokens: Array, tpot_s: Array
+) -> NDArray[np.bool_] | None:
+    """Whose TPOT target a step of its own would meet: mask (n,), n > 0; None for everybody's."""
+    if float(step_s(1, float(context_tokens.max()))) <= float(tpot_s.min()):
+        return None
+    alone: Array = step_s(np.ones(context_tokens.size, np.int64), context_tokens)
+    return alone <= tpot_s
+
+
 def largest_fitting(
     seconds_of: Callable[[int], float],
     limit_s: float,

@@ -46,7 +46,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_kairos.policy.load import Floats, StepTime, largest_fitting, step_costs
+from sglang_kairos.policy.load import Floats, StepTime, largest_fitting, step_costs, within_reach
 
 HORIZON, SHORTEST_HORIZON = 60.0, 12.0
 RESERVE_PER_ERROR = 20.0
@@ -105,14 +105,14 @@ def choose_step(
     full = float(step(n, float(context.sum())))
     lead = slack - tpot
     alive = lead > -LOST * tpot
-    living = int(np.count_nonzero(alive))
     wanted = _bare_pace_s(lead, tpot, reserve_tokens, horizon_tokens)
-    tightest = float((wanted if living == n else np.where(alive, wanted, tpot)).min())
-    if full <= tightest:
+    tightest = wanted if alive.all() else np.where(alive, wanted, tpot)
+    if full <= float(tightest.min()):
         return StepChoice(list(range(n)), full, "all", np.ones(n, bool))
-    if float(step(1, float(context.max()))) > float(tpot.min()):
-        alive &= step(np.ones(n, np.int64), context) <= tpot
-        living = int(np.count_nonzero(alive))
+    reach = within_reach(step, context, tpot)
+    if reach is not None:
+        alive &= reach
+    living = int(np.count_nonzero(alive))
     if not living:
         return StepChoice(list(range(n)), full, "overload", np.zeros(n, bool))
 
