@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,16 @@ import aiohttp
 
 from sglang_kairos.cluster import Cluster
 
+# Times the step of one request: enough for some while prefill runs beside it, too short for a crowd.
+CONTESTED = 3.0
+
 
 @dataclass(frozen=True)
 class Job:
     """One greedy request: when it is sent (s), its prompt, how many tokens it wants.
 
     `abort_after_s` after sending, or after its first token when `decoding`, it is aborted.
+    `tpot_ms`: its target, if not the server's.
     """
 
     at_s: float
@@ -27,6 +32,7 @@ class Job:
     tokens: int
     abort_after_s: float | None = None
     decoding: bool = False
+    tpot_ms: float | None = None
 
 
 def long_tail_jobs(count: int, seed: int, rate: float = 20.0) -> list[Job]:
@@ -96,6 +102,8 @@ class PdClient:
             "bootstrap_port": self.bootstrap_port,
             "bootstrap_room": self._rooms.getrandbits(62),
         }
+        if job.tpot_ms is not None:
+            body["tpot_ms"] = job.tpot_ms
 
         decodes = asyncio.Event()
 
@@ -125,6 +133,22 @@ class PdClient:
             await asyncio.gather(*map(abort, (self.prefill, self.decode), both))
         _, (status, answer) = await asyncio.gather(*both)
         return status, answer.get("output_ids") if status == 200 else answer
+
+    def contested_tpot_ms(self) -> float:
+        """A TPOT target that one request alone meets here and now, and a crowd does not.
+
+        A fixed one would be out of everybody's reach on a slow machine, and nobody be parked for it.
+        """
+        few, many, prompt = 4, 44, list(range(10, 74))
+        alone_ms = []
+        for _ in range(5):
+            started = time.monotonic()
+            self.run([Job(0.0, prompt, few)])
+            between = time.monotonic()
+            self.run([Job(0.0, prompt, many)])
+            longer_s = time.monotonic() - between - (between - started)
+            alone_ms.append(1e3 * longer_s / (many - few))
+        return CONTESTED * statistics.median(alone_ms)
 
     def kairos(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Kairos' own report of the prefill and the decode server."""

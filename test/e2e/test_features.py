@@ -1,6 +1,7 @@
-"""Whatever a request asks for, the answer is stock SGLang's while Kairos parks (and pauses).
+"""Whatever a request asks for, the answer is stock SGLang's while Kairos parks and pauses.
 
-A real pair behind the router serves the same jobs twice: stock, and with targets that not all can meet.
+A real pair behind the router serves the same jobs twice: stock, and under random but legal decisions,
+so that what is parked depends on no machine's speed. (The policies themselves: `test_identity`.)
 What cannot run in part (penalties) turns packing off while it runs, says so once, and no longer.
 """
 
@@ -24,11 +25,7 @@ from sglang_kairos.cluster import Cluster
 from sglang_kairos.cluster_layout import ClusterSpec
 from sglang_kairos.cpu.zygote import Zygote
 
-# Half of the requests have a target that no machine meets: they are let in at once and given up.
-# The others' one alone can meet and the crowd cannot, by a factor of two or so both ways. So, and
-# with no breaker, there is much to park on any such machine.
-TIGHT = {"ttft_ms": 500.0, "tpot_ms": 8.0, "max_step_error": 100.0}
-OUT_OF_REACH = {"tpot_ms": 0.1}
+RANDOM = {"chaos_seed": 21}
 SERVER_ARGS = (
     *("--chunked-prefill-size", "512", "--max-total-tokens", "49152"),
     *("--grammar-backend", "llguidance", "--constrained-json-disable-any-whitespace"),
@@ -85,37 +82,32 @@ class Job:
     at_s: float
     prompt: list[int]
     tokens: int
-    given_up: bool
 
     def body(self) -> dict[str, Any]:
         """What is posted to /generate."""
         asked = FEATURES[self.feature]
         sampling = {"temperature": 0, "max_new_tokens": self.tokens}
         sampling |= asked.get("sampling_params", {})
-        slo = OUT_OF_REACH if self.given_up else {}
-        return {"input_ids": self.prompt, **asked, "sampling_params": sampling, **slo}
+        return {"input_ids": self.prompt, **asked, "sampling_params": sampling}
 
 
-def mixed(features: Sequence[str], seed: int, span_s: float = 0.2) -> list[Job]:
+def mixed(features: Sequence[str], seed: int, span_s: float = 1.0) -> list[Job]:
     """Two jobs of every feature and six plain ones, over `span_s`; some prompts take three chunks."""
     rng = random.Random(seed)
     jobs = []
     for index, feature in enumerate([*features, "plain", "plain", "plain"] * 2):
         length = 1100 if index % 8 == 0 else rng.randrange(8, 250)
         prompt = [rng.randrange(10, 500) for _ in range(length)]
-        at_s, tokens = rng.uniform(0.0, span_s), rng.randrange(26, 40)
-        jobs.append(Job(feature, at_s, prompt, tokens, given_up=index % 2 == 1))
+        jobs.append(Job(feature, rng.uniform(0.0, span_s), prompt, rng.randrange(26, 40)))
     return jobs
 
 
-# Steps are learnt first; penalties come in the middle, so that packing is seen to end and to begin
-# again.
+# Penalties come in the middle, so that packing is seen to end and to begin again.
 BESIDE = ["regex", "logprobs"]
 PHASES = [
-    mixed(["plain"] * 12, seed=0),
     mixed(list(PACKED), seed=1),
     mixed([*PENALISED, *BESIDE], seed=2),
-    mixed(["plain"] * 12, seed=3),
+    mixed(["plain"] * 2, seed=3),
 ]
 JOBS = [job for phase in PHASES for job in phase]
 
@@ -170,8 +162,8 @@ def stock(zygote: Zygote, tiny_model: str, out_dir: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def packed(zygote: Zygote, tiny_model: str, out_dir: Path) -> Run:
-    """Kairos under pressure."""
-    return run_phases(zygote, tiny_model, out_dir / "features-kairos", kairos=TIGHT)
+    """Kairos, deciding at random."""
+    return run_phases(zygote, tiny_model, out_dir / "features-kairos", kairos=RANDOM)
 
 
 def rows_of(run: Run, feature: str) -> list[dict[str, Any]]:
@@ -230,9 +222,8 @@ def test_a_stream_interval_thins_the_events_out(stock: Run, packed: Run) -> None
 
 def test_packing_stops_for_penalties_says_so_once_and_goes_on(stock: Run, packed: Run) -> None:
     assert all(not counters for counters in stock.decode), "Kairos must not be there when it is off"
-    learning, before, during, after = packed.decode
-    assert before["subset_steps"] >= learning["subset_steps"] + 20, (learning, before)
-    assert before["parked"] >= learning["parked"] + 40, (learning, before)
+    before, during, after = packed.decode
+    assert before["subset_steps"] >= 20 and before["parked"] >= 40, before
     assert before["fallback_steps"] == 0, before
     assert during["fallback_steps"] >= 10, during
     assert after["fallback_steps"] == during["fallback_steps"]

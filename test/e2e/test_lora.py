@@ -24,7 +24,7 @@ from sglang_kairos.cpu.zygote import Zygote
 pytestmark = pytest.mark.slow
 
 RANK = 4
-TIGHT = {"ttft_ms": 500.0, "tpot_ms": 8.0, "max_step_error": 100.0}
+RANDOM = {"chaos_seed": 22}
 ADAPTERS = ("", "one", "two")
 
 
@@ -111,7 +111,7 @@ def test_answers_with_and_without_adapters_are_stocks(
             return [rows for rows, _ in replies], client.kairos()[1].get("counters", {})
 
     stock, _ = run(False, "lora-stock")
-    packed, counters = run(TIGHT, "lora-kairos")
+    packed, counters = run(RANDOM, "lora-kairos")
     assert counters["subset_steps"] >= 20 and counters["parked"] >= 40, counters
     for got, want in zip(packed, stock, strict=True):
         assert not difference(got[0], want[0])
