@@ -284,6 +284,11 @@ def test_where_steps_scatter_a_lead_to_end_with_keeps_more_on_pace() -> None:
     assert attained(reserve_of(0.16)) >= attained(0.0) + 0.02
 
 
+def test_nobody_is_silent_past_the_cap_although_steps_scatter() -> None:
+    for seed in range(3):
+        assert serve(True, 18, seed, noise=0.2, reserve_tokens=3.0)[2] <= CAP
+
+
 def test_the_reserve_grows_with_the_error_up_to_a_limit_and_shortens_the_room() -> None:
     reserves = [reserve_of(error) for error in (0.0, 0.01, 0.1, 10.0)]
     assert reserves[0] == 0.0 and reserves == sorted(reserves) and reserves[-1] == MOST_RESERVE

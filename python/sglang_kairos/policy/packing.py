@@ -21,7 +21,8 @@ step, and everybody runs.
 3. The step is filled up to that limit: who would otherwise be silent for `max_itl_s`, then the
    served who miss their pace within URGENT steps, then the other served, the recoverable, the given
    up; lightest first within each. The rest is parked. Silent ones are fetched one a step, the most
-   silent first, early enough that they never come due in a crowd.
+   silent first, early enough that they never come due in a crowd, and with SPARE steps to go: a step
+   may take longer than predicted, and its tokens take their time to the client.
 
 4. Where that would make fewer than `min_throughput` times the tokens per second that the step of
    everybody makes, the step is filled further, in the same order, until it does not.
@@ -55,6 +56,7 @@ FLOOR = 0.7
 CEILING = 1.3
 LOST = 10.0
 URGENT = 3.0
+SPARE = 3.0
 LIMITS = 8
 INCUMBENT = 0.5
 
@@ -214,20 +216,21 @@ def _due(
     max_itl_s: float,
 ) -> NDArray[np.bool_]:
     """Who must run now lest somebody is silent for longer than `max_itl_s`: mask (n,)."""
+    latest_s = max_itl_s - (SPARE - 1.0) * limit
     queue = np.flatnonzero(~served)
-    last_turn = limit * (queue.size + 1) + cost[queue].sum() if queue.size else 0.0
-    if float(silent.max() + max(2.0 * limit + cost.max(), last_turn)) < max_itl_s:
+    last_turn = limit * queue.size + cost[queue].sum() if queue.size else 0.0
+    if float(silent.max() + max(limit + cost.max(), last_turn)) < latest_s:
         return np.zeros(silent.size, bool)
-    wait = silent + cost + 2.0 * limit
-    due = wait >= max_itl_s
+    wait = silent + cost + limit
+    due = wait >= latest_s
     while due.any():  # fetching them makes this very step longer
-        later = wait + float(cost[due].sum()) >= max_itl_s
+        later = wait + float(cost[due].sum()) >= latest_s
         if np.array_equal(later, due):
             return due
         due = later
     queue = queue[np.argsort(-silent[queue], kind="stable")]
-    turn = np.cumsum(limit + cost[queue]) + limit
-    if np.any(silent[queue] + turn > max_itl_s):
+    turn = np.cumsum(limit + cost[queue])
+    if np.any(silent[queue] + turn > latest_s):
         due[queue[0]] = True
     return due
 
