@@ -50,8 +50,8 @@ from numpy.typing import NDArray
 from sglang_kairos.policy.load import Floats, StepTime, largest_fitting, step_costs, within_reach
 
 HORIZON, SHORTEST_HORIZON = 60.0, 12.0
-RESERVE_PER_ERROR = 20.0
-MOST_RESERVE = 4.0
+RESERVE_PER_ERROR = 30.0
+MOST_RESERVE = 8.0
 FLOOR = 0.7
 CEILING = 1.3
 LOST = 10.0
