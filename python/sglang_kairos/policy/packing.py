@@ -217,11 +217,11 @@ def _due(
 ) -> NDArray[np.bool_]:
     """Who must run now lest somebody is silent for longer than `max_itl_s`: mask (n,)."""
     latest_s = max_itl_s - (SPARE - 1.0) * limit
+    turn = limit + cost
     queue = np.flatnonzero(~served)
-    last_turn = limit * queue.size + cost[queue].sum() if queue.size else 0.0
-    if float(silent.max() + max(limit + cost.max(), last_turn)) < latest_s:
+    if float(silent.max() + max(turn.max(), turn[queue].sum())) < latest_s:
         return np.zeros(silent.size, bool)
-    wait = silent + cost + limit
+    wait = silent + turn
     due = wait >= latest_s
     while due.any():  # fetching them makes this very step longer
         later = wait + float(cost[due].sum()) >= latest_s
@@ -229,8 +229,7 @@ def _due(
             return due
         due = later
     queue = queue[np.argsort(-silent[queue], kind="stable")]
-    turn = np.cumsum(limit + cost[queue])
-    if np.any(silent[queue] + turn > latest_s):
+    if np.any(silent[queue] + np.cumsum(turn[queue]) > latest_s):
         due[queue[0]] = True
     return due
 
