@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sglang_kairos.cpu.zygote import Zygote
 from sglang_kairos.predict.cache import Key, load_profile
 from sglang_kairos.tools import profile
 
-BUDGET_S = 6
+BUDGET_S, MOST_S = 6, 48
 
 
 def kairos_of(url: str) -> dict[str, Any]:
@@ -28,15 +29,35 @@ def kairos_of(url: str) -> dict[str, Any]:
     return report
 
 
-def profiled(url: str, out: Path) -> dict[str, list[Any]]:
-    """Runs the tool as a person would; the rows it measured."""
+def profiled(
+    url: str, out: Path, enough: Callable[[dict[str, list[Any]]], bool]
+) -> dict[str, list[Any]]:
+    """Runs the tool as a person would, on a slow host with a larger budget; the rows it measured."""
     rows = out.with_suffix(".rows.json")
-    words = ["--url", url, "--out", str(out), "--rows", str(rows), "--budget-s", str(BUDGET_S)]
-    begun = time.monotonic()
-    assert profile.main([*words, "--seed", "1"]) == 0
-    assert time.monotonic() - begun < 4 * BUDGET_S
-    measured: dict[str, list[Any]] = json.loads(rows.read_text())
-    return measured
+    budget_s = BUDGET_S
+    while True:
+        words = ["--url", url, "--out", str(out), "--rows", str(rows), "--budget-s", str(budget_s)]
+        begun = time.monotonic()
+        status = profile.main([*words, "--seed", "1"])
+        assert time.monotonic() - begun < 4 * budget_s
+        if status == 0:
+            measured: dict[str, list[Any]] = json.loads(rows.read_text())
+            if enough(measured):
+                return measured
+        assert budget_s < MOST_S, f"budget of {budget_s} s, status {status}: too few cells"
+        budget_s *= 2
+
+
+def behind_a_prefix(rows: dict[str, list[Any]]) -> bool:
+    return any(cached for cached, *_ in rows["prefill"])
+
+
+def at_batch_8(rows: dict[str, list[Any]]) -> bool:
+    return max((batch for batch, *_ in rows["decode"]), default=0) >= 8
+
+
+def of_both(rows: dict[str, list[Any]]) -> bool:
+    return min(len(rows["prefill"]), len(rows["decode"])) >= 8
 
 
 def test_a_pair_is_profiled_into_one_file_that_servers_start_from(
@@ -49,14 +70,12 @@ def test_a_pair_is_profiled_into_one_file_that_servers_start_from(
         model_path=tiny_model, router="none", zygote=zygote, log_dir=logs, server_args=chunks
     )
     with Cluster(spec) as cluster:
-        prefill = profiled(cluster.prefill_urls[0], out)
-        decode = profiled(cluster.decode_urls[0], out)
+        prefill = profiled(cluster.prefill_urls[0], out, behind_a_prefix)
+        decode = profiled(cluster.decode_urls[0], out, at_batch_8)
         key = Key(**kairos_of(cluster.decode_urls[0])["profile_key"])
         assert not trouble_in(cluster.logs)
     assert prefill["source"] == decode["source"] == "the server's own steps"
     assert not prefill["decode"] and not decode["prefill"]
-    assert {cached for cached, *_ in prefill["prefill"]} - {0}, "nothing ran behind a prefix"
-    assert max(batch for batch, *_ in decode["decode"]) >= 8
 
     seed = load_profile(out, key)
     assert seed is not None
@@ -74,11 +93,10 @@ def test_a_pair_is_profiled_into_one_file_that_servers_start_from(
         url = f"http://127.0.0.1:{port}"
         wait_for(url, server)
         assert kairos_of(url)["profile"] == "file"
-        unified = profiled(url, tmp_path / "unified.json")
+        unified = profiled(url, tmp_path / "unified.json", of_both)
     finally:
         server.stop()
     assert unified["source"] == "HTTP times"
-    assert len(unified["prefill"]) >= 8 and len(unified["decode"]) >= 8
 
 
 def wait_for(url: str, server: Any) -> None:

@@ -73,8 +73,10 @@ def profile_url(given: argparse.Namespace, say: Callable[[str], None]) -> int:
     if prefill is None and decode is None:
         found = f"{len(prefill_rows)} prefill and {len(decode_rows)} decode cells"
         raise ProfileFailed(f"only {found} in {given.budget_s:g} s: too few; raise --budget-s")
-    _tell("prefill", prefill, say)
-    _tell("decode", decode, say)
+    if server.mode != "decode":
+        _tell("prefill", prefill, len(prefill_rows), say)
+    if server.mode != "prefill":
+        _tell("decode", decode, len(decode_rows), say)
     if given.rows:
         rows = {"prefill": prefill_rows, "decode": decode_rows, "source": measuring.source}
         given.rows.write_text(json.dumps(rows) + "\n", encoding="utf-8")
@@ -101,8 +103,9 @@ def _others(path: Path, mine: Seed) -> list[Seed]:
     return [seed for seed in parse(path.read_bytes(), str(path)) if named(seed) != named(mine)]
 
 
-def _tell(what: str, fit: Fit | None, say: Callable[[str], None]) -> None:
+def _tell(what: str, fit: Fit | None, rows: int, say: Callable[[str], None]) -> None:
     if fit is None:
+        say(f"{what}: only {rows} cells, too few, left out; raise --budget-s")
         return
     error = fit.held_out_error
     off = "no cells held out" if error is None else f"{100 * error:.1f} % off on held-out cells"

@@ -208,9 +208,17 @@ class Measurement:
         return [] if pace is None else [(float(batch), batch * (context + STEPS / 2), pace)]
 
     def _estimate(self, rows: Sequence[PrefillRow], tokens: float) -> float:
-        """Seconds for so many new tokens, at most: quadratic beyond each measured cell."""
+        """Seconds for so many new tokens, at most: quadratic beyond each measured cell.
+
+        What the cheapest cell takes is mostly there at any size; at least a quarter grows.
+        """
         known = [(new, seconds) for _, new, seconds in rows if new > 0]
-        return min((s * max(1.0, tokens / new) ** 2 for new, s in known), default=0.2)
+        floor = min((seconds for _, seconds in known), default=0.0)
+        guesses = []
+        for new, seconds in known:
+            grows = max(seconds - floor, 0.25 * seconds)
+            guesses.append(seconds + grows * (max(1.0, tokens / new) ** 2 - 1.0))
+        return min(guesses, default=0.2)
 
     def _job(self, tokens: int, output: int) -> Job:
         return self._jobs([traces.Request(0.0, tokens, output)], next(self._draws))[0]
