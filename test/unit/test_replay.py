@@ -87,17 +87,33 @@ def one(chunks: list[bytes | float]) -> Outcome:
     return drive(handler, jobs_at(0.0)).outcomes[0]
 
 
+def once_undisturbed(check: Callable[[], None], tries: int = 8) -> None:
+    """For what only a clock can tell: a busy machine may spoil some of the tries, not all."""
+    for left in reversed(range(tries)):
+        try:
+            check()
+        except AssertionError:
+            if not left:
+                raise
+        else:
+            return
+
+
 def test_times_are_those_of_the_first_and_the_last_token() -> None:
-    outcome = one(
-        [0.1, event(1), 0.1, event(2), 0.1, event(4), event(4, LENGTH), b"data: [DONE]\n\n"]
-    )
+    sent = [0.1, event(1), 0.1, event(2), 0.1, event(4), event(4, LENGTH), b"data: [DONE]\n\n"]
+
+    def exactly() -> None:
+        outcome = one(sent)
+        assert outcome.ttft_ms == pytest.approx(100, abs=60)
+        assert outcome.tpot_ms == pytest.approx(200 / 3, abs=30)
+        assert outcome.itls_ms[1] == pytest.approx(50, abs=25)
+
+    outcome = one(sent)
     assert (outcome.status, outcome.error, outcome.output_tokens) == ("ok", "", 4)
-    assert outcome.ttft_ms == pytest.approx(100, abs=60)
-    assert outcome.tpot_ms == pytest.approx(200 / 3, abs=30)
     # Two tokens in one event share its gap.
-    assert len(outcome.itls_ms) == 3
-    assert outcome.itls_ms[1] == outcome.itls_ms[2] == pytest.approx(50, abs=25)
+    assert len(outcome.itls_ms) == 3 and outcome.itls_ms[1] == outcome.itls_ms[2]
     assert sum(outcome.itls_ms) == pytest.approx(outcome.tpot_ms * 3, abs=0.01)
+    once_undisturbed(exactly)
 
 
 def test_an_outcome_can_be_found_in_the_servers_records() -> None:
@@ -145,14 +161,23 @@ def test_the_body_asks_for_exactly_the_row() -> None:
 
 def test_the_loop_is_open() -> None:
     """Requests leave at their times although none is answered meanwhile."""
+    there = [0]
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        return await stream(request, [0.5, event(1, LENGTH)])
+        there[0] += 1
+        while there[0] % 3:  # nobody is answered before all three are there
+            await asyncio.sleep(0.005)
+        return await stream(request, [event(1, LENGTH)])
 
-    result = drive(handler, jobs_at(0.0, 0.1, 0.2))
-    assert [o.sent_s for o in result.outcomes] == pytest.approx([0.0, 0.1, 0.2], abs=0.08)
-    assert 0.65 < result.duration_s < 1.1
-    assert result.lag_ms < 80
+    def in_time() -> None:
+        result = drive(handler, jobs_at(0.0, 0.1, 0.2))
+        sent_s = [o.sent_s for o in result.outcomes]
+        assert [o.ok for o in result.outcomes] == [True] * 3
+        assert all(at >= planned for at, planned in zip(sent_s, (0.0, 0.1, 0.2), strict=True))
+        assert sent_s == pytest.approx([0.0, 0.1, 0.2], abs=0.08)
+        assert result.duration_s >= 0.2 and result.lag_ms < 80
+
+    once_undisturbed(in_time)
 
 
 def test_closed_loop_keeps_that_many_in_flight() -> None:
@@ -189,7 +214,7 @@ def test_failures_are_told_apart_and_miss() -> None:
         return await stream(request, answer)
 
     rows = [Request(0.0, 5, 1 + index) for index in range(len(answers))]
-    result = drive(handler, make_jobs(rows, 1000.0, 100.0), timeout_s=0.7)
+    result = drive(handler, make_jobs(rows, 1000.0, 100.0), timeout_s=2.0)
     assert [(o.status, o.error.partition(":")[0]) for o in result.outcomes] == [
         ("http 429", "shed"),
         ("aborted", "queue is full"),
@@ -202,7 +227,7 @@ def test_failures_are_told_apart_and_miss() -> None:
     ]
     metrics = result.metrics
     assert (metrics.sent, metrics.failed, metrics.e2e_attainment) == (8, 7, 1 / 8)
-    assert metrics.longest_wait_ms == pytest.approx(700, abs=150)
+    assert metrics.longest_wait_ms >= 1999, "who is never answered waits until the end"
     assert failures(result.outcomes)[0] == "1 × http 429: e.g. shed"
 
 
@@ -223,7 +248,7 @@ def test_a_failing_check_ends_the_run_at_once() -> None:
     begun = time.monotonic()
     with pytest.raises(RuntimeError, match="d0 died"):
         drive(handler, jobs_at(0.0, 60.0), check=check, progress=lambda *n: seen.append(n))
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 25
     assert seen == []
 
 

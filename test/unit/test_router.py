@@ -142,7 +142,7 @@ def test_chunks_reach_the_client_as_they_come() -> None:
         body = {"text": "x", "stream": True}
         async with bench(decode=decode) as b, b.client.post(GENERATE, json=body) as response:
             assert response.headers["content-type"].startswith("text/event-stream")
-            first = await asyncio.wait_for(response.content.readany(), 2)
+            first = await asyncio.wait_for(response.content.readany(), 30)
             assert first == b"data: 1\n\n"
             hold.set()
             assert await response.content.read() == b""
@@ -167,7 +167,7 @@ def test_prefills_error_reaches_the_client_at_once_and_decode_is_aborted(stream:
     async def main() -> None:
         error = {"error": {"message": "queue full", "code": 503}}
         async with bench(Fake("prefill", failing(503, error)), Fake("decode", never)) as b:
-            got = await asyncio.wait_for(b.post(GENERATE, {"text": "x", "stream": stream}), 2)
+            got = await asyncio.wait_for(b.post(GENERATE, {"text": "x", "stream": stream}), 30)
             assert got == (503, error)
             await until(b.d.left.is_set)
             await until(lambda: b.d.aborted == [b.d.bodies[0]["rid"]])

