@@ -362,10 +362,14 @@ def test_random_decisions_change_no_token(
         )
         with Cluster(spec) as running:
             client = PdClient(running)
-            outputs.append(client.run([*jobs, *more])[: len(jobs)])
+            least = 10 if kairos else 0
+            rounds = client.run_until(
+                [*jobs, *more], lambda prefill, _, least=least: prefill["pauses"] >= least
+            )
+            outputs += [answers[: len(jobs)] for answers in rounds]
             assert client.settles(), "a server did not become idle"
             assert not trouble_in(running.logs)
             report = client.kairos()[0]
-    assert outputs[0] == outputs[1]
+    assert len(outputs) >= 2 and all(round_ == outputs[0] for round_ in outputs)
     assert all(status == 200 for status, _ in outputs[0])
     assert report["counters"]["pauses"] >= 10 and report["paused"] == 0
