@@ -64,6 +64,7 @@ class Bed:
     decodes: list[Part]
     routers: list[Part]
     client: aiohttp.ClientSession
+    tokens: int
 
     async def ask(self, router: int = 0, **extra: Any) -> str:
         """One stream: ``done``, or how it ended. Never longer than LATE seconds."""
@@ -84,7 +85,7 @@ class Bed:
         errors = [event for event in events if '"error"' in event]
         if errors:
             return f"event {json.loads(errors[0])['error']['code']}"
-        assert len(events) == TOKENS + 1
+        assert len(events) == self.tokens + 1
         return DONE
 
     async def load(self, seconds: float, router: int = 0) -> list[str]:
@@ -145,7 +146,7 @@ async def bed(
             found.append(part(argv, port))
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         client = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
-        here = Bed(prefills, decodes, found, client)
+        here = Bed(prefills, decodes, found, client, tokens)
         for server in (*prefills, *decodes, *found):
             await eventually(lambda server=server: _answers(client, server.url), 20.0)
         yield here
@@ -176,6 +177,22 @@ def test_a_prefill_server_killed_under_load_costs_no_request() -> None:
             await eventually(b.router_is_idle)
             b.prefills[0].start()
             await eventually(lambda: b.up(b.prefills[0]))
+
+    run(main())
+
+
+def test_a_prefill_server_killed_behind_streams_that_run_costs_none_of_them() -> None:
+    """Nobody asks it for anything any more: it is a probe that finds out."""
+
+    async def main() -> None:
+        async with bed(tokens=40) as b:
+            streams = [asyncio.create_task(b.ask()) for _ in range(8)]
+            await asyncio.sleep(0.1)
+            for server in b.prefills:
+                await eventually(lambda server=server: _idle(b, server))
+            b.prefills[0].kill()
+            await eventually(lambda: _down(b, b.prefills[0]))
+            assert set(await asyncio.gather(*streams)) == {DONE}
 
     run(main())
 
@@ -314,6 +331,10 @@ def test_it_serves_https_when_given_a_certificate(tmp_path: Path) -> None:
             router.kill()
 
     run(main())
+
+
+async def _down(b: Bed, server: Part) -> bool:
+    return not await b.up(server)
 
 
 async def _idle(b: Bed, server: Part) -> bool:

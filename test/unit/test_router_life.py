@@ -179,6 +179,55 @@ def test_who_waits_for_a_silent_server_is_moved_to_another_one(role: str) -> Non
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("stream", "prefill_answers"), [(True, True), (True, False), (False, True)]
+)
+def test_who_has_left_prefill_does_not_care_what_becomes_of_it(
+    stream: bool, prefill_answers: bool
+) -> None:
+    """Its KV has been taken over once prefill has answered, or once decode has a token."""
+
+    async def main() -> None:
+        hung, hold = asyncio.Event(), asyncio.Event()
+
+        async def tell(_: web.Request) -> web.Response:
+            if hung.is_set():
+                await asyncio.Event().wait()
+            return web.json_response({})
+
+        async def whole(_: web.Request) -> web.Response:
+            await hold.wait()
+            return web.json_response({})
+
+        events = streaming(b"data: 1\n\n", hold=hold)
+        silent = Fake("prefill", None if prefill_answers else never)
+        silent.tell = silent.load = tell  # type: ignore[method-assign]
+        decode = Fake("decode", events if stream else whole)
+        options: dict[str, Any] = {"probe_timeout_s": 0.1, "policy": "round_robin"}
+        options["health"] = HealthRules(probe_failures=1)
+        async with bench([silent, Fake("prefill")], decode, **options) as b:
+            asking = asyncio.create_task(
+                b.client.post(GENERATE, json={"text": "x", "stream": stream})
+            )
+            server = b.router.fleet.find(silent.url)
+            await until(lambda: bool(silent.bodies))
+            if stream:
+                assert (await (await asking).content.readany()) == b"data: 1\n\n"
+            await until(lambda: stream or server.owed == 0)
+            hung.set()
+            await until(lambda: server.describe()["state"] == "gone")
+            await asyncio.sleep(0.05)
+            hold.set()
+            response = await asking
+            assert response.status == 200
+            assert await response.read() == (b"" if stream else b"{}")
+            assert len(decode.bodies) == 1, "it was not asked twice"
+            await idle(b)
+
+    asyncio.run(main())
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_the_only_server_of_its_role_keeps_its_requests_while_it_is_silent(role: str) -> None:
     async def main() -> None:

@@ -89,6 +89,7 @@ class Attempts:
         def prefilled() -> None:
             prefill.settle(ticket, time.monotonic(), served=True)
             prefill.health.request_answered()
+            prefill.attempts.discard(attention)
             self._learn_length(call, exchange.prompt_tokens)
 
         def prefill_ended(task: asyncio.Task[Refusal | None]) -> None:
@@ -119,6 +120,8 @@ class Attempts:
                 if merge:
                     await asyncio.wait({first})
                     merger = Merger(exchange.prefill_body, call.prompt.stream)
+                # Decode has the KV: what becomes of the prefill server is no concern any more.
+                prefill.attempts.discard(attention)
                 self._observe_first(call, placement, exchange)
                 broken = await relay(head, seen, send, call.own_headers, merger)
             if broken is not None:
