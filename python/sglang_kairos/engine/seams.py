@@ -304,6 +304,15 @@ SEAMS: tuple[Seam, ...] = (
         fingerprints={"0.5.23": "8e26fd56c274e1a9", "0.5.16": "8e26fd56c274e1a9"},
     ),
     Seam(
+        target="sglang.srt.disaggregation.common.conn:CommonKVManager.check_status",
+        handler="sglang_kairos.engine.transfer:check_status",
+        process="scheduler",
+        why="a request cleared between two look-ups ends the transfer thread, and the server with it",
+        how="a room that is not there has failed, instead of a KeyError",
+        gone_when="upstream's transfer thread fails one request only",
+        fingerprints={"0.5.23": "9390898b60b169b1", "0.5.16": "9390898b60b169b1"},
+    ),
+    Seam(
         target="sglang.srt.managers.schedule_batch:ScheduleBatch.retract_decode",
         handler="sglang_kairos.engine.decode:retract_decode",
         process="scheduler",
