@@ -9,6 +9,7 @@ import signal
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import aiohttp
 import pytest
 
 from helpers.fake_pd import free_port
+from helpers.timing import once_undisturbed, promptly
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = Path(__file__).with_name("fake_server.py")
@@ -262,13 +264,15 @@ def test_sigterm_lets_what_is_in_flight_end_and_takes_nothing_new() -> None:
         async with bed() as b:
             running = [asyncio.create_task(b.ask()) for _ in range(10)]
             await asyncio.sleep(0.2)
+            began = time.monotonic()
             b.routers[0].signal(signal.SIGTERM)
             await asyncio.sleep(0.15)
             assert (await b.ask()).startswith("torn")
             assert set(await asyncio.gather(*running)) == {DONE}
             assert b.routers[0].process.wait(30) == 0
+            promptly(began, 4)
 
-    run(main())
+    once_undisturbed(lambda: run(main()))
 
 
 def test_sigterm_with_a_delay_takes_new_requests_while_health_says_no() -> None:
@@ -279,9 +283,11 @@ def test_sigterm_with_a_delay_takes_new_requests_while_health_says_no() -> None:
             async with b.client.get(b.routers[0].url + "/health") as response:
                 assert response.status == 503
             assert await b.ask() == DONE
+            began = time.monotonic()
             assert b.routers[0].process.wait(30) == 0
+            promptly(began, 5)
 
-    run(main())
+    once_undisturbed(lambda: run(main()))
 
 
 def test_what_outlasts_the_grace_period_ends_with_an_error_and_is_aborted() -> None:
@@ -291,11 +297,13 @@ def test_what_outlasts_the_grace_period_ends_with_an_error_and_is_aborted() -> N
             await asyncio.sleep(0.4)
             b.routers[0].signal(signal.SIGTERM)
             assert set(await asyncio.gather(*running)) == {"event 503"}
+            began = time.monotonic()
             b.routers[0].process.wait(30)
+            promptly(began, 8)
             for server in (*b.prefills, *b.decodes):
                 await eventually(lambda server=server: _idle(b, server))
 
-    run(main())
+    once_undisturbed(lambda: run(main()))
 
 
 def test_it_serves_https_when_given_a_certificate(tmp_path: Path) -> None:

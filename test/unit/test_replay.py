@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from helpers.timing import once_undisturbed, promptly
 from helpers.upstream import upstream_goodput
 from sglang_kairos.tools.replay import (
     Job,
@@ -87,18 +88,6 @@ def one(chunks: list[bytes | float]) -> Outcome:
     return drive(handler, jobs_at(0.0)).outcomes[0]
 
 
-def once_undisturbed(check: Callable[[], None], tries: int = 8) -> None:
-    """For what only a clock can tell: a busy machine may spoil some of the tries, not all."""
-    for left in reversed(range(tries)):
-        try:
-            check()
-        except AssertionError:
-            if not left:
-                raise
-        else:
-            return
-
-
 def test_times_are_those_of_the_first_and_the_last_token() -> None:
     sent = [0.1, event(1), 0.1, event(2), 0.1, event(4), event(4, LENGTH), b"data: [DONE]\n\n"]
 
@@ -113,7 +102,7 @@ def test_times_are_those_of_the_first_and_the_last_token() -> None:
     # Two tokens in one event share its gap.
     assert len(outcome.itls_ms) == 3 and outcome.itls_ms[1] == outcome.itls_ms[2]
     assert sum(outcome.itls_ms) == pytest.approx(outcome.tpot_ms * 3, abs=0.01)
-    once_undisturbed(exactly)
+    once_undisturbed(exactly, AssertionError)
 
 
 def test_an_outcome_can_be_found_in_the_servers_records() -> None:
@@ -175,9 +164,9 @@ def test_the_loop_is_open() -> None:
         assert [o.ok for o in result.outcomes] == [True] * 3
         assert all(at >= planned for at, planned in zip(sent_s, (0.0, 0.1, 0.2), strict=True))
         assert sent_s == pytest.approx([0.0, 0.1, 0.2], abs=0.08)
-        assert result.duration_s >= 0.2 and result.lag_ms < 80
+        assert 0.2 <= result.duration_s < 0.6 and result.lag_ms < 80
 
-    once_undisturbed(in_time)
+    once_undisturbed(in_time, AssertionError)
 
 
 def test_closed_loop_keeps_that_many_in_flight() -> None:
@@ -214,7 +203,8 @@ def test_failures_are_told_apart_and_miss() -> None:
         return await stream(request, answer)
 
     rows = [Request(0.0, 5, 1 + index) for index in range(len(answers))]
-    result = drive(handler, make_jobs(rows, 1000.0, 100.0), timeout_s=2.0)
+    jobs = make_jobs(rows, 1000.0, 100.0)
+    result = drive(handler, jobs, timeout_s=2.0)
     assert [(o.status, o.error.partition(":")[0]) for o in result.outcomes] == [
         ("http 429", "shed"),
         ("aborted", "queue is full"),
@@ -227,8 +217,13 @@ def test_failures_are_told_apart_and_miss() -> None:
     ]
     metrics = result.metrics
     assert (metrics.sent, metrics.failed, metrics.e2e_attainment) == (8, 7, 1 / 8)
-    assert metrics.longest_wait_ms >= 1999, "who is never answered waits until the end"
     assert failures(result.outcomes)[0] == "1 × http 429: e.g. shed"
+
+    def waited() -> None:
+        longest_ms = drive(handler, jobs, timeout_s=0.7).metrics.longest_wait_ms
+        assert longest_ms == pytest.approx(700, abs=150)
+
+    once_undisturbed(waited, AssertionError)
 
 
 def test_no_server_at_all() -> None:
@@ -245,11 +240,15 @@ def test_a_failing_check_ends_the_run_at_once() -> None:
         raise RuntimeError("d0 died")
 
     seen: list[tuple[int, int, int]] = []
-    begun = time.monotonic()
-    with pytest.raises(RuntimeError, match="d0 died"):
-        drive(handler, jobs_at(0.0, 60.0), check=check, progress=lambda *n: seen.append(n))
-    assert time.monotonic() - begun < 25
-    assert seen == []
+
+    def at_once() -> None:
+        begun = time.monotonic()
+        with pytest.raises(RuntimeError, match="d0 died"):
+            drive(handler, jobs_at(0.0, 60.0), check=check, progress=lambda *n: seen.append(n))
+        assert seen == []
+        promptly(begun, 5)
+
+    once_undisturbed(at_once)
 
 
 def test_progress_counts() -> None:

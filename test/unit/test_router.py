@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from helpers.fake_pd import (
     streaming,
     until,
 )
+from helpers.timing import once_undisturbed, promptly
 from sglang_kairos.config import KairosConfig
 
 
@@ -142,12 +144,14 @@ def test_chunks_reach_the_client_as_they_come() -> None:
         body = {"text": "x", "stream": True}
         async with bench(decode=decode) as b, b.client.post(GENERATE, json=body) as response:
             assert response.headers["content-type"].startswith("text/event-stream")
+            began = time.monotonic()
             first = await asyncio.wait_for(response.content.readany(), 30)
             assert first == b"data: 1\n\n"
+            promptly(began, 2)
             hold.set()
             assert await response.content.read() == b""
 
-    asyncio.run(main())
+    once_undisturbed(lambda: asyncio.run(main()))
 
 
 @pytest.mark.parametrize("status", [400, 500])
@@ -167,12 +171,14 @@ def test_prefills_error_reaches_the_client_at_once_and_decode_is_aborted(stream:
     async def main() -> None:
         error = {"error": {"message": "queue full", "code": 503}}
         async with bench(Fake("prefill", failing(503, error)), Fake("decode", never)) as b:
+            began = time.monotonic()
             got = await asyncio.wait_for(b.post(GENERATE, {"text": "x", "stream": stream}), 30)
             assert got == (503, error)
+            promptly(began, 2)
             await until(b.d.left.is_set)
             await until(lambda: b.d.aborted == [b.d.bodies[0]["rid"]])
 
-    asyncio.run(main())
+    once_undisturbed(lambda: asyncio.run(main()))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 
 from helpers.fake_pd import CHAT, GENERATE, Bench, Fake, bench, streaming, until
+from helpers.timing import once_undisturbed, promptly
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.policy.overload import Outcome, Overload, retry_after_s, verdict
 from sglang_kairos.router.later import Later
@@ -172,10 +173,10 @@ def test_waiting_is_bounded_and_in_turn() -> None:
         began = time.monotonic()
         await asyncio.gather(one("blocked", 0.1, False), one("a", 9.0, True), one("b", 9.0, True))
         assert went == ["blocked", "a", "b"]
-        assert time.monotonic() - began < 9.0, "the one that may not go holds up the others"
         assert len(later) == 0
+        promptly(began, 1.0)
 
-    asyncio.run(main())
+    once_undisturbed(lambda: asyncio.run(main()))
 
 
 def test_in_flight_and_bytes_are_bounded_and_given_back() -> None:
