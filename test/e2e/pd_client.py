@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 import re
 import statistics
@@ -11,17 +12,22 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import aiohttp
 
-from sglang_kairos.cluster import Cluster
+from sglang_kairos.cluster import Cluster, ClusterSpec
 
 Counters = Counter[str]
-T = TypeVar("T")
+Enough = Callable[[Counters, Counters], bool]
 
 # Times the step of one request: enough for some while prefill runs beside it, too short for a crowd.
 CONTESTED = 3.0
+
+
+def once(prefill: Counters, decode: Counters) -> bool:
+    """One round is enough."""
+    return True
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class PdClient:
         return asyncio.run(self._run(jobs, timeout_s))
 
     def run_until(
-        self, jobs: list[Job], enough: Callable[[Counters, Counters], bool], rounds: int = 4
+        self, jobs: list[Job], enough: Enough, rounds: int = 4
     ) -> list[list[tuple[int, Any]]]:
         """Sends the load, again from empty caches while the counters do not show enough of it.
 
@@ -206,15 +212,35 @@ class PdClient:
 TROUBLE = re.compile(r"hit an exception|AssertionError|memory leak|Traceback.*Scheduler", re.I)
 
 
-def despite_stocks_race(run: Callable[[], T], log_dir: Path) -> T:
-    """What `run` of a stock pair returns; once more if SGLang's own race ended the pair.
+def rounds_of(
+    spec: ClusterSpec, jobs: list[Job], enough: Enough
+) -> tuple[list[list[tuple[int, Any]]], dict[str, Any], dict[str, Any]]:
+    """`run_until` on a pair of its own, which must settle without trouble; then its two reports."""
+    with Cluster(spec) as cluster:
+        client = PdClient(cluster)
+        rounds = client.run_until(jobs, enough)
+        assert client.settles(), "a server did not become idle after the last request"
+        assert not trouble_in(cluster.logs)
+        return rounds, *client.kairos()
+
+
+def stock_outputs(spec: ClusterSpec, jobs: list[Job]) -> list[tuple[int, Any]]:
+    """One round on stock SGLang; again if its own race ended the pair.
 
     A request cleared at the wrong instant ends stock's transfer thread (docs/upstream.md).
     """
+
+    def run() -> list[tuple[int, Any]]:
+        (outputs,), prefill, decode = rounds_of(spec, jobs, once)
+        assert prefill == decode == {}, "Kairos must not be there when it is off"
+        assert all(status == 200 for status, _ in outputs)
+        return outputs
+
+    spec = dataclasses.replace(spec, kairos=False)
     try:
         return run()
     except (TimeoutError, AssertionError):
-        logs = (path.read_text(errors="replace") for path in log_dir.glob("p0*"))
+        logs = (path.read_text(errors="replace") for path in Path(spec.log_dir).glob("p0*"))
         if not any("Transfer thread failed because of" in log for log in logs):
             raise
         return run()

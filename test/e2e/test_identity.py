@@ -9,18 +9,20 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pd_client import (
     Counters,
+    Enough,
     Job,
     PdClient,
-    despite_stocks_race,
     doomed_jobs,
     long_tail_jobs,
+    once,
+    stock_outputs,
     trouble_in,
 )
 
@@ -47,31 +49,36 @@ class Run:
     trouble: list[str]
 
 
+def spec_of(
+    zygote: Zygote, model: str, log_dir: Path, args: Sequence[str] = (), **more: Any
+) -> ClusterSpec:
+    return ClusterSpec(
+        model_path=model,
+        router="none",
+        server_args=(*SERVER_ARGS, *args),
+        zygote=zygote,
+        log_dir=log_dir,
+        **more,
+    )
+
+
 def run_pair(
     zygote: Zygote,
     model: str,
     log_dir: Path,
     *,
-    kairos: bool | dict[str, Any],
+    kairos: dict[str, Any],
     jobs: Sequence[Job],
     args: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
     contested: bool = False,
-    enough: Callable[[Counters, Counters], bool] = lambda prefill, decode: True,
+    enough: Enough = once,
 ) -> Run:
     """Start a pair, run `jobs` until it is `enough`, stop it.
 
     `contested`: with a TPOT target that not all can meet.
     """
-    spec = ClusterSpec(
-        model_path=model,
-        router="none",
-        kairos=kairos,
-        server_args=(*SERVER_ARGS, *args),
-        env=env or {},
-        zygote=zygote,
-        log_dir=log_dir,
-    )
+    spec = spec_of(zygote, model, log_dir, args, kairos=kairos, env=env or {})
     with Cluster(spec) as cluster:
         client = PdClient(cluster)
         if contested:
@@ -86,21 +93,7 @@ def run_pair(
 @pytest.fixture(scope="module")
 def stock(zygote: Zygote, tiny_model: str, out_dir: Path) -> list[tuple[int, Any]]:
     """The outputs of stock SGLang, Kairos off."""
-    return stock_outputs(zygote, tiny_model, out_dir / "stock", JOBS)
-
-
-def stock_outputs(
-    zygote: Zygote, model: str, log_dir: Path, jobs: Sequence[Job], **spec: Any
-) -> list[tuple[int, Any]]:
-    """Of one round."""
-
-    def run() -> list[tuple[int, Any]]:
-        found = run_pair(zygote, model, log_dir, kairos=False, jobs=jobs, **spec)
-        assert found.prefill == {} and found.decode == {}, "Kairos must not be there when it is off"
-        assert all(status == 200 for status, _ in found.rounds[0])
-        return found.rounds[0]
-
-    return despite_stocks_race(run, log_dir)
+    return stock_outputs(spec_of(zygote, tiny_model, out_dir / "stock"), JOBS)
 
 
 def check_same(run: Run, stock: list[tuple[int, Any]]) -> None:
@@ -212,7 +205,7 @@ def test_random_decisions_change_no_token_of_an_older_sglang(
     env = first_on_path(sglang_folder(version))
     logs = out_dir / f"chaos-{version}"
     with Zygote(env={**env, "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}) as zygote:
-        stock = stock_outputs(zygote, tiny_model, logs / "stock", jobs, env=env)
+        stock = stock_outputs(spec_of(zygote, tiny_model, logs / "stock", env=env), jobs)
         run = run_pair(
             zygote,
             tiny_model,

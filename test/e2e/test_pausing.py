@@ -18,7 +18,14 @@ from typing import Any
 
 import aiohttp
 import pytest
-from pd_client import Job, PdClient, despite_stocks_race, doomed_jobs, long_tail_jobs, trouble_in
+from pd_client import (
+    PdClient,
+    doomed_jobs,
+    long_tail_jobs,
+    rounds_of,
+    stock_outputs,
+    trouble_in,
+)
 
 from sglang_kairos.cluster import Cluster
 from sglang_kairos.cluster_layout import ClusterSpec
@@ -348,30 +355,23 @@ def test_random_decisions_change_no_token(
 ) -> None:
     jobs = long_tail_jobs(70, seed=12)
 
-    def rounds_of(
-        log_dir: Path, kairos: bool | dict[str, Any], more: list[Job], least: int
-    ) -> tuple[list[list[tuple[int, Any]]], dict[str, Any]]:
-        """What `jobs` were answered, per round, and the prefill server's report."""
-        spec = ClusterSpec(
+    doomed = doomed_jobs(8, 8, seed=13, span_s=4.0)
+
+    def spec(name: str, kairos: bool | dict[str, Any]) -> ClusterSpec:
+        return ClusterSpec(
             model_path=tiny_model,
             router="none",
             kairos=kairos,
             server_args=(*SIZES, *args),
             zygote=zygote,
-            log_dir=log_dir,
+            log_dir=out_dir / f"pausing-{name}{''.join(args)}",
         )
-        with Cluster(spec) as running:
-            client = PdClient(running)
-            rounds = client.run_until([*jobs, *more], lambda prefill, _: prefill["pauses"] >= least)
-            assert client.settles(), "a server did not become idle"
-            assert not trouble_in(running.logs)
-            return [answers[: len(jobs)] for answers in rounds], client.kairos()[0]
 
-    logs = out_dir / f"pausing-stock{''.join(args)}"
-    (stock,), _ = despite_stocks_race(lambda: rounds_of(logs, False, [], 0), logs)
-    assert all(status == 200 for status, _ in stock)
-    doomed = doomed_jobs(8, 8, seed=13, span_s=4.0)
-    logs = out_dir / f"pausing-chaos{''.join(args)}"
-    rounds, report = rounds_of(logs, {"chaos_seed": 5}, doomed, 10)
-    assert all(answers == stock for answers in rounds)
+    stock = stock_outputs(spec("stock", False), jobs)
+    rounds, report, _ = rounds_of(
+        spec("chaos", {"chaos_seed": 5}),
+        [*jobs, *doomed],
+        lambda prefill, _: prefill["pauses"] >= 10,
+    )
+    assert all(answers[: len(jobs)] == stock for answers in rounds)
     assert report["counters"]["pauses"] >= 10 and report["paused"] == 0

@@ -9,61 +9,36 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pd_client import (
-    Counters,
-    Job,
-    PdClient,
-    despite_stocks_race,
-    doomed_jobs,
-    long_tail_jobs,
-    trouble_in,
-)
+from pd_client import Counters, doomed_jobs, long_tail_jobs, rounds_of, stock_outputs
 
-from sglang_kairos.cluster import Cluster
 from sglang_kairos.cluster_layout import ClusterSpec
 from sglang_kairos.cpu.zygote import Zygote
 
 # An all-reduce between two processes on shared cores costs more than this model's arithmetic.
 JOBS = [dataclasses.replace(job, tokens=min(job.tokens, 32)) for job in long_tail_jobs(60, seed=9)]
 DOOMED = doomed_jobs(6, 6, seed=10, span_s=6.0)
-Enough = Callable[[Counters, Counters], bool]
 SIZES = ("--chunked-prefill-size", "256", "--max-total-tokens", "49152")
 
 
-def run_pair(
-    zygote: Zygote, model: str, log_dir: Path, jobs: list[Job], enough: Enough, **spec: Any
-) -> tuple[list[list[tuple[int, Any]]], dict[str, Any], dict[str, Any]]:
-    """Outputs, per round, and Kairos' own reports of one pair."""
-    cluster_spec = ClusterSpec(
-        model_path=model, router="none", zygote=zygote, log_dir=log_dir, **spec
+def spec_of(zygote: Zygote, model: str, log_dir: Path, *args: str, **more: Any) -> ClusterSpec:
+    return ClusterSpec(
+        model_path=model,
+        router="none",
+        zygote=zygote,
+        log_dir=log_dir,
+        server_args=(*args, *SIZES),
+        **more,
     )
-    with Cluster(cluster_spec) as cluster:
-        client = PdClient(cluster)
-        outputs = client.run_until(jobs, enough)
-        assert client.settles(), "a server did not become idle after the last request"
-        assert not trouble_in(cluster.logs)
-        return outputs, *client.kairos()
 
 
 @pytest.fixture(scope="module")
 def stock(zygote: Zygote, tiny_model: str, out_dir: Path) -> list[tuple[int, Any]]:
     """The outputs of a stock pair with one rank each."""
-    once: Enough = lambda prefill, decode: True  # noqa: E731
-    logs = out_dir / "tp1-stock"
-
-    def run() -> list[tuple[int, Any]]:
-        (outputs,), *_ = run_pair(
-            zygote, tiny_model, logs, JOBS, once, kairos=False, server_args=SIZES
-        )
-        assert all(status == 200 for status, _ in outputs)
-        return outputs
-
-    return despite_stocks_race(run, logs)
+    return stock_outputs(spec_of(zygote, tiny_model, out_dir / "tp1-stock"), JOBS)
 
 
 @pytest.mark.parametrize("chaos_seed", [-1, 21], ids=["policies", "random-decisions"])
@@ -81,16 +56,15 @@ def test_two_ranks_with_different_clocks_decide_alike(
         # Otherwise the clocks did not matter, and nothing is proven.
         return least and min(prefill["disagreements"], decode["disagreements"]) >= 3
 
-    rounds, prefill, decode = run_pair(
+    spec = spec_of(
         zygote,
         tiny_model,
         out_dir / f"tp2-chaos{chaos_seed}",
-        [*JOBS, *DOOMED],
-        enough,
+        *("--tp", "2"),
         kairos={"chaos_seed": chaos_seed, "ttft_ms": 2000.0, "tpot_ms": 5.0},
-        server_args=("--tp", "2", *SIZES),
         env={"KAIROS_CHAOS_CLOCK_MS": "1500", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
     )
+    rounds, prefill, decode = rounds_of(spec, [*JOBS, *DOOMED], enough)
     for outputs in rounds:
         different = [i for i, want in enumerate(stock) if outputs[i] != want]
         assert not different, f"{len(different)} of {len(stock)} differ, first {different[:5]}"
