@@ -22,10 +22,8 @@ PROMPTS = 40
 
 @pytest.fixture(scope="module")
 def cluster(zygote: Zygote, tiny_model: str, out_dir: Path) -> Iterator[Cluster]:
-    """A stock pair behind Kairos' router."""
-    spec = ClusterSpec(
-        model_path=tiny_model, kairos=False, log_dir=out_dir / "bench-goodput", zygote=zygote
-    )
+    """A Kairos pair and its router: what users point the benchmark at."""
+    spec = ClusterSpec(model_path=tiny_model, log_dir=out_dir / "bench-goodput", zygote=zygote)
     with Cluster(spec) as running:
         yield running
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from answers import difference, send
-from pd_client import PdClient, trouble_in
+from pd_client import PdClient, again_if_stock_lost_one, trouble_in
 
 from sglang_kairos.cluster import Cluster
 from sglang_kairos.cluster_layout import ClusterSpec
@@ -157,7 +157,8 @@ def run_phases(zygote: Zygote, model: str, log_dir: Path, kairos: bool | dict[st
 @pytest.fixture(scope="module")
 def stock(zygote: Zygote, tiny_model: str, out_dir: Path) -> Run:
     """Stock SGLang, Kairos off."""
-    return run_phases(zygote, tiny_model, out_dir / "features-stock", kairos=False)
+    logs = out_dir / "features-stock"
+    return again_if_stock_lost_one(logs, lambda: run_phases(zygote, tiny_model, logs, kairos=False))
 
 
 @pytest.fixture(scope="module")

@@ -304,6 +304,25 @@ SEAMS: tuple[Seam, ...] = (
         fingerprints={"0.5.23": "8e26fd56c274e1a9", "0.5.16": "8e26fd56c274e1a9"},
     ),
     Seam(
+        target="sglang.srt.disaggregation.common.conn:CommonKVManager.update_status",
+        handler="sglang_kairos.engine.transfer:update_status",
+        process="scheduler",
+        why="two threads read and write a request's status without a lock: decode's hand-shake is "
+        "lost when it arrives while the request is opened, and the request waits for its time-out",
+        how="one thread at a time",
+        gone_when="upstream changes statuses under a lock",
+        fingerprints={"0.5.23": "9b5f0f8719e1ac14", "0.5.16": "816c85e37296a34f"},
+    ),
+    Seam(
+        target="sglang.srt.disaggregation.mooncake.conn:MooncakeKVManager.transfer_worker",
+        handler="sglang_kairos.engine.transfer:transfer_worker",
+        process="scheduler",
+        why="an error in the transfer of one request ends the thread, and the server with it",
+        how="fails that request and runs upstream's loop again",
+        gone_when="upstream's transfer thread fails one request only",
+        fingerprints={"0.5.23": "b960b38cfbfae100", "0.5.16": "5ad34dcb85d7c5e1"},
+    ),
+    Seam(
         target="sglang.srt.disaggregation.common.conn:CommonKVManager.check_status",
         handler="sglang_kairos.engine.transfer:check_status",
         process="scheduler",

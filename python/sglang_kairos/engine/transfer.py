@@ -1,9 +1,30 @@
-"""What SGLang's KV transfer must survive so that no request takes a prefill server with it."""
+"""What SGLang's KV transfer must survive so that no request is lost, or takes a server with it.
+
+The scheduler, the thread that hears from decode servers and the threads that send KV share one
+table of statuses. Upstream reads and then writes it, without a lock.
+"""
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable
 from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+def update_status(
+    original: Callable[..., Any], manager: Any, bootstrap_room: int, status: Any
+) -> Any:
+    """Seam of the transfer managers' status change: one thread at a time.
+
+    The scheduler opens a room as Bootstrapping, and decode's hand-shake makes it WaitingForInput,
+    in either order. Where the scheduler has found no room yet, and the hand-shake comes before it
+    has opened one, the hand-shake is overwritten: the request waits for it until its time-out.
+    """
+    with _lock_of(manager):
+        return original(manager, bootstrap_room, status)
 
 
 def check_status(original: Callable[..., Any], manager: Any, bootstrap_room: int) -> Any:
@@ -19,3 +40,59 @@ def check_status(original: Callable[..., Any], manager: Any, bootstrap_room: int
         from sglang.srt.disaggregation.base.conn import KVPoll
 
         return KVPoll.Failed
+
+
+def transfer_worker(
+    original: Callable[..., Any], manager: Any, queue: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Seam of Mooncake's transfer thread: whatever it raises, it goes on with the next chunk.
+
+    The chunk's request fails, unless its transfer is over. An error of the queue itself, with no
+    chunk in hand, is raised as upstream does.
+    """
+    watched = _Watched(queue)
+    while True:
+        watched.chunk = None
+        try:
+            return original(manager, watched, *args, **kwargs)
+        except Exception:
+            if watched.chunk is None:
+                raise
+            room = watched.chunk.room
+            logger.exception("KV transfer of room %s: the error ends this request only", room)
+            _fail(manager, room)
+
+
+class _Watched:
+    """A queue of chunks that knows which one was taken last."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+        self.chunk: Any = None
+
+    def get(self) -> Any:
+        self.chunk = None
+        self.chunk = self._queue.get()
+        return self.chunk
+
+    def put(self, chunk: Any) -> None:
+        self._queue.put(chunk)
+
+
+def _fail(manager: Any, room: int) -> None:
+    """Fails a room whose transfer is not over, and tells decode where this version can."""
+    from sglang.srt.disaggregation.base.conn import KVPoll
+
+    if manager.request_status.get(room) in (None, KVPoll.Success, KVPoll.Failed):
+        return
+    reason = "The transfer of its KV raised an error: see the prefill server's log"
+    if hasattr(manager, "conclude_failure"):
+        manager.conclude_failure(bootstrap_room=room, failure_reason=reason)
+    else:  # v0.5.16: decode hears of it from whoever sent the request to both
+        manager.record_failure(room, reason)
+        manager.update_status(room, KVPoll.Failed)
+
+
+def _lock_of(manager: Any) -> Any:
+    # Re-entrant: a failure may be told to others from within. `setdefault` is atomic.
+    return manager.__dict__.setdefault("_kairos_status_lock", threading.RLock())
