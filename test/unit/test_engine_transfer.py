@@ -206,6 +206,7 @@ def test_an_error_in_one_transfer_fails_that_request_and_the_thread_goes_on(
     assert sent == [2]
     assert manager.failed == [1, 4]
     assert manager.request_status[3] == polls.Success
+    assert not any(manager._staging_outstanding.values()), "upstream would wait for them"
     errors = [each for each in caplog.records if each.name.startswith("sglang_kairos")]
     assert [each.args for each in errors] == [(1,), (3,), (4,), (5,)]
 

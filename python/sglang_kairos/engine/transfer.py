@@ -83,6 +83,8 @@ def _fail(manager: Any, room: int) -> None:
     """Fails a room whose transfer is not over, and tells decode where this version can."""
     from sglang.srt.disaggregation.base.conn import KVPoll
 
+    # Parts still to be sent hold the request back; this one will not be counted down any more.
+    getattr(manager, "_staging_outstanding", {}).pop(room, None)
     if manager.request_status.get(room) in (None, KVPoll.Success, KVPoll.Failed):
         return
     reason = "The transfer of its KV raised an error: see the prefill server's log"
