@@ -30,7 +30,7 @@ from helpers.trees import sglang_folder
 from sglang_kairos.cluster import Cluster
 from sglang_kairos.cluster_layout import ClusterSpec
 from sglang_kairos.cpu.zygote import Zygote
-from sglang_kairos.engine.seams import SUPPORTED_VERSIONS
+from sglang_kairos.engine.seams import SEAMS, SUPPORTED_VERSIONS
 from sglang_kairos.other_sglang import first_on_path
 
 JOBS = long_tail_jobs(200, seed=7)
@@ -117,15 +117,18 @@ def much_happened(prefill: Counters, decode: Counters) -> bool:
     return aborted and paused and parked and decode["parked_aborts"] >= 1
 
 
-def check(run: Run, stock: list[tuple[int, Any]], *, tree: bool) -> None:
+def check(
+    run: Run, stock: list[tuple[int, Any]], *, tree: bool, version: str = SUPPORTED_VERSIONS[0]
+) -> None:
     """Everything the identity test promises of random decisions."""
     check_same(run, stock)
     seen = Counter(run.prefill["counters"]), Counter(run.decode["counters"])
     assert much_happened(*seen), seen
     where = "tree" if tree else "hooks"
     for report in (run.prefill, run.decode):
-        assert report["seams"][where] > 0
         assert report["seams"]["hooks" if tree else "tree"] == 0
+        # All of them, the HTTP server's too: these schedulers are forked from it.
+        assert report["seams"][where] == sum(version not in seam.absent for seam in SEAMS)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +218,7 @@ def test_random_decisions_change_no_token_of_an_older_sglang(
             enough=much_happened,
             env=env,
         )
-    check(run, stock, tree=False)
+    check(run, stock, tree=False, version=version)
 
 
 def test_a_patched_tree_behaves_as_the_plugin(

@@ -52,7 +52,7 @@ def test_what_is_not_a_function_has_no_fingerprint(name: str) -> None:
 def test_every_seam_says_why_and_has_a_handler_that_exists() -> None:
     for seam in SEAMS:
         assert seam.why and seam.how and seam.gone_when and seam.fingerprints
-        assert seam.process in ("http", "scheduler")
+        assert seam.process in ("http", "scheduler", "mooncake")
         module, name = seam.handler.split(":")
         spec = importlib.util.find_spec(module)
         assert spec is not None and spec.origin is not None

@@ -28,6 +28,7 @@ INSTALLED = {"hooks": 0, "tree": 0}
 PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "kairos"
 HTTP_MODULE = "sglang.srt.entrypoints.http_server"
 SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
+MOONCAKE_MODULE = "sglang.srt.disaggregation.mooncake.conn"
 
 
 @functools.cache
@@ -75,9 +76,12 @@ def install() -> None:
         raise SystemExit(way_out(found.problems, installed_sglang()))
     for problem in found.problems:
         logger.warning("Kairos runs without a seam (--kairos-strict off): %s", problem)
-    # In the main process neither module is there yet. It needs the scheduler's seams only to hand
-    # them to children that are forked; spawned ones come through here with their module loaded.
-    for process, module in (("scheduler", SCHEDULER_MODULE), ("http", HTTP_MODULE)):
+    # In the main process none of these modules is there yet. It needs the scheduler's seams only to
+    # hand them to children that are forked; spawned ones come through here with their module loaded.
+    # Mooncake's comes where SGLang wants it: it is not installed everywhere, and imported early it
+    # would have prometheus-client forget that there are several processes.
+    modules = {"scheduler": SCHEDULER_MODULE, "http": HTTP_MODULE, "mooncake": MOONCAKE_MODULE}
+    for process, module in modules.items():
         seams = [seam for seam in found.usable if seam.process == process]
         when_imported(module, functools.partial(_wrap, seams, config.strict))
 

@@ -21,9 +21,10 @@ class Seam:
     """One upstream function and what Kairos does around it.
 
     `target` and `handler` are ``module:qualified.name``. `process` is where it matters: the
-    scheduler processes or the HTTP server. `fingerprints` maps an SGLang version to the hash of the
-    function's source (decorators excluded, so that a patched tree has the same one). `absent` maps
-    a version that has no such function, or a better place, to the reason.
+    scheduler processes, those of them that import ``mooncake``, or the HTTP server. `fingerprints`
+    maps an SGLang version to the hash of the function's source (decorators excluded, so that a
+    patched tree has the same one). `absent` maps a version that has no such function, or a better
+    place, to the reason.
     """
 
     target: str
@@ -316,7 +317,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         target="sglang.srt.disaggregation.mooncake.conn:MooncakeKVManager.transfer_worker",
         handler="sglang_kairos.engine.transfer:transfer_worker",
-        process="scheduler",
+        process="mooncake",
         why="an error in the transfer of one request ends the thread, and the server with it",
         how="fails that request and runs upstream's loop again",
         gone_when="upstream's transfer thread fails one request only",
