@@ -66,3 +66,20 @@ def add_waiting_tokens(snapshot: Any, tokens: int) -> None:
     snapshot.num_total_tokens += tokens
     if hasattr(snapshot, "num_active_tokens"):
         snapshot.num_active_tokens += tokens
+
+
+def outstanding_parts(manager: Any) -> dict[int, int]:
+    """Parts in hand or to be sent, by room, of a transfer manager. v0.5.16 does not count them."""
+    found: dict[int, int] = getattr(manager, "_staging_outstanding", {})
+    return found
+
+
+def fail_transfer(manager: Any, room: int, reason: str) -> None:
+    """Fail a transfer and tell decode; in v0.5.16 decode hears of it from whoever sent to both."""
+    if hasattr(manager, "conclude_failure"):
+        manager.conclude_failure(bootstrap_room=room, failure_reason=reason)
+        return
+    from sglang.srt.disaggregation.base.conn import KVPoll
+
+    manager.record_failure(room, reason)
+    manager.update_status(room, KVPoll.Failed)

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from sglang_kairos.engine import compat
+
 logger = logging.getLogger(__name__)
 
 
@@ -50,9 +52,8 @@ def transfer_worker(
     The chunk's request fails, unless its transfer is over. An error of the queue itself, with no
     chunk in hand, is raised as upstream does.
     """
-    watched = _Watched(queue)
     while True:
-        watched.chunk = None
+        watched = _Watched(queue)
         try:
             return original(manager, watched, *args, **kwargs)
         except Exception:
@@ -84,15 +85,11 @@ def _fail(manager: Any, room: int) -> None:
     from sglang.srt.disaggregation.base.conn import KVPoll
 
     # Parts still to be sent hold the request back; this one will not be counted down any more.
-    getattr(manager, "_staging_outstanding", {}).pop(room, None)
+    compat.outstanding_parts(manager).pop(room, None)
     if manager.request_status.get(room) in (None, KVPoll.Success, KVPoll.Failed):
         return
     reason = "The transfer of its KV raised an error: see the prefill server's log"
-    if hasattr(manager, "conclude_failure"):
-        manager.conclude_failure(bootstrap_room=room, failure_reason=reason)
-    else:  # v0.5.16: decode hears of it from whoever sent the request to both
-        manager.record_failure(room, reason)
-        manager.update_status(room, KVPoll.Failed)
+    compat.fail_transfer(manager, room, reason)
 
 
 def _lock_of(manager: Any) -> Any:
