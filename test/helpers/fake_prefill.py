@@ -31,9 +31,14 @@ class Req:
         self.num_matched_prefix_tokens = 0
         self.pending_bootstrap = False
         self.seqlen = length
+        self.finished_reason: Any = None
+        self.kv = SimpleNamespace(req_pool_idx=0)
         wire = {"kairos": {"ttft_ms": ttft_ms, "tpot_ms": 50.0, "age_ms": age_ms, "weight": weight}}
         self.sampling_params = SimpleNamespace(custom_params=wire)
         self.time_stats = SimpleNamespace(scheduler_recv_time=time.perf_counter())
+
+    def finished(self) -> bool:
+        return self.finished_reason is not None
 
     def __repr__(self) -> str:
         return self.rid

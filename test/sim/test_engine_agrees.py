@@ -93,7 +93,7 @@ def test_every_prefill_plan_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> N
         state.paused = [
             Paused(req, at) for req, at in zip(partials[len(slot) :], since, strict=True)
         ]
-        free = server.cache.free_tokens
+        free = server.free_tokens
         scheduler = SimpleNamespace(
             chunked_prefill_size=SYSTEM.chunk_tokens,
             page_size=1,

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from helpers.fake_prefill import Req, build, make_scheduler, make_state
+from helpers.upstream import upstream_function
 from sglang_kairos.engine import pausing, prefill, state
+from sglang_kairos.engine.seams import SUPPORTED_VERSIONS
 
 
 @pytest.fixture
@@ -46,6 +48,138 @@ def test_an_abort_reaches_a_paused_request_and_upstream_tears_it_down(
     assert torn == [gone]
     assert [entry.req for entry in kairos.paused] == [stays]
     assert scheduler.chunked_req is slot
+
+
+def teardown(version: str, torn: list[Any]) -> Any:
+    """SGLang's own process_pending_chunked_abort; like upstream's, its release happens once."""
+
+    def release(req: Any, *args: Any, **kwargs: Any) -> None:
+        assert req.kv.req_pool_idx is not None, "released a second time"
+        req.kv.req_pool_idx = None
+        torn.append(req)
+
+    def finish(req: Any, *args: Any) -> None:
+        req.finished_reason = "aborted"
+
+    names = {
+        "release_kv_cache": release,
+        "prepare_abort": finish,
+        "FINISH_ABORT": lambda message: SimpleNamespace(message=message, status_code=None),
+        "DisaggregationMode": SimpleNamespace(PREFILL="prefill"),
+        "maybe_release_metadata_buffer": lambda *args: None,
+        "AbortReq": SimpleNamespace,
+        "_make_abort_req": lambda req, **more: req,
+        "logger": SimpleNamespace(debug=lambda text: None),
+    }
+    name = "Scheduler.process_pending_chunked_abort"
+    return upstream_function(version, "managers/scheduler.py", name, names)
+
+
+def scheduler_that_aborts(waiting: list[Req], slot: Req | None) -> Any:
+    scheduler = make_scheduler(waiting, slot)
+    nothing = lambda *args, **kwargs: None  # noqa: E731
+    scheduler.disaggregation_mode = "prefill"
+    scheduler.enable_hicache_storage = False
+    scheduler.req_to_metadata_buffer_idx_allocator = None
+    scheduler.clear_pending_chunk_send = scheduler._release_aborted_request = nothing
+    scheduler.send_abort_output = nothing
+    scheduler.ipc_channels = SimpleNamespace(send_to_tokenizer=SimpleNamespace(send_output=nothing))
+    return scheduler
+
+
+def retire(req: Req) -> None:
+    """As upstream does when the result of an aborted request comes in."""
+    req.finished_reason, req.kv.req_pool_idx = "aborted", None
+
+
+def put_back(req: Req) -> None:
+    """As upstream does with an optimistic request: its KV is gone, it begins anew."""
+    req.extend_end, req.prefix_len, req.kv.req_pool_idx = None, 0, None
+
+
+@pytest.mark.parametrize("version", SUPPORTED_VERSIONS)
+def test_a_paused_request_that_has_finished_is_not_torn_down_a_second_time(
+    kairos: state.KairosState, version: str
+) -> None:
+    first, second = (Req(name, 900, 1000, done=512) for name in ("first", "second"))
+    for req in (first, second):
+        req.discard_output_reason = None
+        req.disagg_kv_sender = SimpleNamespace(abort=lambda: None)
+        req.time_stats.trace_ctx = SimpleNamespace(abort=lambda **info: None)
+    pause(kairos, first, second)
+    scheduler, torn = scheduler_that_aborts([], None), []
+    everybody = SimpleNamespace(abort_all=True, rid="")
+    pausing.abort_request(lambda *a: None, scheduler, everybody)
+    retire(first)  # its last result came before the scheduling step
+    pausing.process_pending_chunked_abort(teardown(version, torn), scheduler)
+    assert torn == [second] and not kairos.paused
+    assert (kairos.counters["paused_released"], kairos.counters["paused_aborts"]) == (1, 1)
+
+
+def see_inflight(scheduler: Any, seen: list[Any]) -> None:
+    batches = pausing.collect_inflight_batches(lambda s: [], scheduler)
+    seen += [req for batch in batches for req in batch.reqs]
+
+
+def see_the_slot(scheduler: Any, seen: list[Any]) -> None:
+    seen += filter(None, [scheduler.chunked_req])
+
+
+def see_the_queue(scheduler: Any, seen: list[Any]) -> None:
+    seen += scheduler.waiting_queue
+
+
+# Each shows upstream the paused in its own way; `seen` takes down who was shown.
+WALKS = {
+    "tear-down": lambda scheduler, seen: pausing.process_pending_chunked_abort(
+        lambda s: see_the_slot(s, seen), scheduler
+    ),
+    "abort": lambda scheduler, seen: pausing.abort_request(
+        lambda s, r: None, scheduler, SimpleNamespace(abort_all=True, rid="")
+    ),
+    "inflight": see_inflight,
+    "peers": lambda scheduler, seen: pausing.resolve_waiting_queue_bootstrap(
+        lambda s: see_the_queue(s, seen), scheduler
+    ),
+    "report": lambda scheduler, seen: pausing.report_with_paused(
+        lambda r: see_the_queue(r.scheduler, seen), SimpleNamespace(scheduler=scheduler)
+    ),
+    "load": lambda scheduler, seen: seen.extend(
+        range(pausing.num_pending_tokens(lambda i: 0, None))
+    ),
+    "idle": lambda scheduler, seen: seen.extend(
+        [] if pausing.is_fully_idle(lambda s: True, None) else ["not idle"]
+    ),
+    "step": lambda scheduler, seen: prefill.get_new_batch_prefill(build(), scheduler, "r"),
+}
+
+
+@pytest.mark.parametrize("gone", [retire, put_back])
+@pytest.mark.parametrize("walk", WALKS)
+def test_whoever_upstream_has_ended_or_put_back_is_paused_no_more(
+    kairos: state.KairosState, gone: Any, walk: str
+) -> None:
+    req, seen = Req("gone", 900, 1000, done=512), []
+    pause(kairos, req)
+    kairos.paused[0].aborted = walk == "tear-down"
+    gone(req)
+    scheduler = make_scheduler([], None)
+    WALKS[walk](scheduler, seen)
+    see_the_slot(scheduler, seen)
+    assert not kairos.paused and not seen
+    assert kairos.counters["resumes"] == 0
+
+
+def test_an_optimistic_request_in_the_slot_is_not_swapped_for_a_paused_one(
+    kairos: state.KairosState,
+) -> None:
+    optimistic, paused = Req("o", 900, 1000, done=512), Req("p", 900, 1000, done=512)
+    optimistic.pending_bootstrap = True
+    pause(kairos, paused, since_s=kairos.now())
+    scheduler, upstream = make_scheduler([], optimistic), build(None)
+    prefill.get_new_batch_prefill(upstream, scheduler, "r")
+    assert scheduler.chunked_req is optimistic
+    assert [entry.req for entry in kairos.paused] == [paused]
 
 
 def test_timeouts_and_weight_updates_find_paused_requests_among_the_started(

@@ -26,6 +26,18 @@ def extend_end(req: Any) -> int | None:
     return None if req.extend_range is None else int(req.extend_range.end)
 
 
+def holds_kv(req: Any) -> bool:
+    """Whether it has a row of KV. v0.5.16 keeps the row's index in the request itself."""
+    kv = req.kv
+    return (kv.req_pool_idx if hasattr(kv, "req_pool_idx") else req.req_pool_idx) is not None
+
+
+def tokenizer_workers(scheduler: Any) -> int | None:
+    """Tokenizer processes of this server; None if it does not say."""
+    count = getattr(getattr(scheduler, "server_args", None), "tokenizer_worker_num", None)
+    return None if count is None else int(count)
+
+
 def in_beam_search(req: Any) -> bool:
     """v0.5.16 has no beam search."""
     return getattr(req, "beam_group", None) is not None
@@ -45,6 +57,13 @@ def _matcher() -> Callable[[Any, Any], Any]:
 
         return lambda req, tree_cache: match_prefix_for_req(tree_cache, req, include_req=True)
     return match_kv_cache
+
+
+def room_beside(adder: Any, req: Any) -> int:
+    """KV tokens that are free or evictable once the cached prefix of `req` is locked, less what the
+    batch being built has been promised."""
+    with adder._lock_node(req.last_node):
+        return int(adder.rem_total_tokens)
 
 
 def tp_size(scheduler: Any) -> int:

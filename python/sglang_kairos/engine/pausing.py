@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sglang_kairos.engine import compat
+from sglang_kairos.engine.named import only_the_named
 from sglang_kairos.engine.state import KairosState, Paused, current
 
 
@@ -34,6 +35,23 @@ def give_slot(state: KairosState, scheduler: Any, chosen: Any) -> None:
             state.counters["resumes"] += 1
             break
     state.counters["max_paused"] = max(state.counters["max_paused"], len(state.paused))
+
+
+def drop_released(state: KairosState) -> None:
+    """Forget the paused whom upstream has ended or put back in a queue of its own meanwhile.
+
+    A paused request's last chunk may still be running. When its result comes in, upstream retires it
+    if it was aborted, and starts it anew if its bootstrap is pending: no KV is left to come back to.
+    Whoever walks `state.paused` calls this first.
+    """
+    kept = [entry for entry in state.paused if not _released(entry.req)]
+    if len(kept) < len(state.paused):
+        state.counters["paused_released"] += len(state.paused) - len(kept)
+        state.paused[:] = kept
+
+
+def _released(req: Any) -> bool:
+    return bool(req.finished()) or not compat.holds_kv(req)
 
 
 def overdue(state: KairosState, now: float, slot_req: Any) -> int:
@@ -57,6 +75,7 @@ def process_pending_chunked_abort(original: Callable[..., Any], scheduler: Any) 
     state = current()
     if state is None:
         return
+    drop_released(state)
     for entry in [entry for entry in state.paused if entry.aborted]:
         state.paused.remove(entry)
         slot, pending = scheduler.chunked_req, scheduler._pending_chunked_abort_req
@@ -69,22 +88,25 @@ def process_pending_chunked_abort(original: Callable[..., Any], scheduler: Any) 
 
 
 def abort_request(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
-    """Seam of Scheduler.abort_request: an abort reaches paused requests as well.
+    """Seam of Scheduler.abort_request: an abort reaches paused requests as well, and nobody whose
+    id only begins like the one it names.
 
     Parked ones need no help (they are in the running batch); they are only counted.
     """
+    if not (recv_req.abort_all or recv_req.rid):
+        return None  # names nobody; upstream would find that every id begins so
     state = current()
     if state is not None:
-
-        def meant(req: Any) -> bool:
-            return bool(recv_req.abort_all or req.rid.startswith(recv_req.rid))
-
-        for entry in state.paused:
-            entry.aborted = entry.aborted or meant(entry.req)
-        if state.subset is not None:
-            parked = set(scheduler.running_batch.reqs).difference(state.subset.reqs)
-            state.counters["parked_aborts"] += sum(map(meant, parked))
-    return original(scheduler, recv_req)
+        drop_released(state)
+    ours = [] if state is None else [entry.req for entry in state.paused]
+    with only_the_named(scheduler, recv_req, ours) as meant:
+        if state is not None:
+            for entry in state.paused:
+                entry.aborted = entry.aborted or meant(entry.req)
+            if state.subset is not None:
+                parked = set(scheduler.running_batch.reqs).difference(state.subset.reqs)
+                state.counters["parked_aborts"] += sum(map(meant, parked))
+        return original(scheduler, recv_req)
 
 
 def collect_inflight_batches(original: Callable[..., Any], scheduler: Any) -> list[Any]:
@@ -94,6 +116,8 @@ def collect_inflight_batches(original: Callable[..., Any], scheduler: Any) -> li
     """
     batches: list[Any] = original(scheduler)
     state = current()
+    if state is not None:
+        drop_released(state)
     if state is None or not state.paused:
         return batches
     return [*batches, SimpleNamespace(reqs=[entry.req for entry in state.paused])]
@@ -111,13 +135,14 @@ def resolve_waiting_queue_bootstrap(original: Callable[..., Any], scheduler: Any
     with _in_the_queue(state, scheduler) as paused:
         original(scheduler)
         left = set(scheduler.waiting_queue)
-        state.paused = [entry for entry in state.paused if entry.req in left]
+        state.paused[:] = [entry for entry in state.paused if entry.req in left]
         state.counters["paused_failures"] += len(paused) - len(state.paused)
 
 
 @contextmanager
 def _in_the_queue(state: KairosState, scheduler: Any) -> Iterator[set[Any]]:
     """The paused stand at the end of the waiting queue meanwhile; yields them."""
+    drop_released(state)
     paused = {entry.req: None for entry in state.paused}
     scheduler.waiting_queue = [*scheduler.waiting_queue, *paused]
     try:
@@ -129,6 +154,8 @@ def _in_the_queue(state: KairosState, scheduler: Any) -> Iterator[set[Any]]:
 def is_fully_idle(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> bool:
     """Seam of Scheduler.is_fully_idle: a paused prefill owns KV, so the scheduler is not idle."""
     state = current()
+    if state is not None:
+        drop_released(state)
     return bool(original(scheduler, *args, **kwargs)) and not (state is not None and state.paused)
 
 
@@ -154,7 +181,7 @@ def get_loads(original: Callable[..., Any], inquirer: Any) -> Any:
     snapshot = original(inquirer)
     state = current()
     if state is not None and state.paused:
-        count, tokens = len(state.paused), _paused_tokens(state)
+        tokens, count = _paused_tokens(state), len(state.paused)
         snapshot.num_waiting_reqs += count
         compat.add_waiting_tokens(snapshot, tokens)
         if snapshot.queues is not None:
@@ -174,4 +201,5 @@ def report_with_paused(
 
 
 def _paused_tokens(state: KairosState) -> int:
+    drop_released(state)
     return sum(entry.tokens_left for entry in state.paused)

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sglang_kairos.engine import compat
-from sglang_kairos.engine.pausing import give_slot, overdue
+from sglang_kairos.engine.pausing import drop_released, give_slot, overdue
 from sglang_kairos.engine.roster import Rows
 from sglang_kairos.engine.state import KairosState, current, tokens_left
 from sglang_kairos.engine.steps import learn_from_synchronous_step
+from sglang_kairos.policy.reserve import may_begin
 from sglang_kairos.policy.urgency import PrefillPlan, PrefillQueue, plan_prefill, urgency_order
 
 # Looking a prompt up in the radix cache walks it: not every request at every step.
@@ -30,6 +31,7 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_
     if state is None or state.mode != "prefill" or not state.config.order:
         return original(scheduler, running_batch)
     learn_from_synchronous_step(state)
+    drop_released(state)
     result = _planned_batch(original, state, scheduler, running_batch)
     state.launched = result.batch_to_run
     _account(state, result.batch_to_run)
@@ -47,8 +49,8 @@ def _planned_batch(
         result = original(scheduler, running_batch)
         # Nothing could be admitted (no memory, say): prefills that have begun are the way forward.
         state.plan = None
-        for entry in list(state.paused):
-            if result.batch_to_run is not None:
+        for entry in sorted(state.paused, key=lambda entry: entry.tokens_left):
+            if result.batch_to_run is not None or _pinned(scheduler.chunked_req):
                 break
             give_slot(state, scheduler, entry.req)
             state.counters["forced_resumes"] += 1
@@ -122,18 +124,44 @@ def add_one_req(
     has_chunked_req: bool,
     truncation_align_size: int | None,
 ) -> Any:
-    """Seam of PrefillAdder.add_one_req: never a second chunked prefill beside the one in the slot.
+    """Seam of PrefillAdder.add_one_req: never a second chunked prefill beside the one in the slot,
+    and nobody who takes the KV that begun prefills need for their rest.
 
     The plan keeps to this too, but on predicted cache hits; this looks at the real ones.
     """
-    if has_chunked_req and adder.rem_chunk_tokens is not None and current() is not None:
+    state = current()
+    if has_chunked_req and adder.rem_chunk_tokens is not None and state is not None:
         known = compat.prefix_len(req) + req.host_hit_length
         tokens = len(req.full_untruncated_fill_ids) - known
         if adder.ceil_paged_tokens(tokens) > adder.rem_chunk_tokens:
             from sglang.srt.managers.schedule_policy import AddReqResult
 
             return AddReqResult.OTHER
+    if state is not None and state.mode == "prefill" and not _leaves_enough(state, adder, req):
+        from sglang.srt.managers.schedule_policy import AddReqResult
+
+        state.counters["kept_for_begun"] += 1
+        return AddReqResult.NO_TOKEN
     return original(adder, req, has_chunked_req, truncation_align_size)
+
+
+def _leaves_enough(state: KairosState, adder: Any, req: Any) -> bool:
+    """Whether the prefills that have begun can still be taken to their end when `req` begins too."""
+    begins = getattr(adder, "new_chunked_req", None)
+    begun = [entry.req for entry in state.paused]
+    begun += [one for one in (state.scheduler.chunked_req, begins) if one is not None]
+    if not begun:
+        return True
+    # A hit on the host is loaded into KV of this device: it counts as if it were computed.
+    tokens = len(req.full_untruncated_fill_ids) - compat.prefix_len(req)
+    (may,) = may_begin(
+        [tokens],
+        [0],  # its cached prefix is locked while this is read
+        [tokens_left(one) for one in begun],
+        free_tokens=compat.room_beside(adder, req),
+        page_size=adder.page_size,
+    )
+    return may
 
 
 def _account(state: KairosState, batch: Any) -> None:
@@ -178,12 +206,9 @@ def _decide(
     total = state.roster.tokens[rows]
     tokens = np.maximum(1, total - state.roster.matched_tokens[rows])
     tokens[count:] = [tokens_left(req) for req in partials]
-    free = (
-        scheduler.token_to_kv_pool_allocator.available_size()
-        + scheduler.tree_cache.evictable_size()
-    )
-    # An optimistic request in the slot may still be re-queued by upstream, which looks for it there.
-    pinned = at >= 0 and bool(partials[0].pending_bootstrap)
+    evictable = int(scheduler.tree_cache.evictable_size())
+    free = scheduler.token_to_kv_pool_allocator.available_size() + evictable
+    pinned = at >= 0 and _pinned(partials[0])
     partial = np.zeros(len(rows), bool)
     partial[count:] = True
     if state.chaos is not None and not pinned:
@@ -215,10 +240,12 @@ def _decide(
             weight=_weights(state.roster.weight[rows]),
             starving=starving,
             fixed_s=model.step_s((), ()) * (1 + config.margin),
+            cached=prefix,
         ),
         chunk_tokens=chunk_tokens,
         current=at,
         free_tokens=int(free),
+        evictable_tokens=evictable,
         max_paused=state.max_paused,
         page_size=scheduler.page_size,
         forced=forced,
@@ -239,6 +266,7 @@ def _decide(
             current=at,
             chunk_tokens=chunk_tokens,
             free_tokens=int(free),
+            evictable_tokens=evictable,
             max_paused=state.max_paused,
             forced=forced,
             order=plan.order,
@@ -248,6 +276,11 @@ def _decide(
             hold=plan.hold,
         )
     return plan.order, plan.slot, plan.chunk_limit, plan.hold
+
+
+def _pinned(slot_req: Any) -> bool:
+    """An optimistic request in the slot may still be re-queued by upstream, which looks for it there."""
+    return slot_req is not None and bool(slot_req.pending_bootstrap)
 
 
 def _look_up_prefixes(state: KairosState, scheduler: Any, waiting: list[Any], rows: Rows) -> None:

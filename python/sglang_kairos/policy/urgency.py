@@ -25,6 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sglang_kairos.policy.reserve import Reserve
+
 Floats = Sequence[float] | NDArray[np.float64]
 Mask = Sequence[bool] | NDArray[np.bool_]
 
@@ -46,7 +48,8 @@ class PrefillQueue:
 
     `tokens` left to compute (prefix cache excluded), `work_s` the time predicted for them in steps
     of their own, of which `fixed_s` is what each step costs whatever is in it; `partial` marks
-    half-done chunked prefills, `starving` those entitled to go first now.
+    half-done chunked prefills, `starving` those entitled to go first now; `cached` tokens of each
+    prompt are in the prefix cache (None: none are; read for those that have not begun).
     """
 
     work_s: Floats
@@ -56,6 +59,7 @@ class PrefillQueue:
     weight: Floats | None = None
     starving: Mask | None = None
     fixed_s: float = 0.0
+    cached: Sequence[int] | NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,17 +149,19 @@ def plan_prefill(
     page_size: int = 1,
     forced: int = -1,
     least_tokens: int = 0,
+    evictable_tokens: int = 0,
 ) -> PrefillPlan:
     """What runs in the next step of at most `chunk_tokens` (>= `page_size`) tokens.
 
     The urgency order is walked with that budget. A waiting request that fits is admitted. One that
-    does not fit starts as a new chunked prefill with what is left if the chunk slot is free, at
-    most `max_paused` partials then sit paused and, beside paused ones, all their tokens and its own
-    fit `free_tokens`; if it may not, the most urgent partial runs in its place, as only that
-    unblocks it. A partial gets all that is left or nothing: `least_tokens` (0: an eighth of the
-    chunk) is the least worth rereading its prefix for. `current` (-1: none) cannot be paused when
-    `max_paused` is 0. `forced` (-1: none) is a partial that runs now, uncapped. The step is full
-    once what comes next would end it after a member's deadline.
+    does not fit starts as a new chunked prefill with what is left if the chunk slot is free and at
+    most `max_paused` partials then sit paused; if it may not, the most urgent partial runs in its
+    place, as only that unblocks it. Beside partials nobody is admitted who would leave them too
+    little of `free_tokens` (`evictable_tokens` of them cached) for their rest (`policy.reserve`),
+    nor anybody behind it. A partial gets all that is left or nothing: `least_tokens` (0: an eighth
+    of the chunk) is the least worth rereading its prefix for. `current` (-1: none) cannot be paused
+    when `max_paused` is 0. `forced` (-1: none) is a partial that runs now, uncapped. The step is
+    full once what comes next would end it after a member's deadline.
 
     Work in the on-time set counts with half of what sharing steps can save (`_saved_s`), its
     deadlines half a step's fixed cost earlier, as a request is done only when its step is.
@@ -173,7 +179,13 @@ def plan_prefill(
     partials = begun if len(begun) < 2 else [i for i in urgency.order if i in partial]
     candidates = [current] if max_paused == 0 and current >= 0 else partials
     must_run = len(partials) > max_paused
-    committed = sum(tokens[index] for index in partials)
+    reserve = Reserve(
+        [tokens[index] for index in begun],
+        free_tokens=free_tokens,
+        evictable_tokens=evictable_tokens,
+        page_size=page_size,
+    )
+    cached = [0] * len(tokens) if queue.cached is None else np.asarray(queue.cached).tolist()
     least = min(max(page_size, least_tokens or chunk_tokens // 8), chunk_tokens)
     left, slot, limit = chunk_tokens, -1, None
     clock = _StepClock(queue, chunk_tokens)
@@ -200,14 +212,9 @@ def plan_prefill(
         left -= min(pages(tokens[index]), room)
         return True
 
-    def may_chunk(index: int) -> bool:
+    def may_chunk() -> bool:
         paused = len(partials) - (slot >= 0)
-        return (
-            not (unfinished or skipped)
-            and left >= page_size
-            and paused <= max_paused
-            and (paused == 0 or committed + tokens[index] <= free_tokens)
-        )
+        return not (unfinished or skipped) and left >= page_size and paused <= max_paused
 
     if forced >= 0:
         take_slot(forced)
@@ -221,9 +228,16 @@ def plan_prefill(
                 take_slot(index)
             continue
         while True:
-            reserve = min(least, pages(tokens[candidates[0]])) if must_run and slot < 0 else 0
-            whole = pages(tokens[index]) <= left - reserve
-            if whole or may_chunk(index):
+            owed = min(least, pages(tokens[candidates[0]])) if must_run and slot < 0 else 0
+            whole = pages(tokens[index]) <= left - owed
+            if not reserve.fits(tokens[index], cached[index]):
+                if slot < 0 and not (unfinished or skipped):
+                    take_slot(candidates[0])
+                (waiting if left < page_size else hold).extend(
+                    i for i in urgency.order[at:] if i not in partial
+                )
+                return PrefillPlan(admitted + waiting, slot, limit, urgency.on_time, hold)
+            if whole or may_chunk():
                 take = min(tokens[index], left)
                 if clock.tokens_in_time(index) < take:
                     if must_run and slot < 0:
@@ -232,9 +246,9 @@ def plan_prefill(
                     return PrefillPlan(admitted, slot, limit, urgency.on_time, hold)
                 clock.add(index, take)
                 admitted.append(index)
+                reserve.take(tokens[index], cached[index])
                 if whole:
                     left -= pages(take)
-                    committed += take
                 else:
                     left, unfinished = left % page_size, True
             elif slot < 0 and candidates and not (unfinished or skipped):

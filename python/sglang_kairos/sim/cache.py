@@ -30,6 +30,11 @@ class PrefixCache:
         """What could be held: free or evictable."""
         return self.capacity_tokens - self.held_tokens - len(self._locks) * self.block_tokens
 
+    @property
+    def evictable_tokens(self) -> int:
+        """Cached for nobody in particular."""
+        return len(self._idle) * self.block_tokens
+
     def match(self, blocks: Sequence[int]) -> int:
         """How many of the leading `blocks` are here."""
         idle, locks = self._idle, self._locks

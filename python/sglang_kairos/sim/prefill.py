@@ -241,6 +241,7 @@ class PrefillServer:
             partial=[False] * len(waiting) + [True] * len(partials),
             starving=[req.starving for req in jobs],
             fixed_s=model.step_s((), ()) * (1 + config.margin),
+            cached=prefix,
         )
         current = len(waiting) if self.slot is not None else -1
         begun = float(prefix[len(waiting) :].max(initial=0.0))
@@ -248,7 +249,8 @@ class PrefillServer:
             queue,
             chunk_tokens=chunk_tokens,
             current=current,
-            free_tokens=self.cache.free_tokens,
+            free_tokens=self.free_tokens,
+            evictable_tokens=self.cache.evictable_tokens,
             max_paused=config.max_paused if config.pause else 0,
             forced=self._overdue(len(waiting) + (self.slot is not None)),
             least_tokens=model.worthwhile_tokens(begun, chunk_tokens),
@@ -256,6 +258,13 @@ class PrefillServer:
         if self.watch is not None:
             self.watch(self, plan)
         return plan, jobs, len(waiting)
+
+    @property
+    def free_tokens(self) -> int:
+        """KV tokens as a server counts them: free or evictable. Here a prompt's KV is set aside as
+        it begins, there chunk by chunk."""
+        begun = [*self.paused, *([] if self.slot is None else [self.slot])]
+        return self.cache.free_tokens + sum(min(req.held, req.prompt - req.done) for req in begun)
 
     def _mark_starving(self, jobs: list[SimRequest]) -> None:
         """Let the oldest request past the starvation bound go first, within the late share."""
