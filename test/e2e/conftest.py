@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,11 @@ STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
 
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
-    """Forks stock SGLang servers with the strict memory check on."""
-    with Zygote(preload=["sglang_kairos.launch_router"], env=STRICT) as started:
+    """Forks stock SGLang servers with the strict memory check on; this folder's launchers are known."""
+    here = str(Path(__file__).parent)
+    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    env = {**STRICT, "PYTHONPATH": path}
+    with Zygote(preload=["sglang_kairos.launch_router"], env=env) as started:
         yield started
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -157,6 +159,78 @@ def test_no_second_chunked_prefill_beside_the_slot(
         lambda *a: "upstream", adder, req, has_chunked_req=has_chunk, truncation_align_size=None
     )
     assert got == want
+
+
+class Adder:
+    """The KV budget of SGLang's PrefillAdder: `free` tokens, `evictable` of them the prefix of whoever
+    asks, until it is locked."""
+
+    def __init__(self, free: int, evictable: int = 0, page_size: int = 1) -> None:
+        self.rem_chunk_tokens, self.page_size = 512, page_size
+        self.new_chunked_req: Any = None
+        self.rem_total_tokens, self._evictable = free, evictable
+
+    def ceil_paged_tokens(self, tokens: int) -> int:
+        return -(-tokens // self.page_size) * self.page_size
+
+    @contextmanager
+    def _lock_node(self, node: Any) -> Iterator[None]:
+        self.rem_total_tokens -= self._evictable
+        yield
+        self.rem_total_tokens += self._evictable
+
+
+@pytest.mark.parametrize(
+    ("begun", "adder", "want"),
+    [
+        ("paused", Adder(602), "upstream"),
+        ("paused", Adder(601), "NO_TOKEN"),
+        ("slot", Adder(601), "NO_TOKEN"),
+        ("new", Adder(601), "NO_TOKEN"),
+        ("nobody", Adder(0), "upstream"),
+        ("paused", Adder(902, evictable=300), "upstream"),
+        ("paused", Adder(901, evictable=300), "NO_TOKEN"),
+        ("paused", Adder(512 + 112 + 2 * 16, page_size=16), "upstream"),
+        ("paused", Adder(512 + 112 + 2 * 16 - 1, page_size=16), "NO_TOKEN"),
+    ],
+)
+def test_nobody_is_admitted_into_kv_that_a_begun_prefill_needs(
+    kairos: state.KairosState,
+    monkeypatch: pytest.MonkeyPatch,
+    begun: str,
+    adder: Adder,
+    want: str,
+) -> None:
+    import sys
+
+    policy = SimpleNamespace(AddReqResult=SimpleNamespace(OTHER="OTHER", NO_TOKEN="NO_TOKEN"))
+    monkeypatch.setitem(sys.modules, "sglang.srt.managers.schedule_policy", policy)  # type: ignore[arg-type]
+    long = Req("long", 1012, 60_000, done=512)  # 500 tokens left
+    scheduler = kairos.scheduler
+    if begun == "paused":
+        kairos.paused.append(state.Paused(long, 0.0))
+    scheduler.chunked_req = long if begun == "slot" else None
+    adder.new_chunked_req = long if begun == "new" else None
+    before = adder.rem_total_tokens
+    req = SimpleNamespace(
+        full_untruncated_fill_ids=[0] * 120, prefix_len=20, host_hit_length=0, last_node="node"
+    )
+    got = prefill.add_one_req(
+        lambda *a: "upstream", adder, req, has_chunked_req=False, truncation_align_size=None
+    )
+    assert (got, adder.rem_total_tokens) == (want, before)
+    assert kairos.counters["kept_for_begun"] == (want == "NO_TOKEN")
+
+
+def test_in_unified_serving_upstream_alone_decides_who_fits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = make_state()
+    made.scheduler = make_scheduler([], Req("long", 1012, 60_000, done=512), mode="null")
+    monkeypatch.setattr(state, "CURRENT", made)
+    req = SimpleNamespace(full_untruncated_fill_ids=[0] * 9, prefix_len=0, host_hit_length=0)
+    got = prefill.add_one_req(lambda *a: "upstream", Adder(0), req, False, None)
+    assert got == "upstream"
 
 
 def test_a_failing_policy_leaves_stock_behaviour_and_a_counter(

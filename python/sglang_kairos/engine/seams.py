@@ -117,9 +117,10 @@ SEAMS: tuple[Seam, ...] = (
         handler="sglang_kairos.engine.prefill:add_one_req",
         process="scheduler",
         why="when the chunk slot took part of the budget, a long request behind it would start a "
-        "second chunked prefill, which upstream asserts against",
+        "second chunked prefill, which upstream asserts against; and upstream does not know that "
+        "paused prefills need KV for their rest: filled by others, it runs dry and the server ends",
         how="ends admission instead; the request keeps its place",
-        gone_when="upstream refuses a second chunked request itself",
+        gone_when="pausing is upstream",
         fingerprints={"0.5.23": "0ba5f82ef33b3ce8", "0.5.16": "3ca34b28f8f4487e"},
     ),
     Seam(
@@ -135,9 +136,11 @@ SEAMS: tuple[Seam, ...] = (
         target="sglang.srt.managers.scheduler:Scheduler.abort_request",
         handler="sglang_kairos.engine.pausing:abort_request",
         process="scheduler",
-        why="an abort looks through upstream's queues only, a paused prefill is in none",
-        how="marks matching paused requests, then runs upstream's",
-        gone_when="pausing is upstream",
+        why="an abort looks through upstream's queues only, a paused prefill is in none; and it ends "
+        "every request whose id begins like the one it names",
+        how="marks the paused request of that id, then runs upstream's while those whose ids only "
+        "begin so go by others",
+        gone_when="pausing is upstream, and aborts compare whole ids",
         fingerprints={"0.5.23": "cebc4184977cd857", "0.5.16": "2765e02f2b4889e4"},
     ),
     Seam(
