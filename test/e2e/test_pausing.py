@@ -7,6 +7,7 @@ of which fills the chunk budget: the long one sits out with its KV until the cro
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import random
 import signal
@@ -22,6 +23,7 @@ from pd_client import (
     PdClient,
     doomed_jobs,
     long_tail_jobs,
+    once,
     rounds_of,
     stock_outputs,
     trouble_in,
@@ -349,29 +351,70 @@ def test_prefill_outlives_a_decode_server_that_dies_while_requests_are_paused(
         assert not trouble_in({"p0": running.logs["p0"]})
 
 
+JOBS = long_tail_jobs(70, seed=12)
+
+
+@pytest.fixture(scope="module")
+def stock(zygote: Zygote, tiny_model: str, out_dir: Path) -> list[tuple[int, Any]]:
+    """What stock SGLang answers to `JOBS`."""
+    spec = ClusterSpec(
+        model_path=tiny_model,
+        router="none",
+        server_args=(*SIZES, "--disable-radix-cache"),
+        zygote=zygote,
+        log_dir=out_dir / "pausing-stock",
+    )
+    return stock_outputs(spec, JOBS)
+
+
 @pytest.mark.parametrize("args", [("--disable-radix-cache",)], ids=["no-radix-cache"])
 def test_random_decisions_change_no_token(
-    zygote: Zygote, tiny_model: str, out_dir: Path, args: tuple[str, ...]
+    zygote: Zygote,
+    tiny_model: str,
+    out_dir: Path,
+    stock: list[tuple[int, Any]],
+    args: tuple[str, ...],
 ) -> None:
-    jobs = long_tail_jobs(70, seed=12)
-
     doomed = doomed_jobs(8, 8, seed=13, span_s=4.0)
-
-    def spec(name: str, kairos: bool | dict[str, Any]) -> ClusterSpec:
-        return ClusterSpec(
-            model_path=tiny_model,
-            router="none",
-            kairos=kairos,
-            server_args=(*SIZES, *args),
-            zygote=zygote,
-            log_dir=out_dir / f"pausing-{name}{''.join(args)}",
-        )
-
-    stock = stock_outputs(spec("stock", False), jobs)
+    spec = ClusterSpec(
+        model_path=tiny_model,
+        router="none",
+        kairos={"chaos_seed": 5},
+        server_args=(*SIZES, *args),
+        zygote=zygote,
+        log_dir=out_dir / f"pausing-chaos{''.join(args)}",
+    )
     rounds, report, _ = rounds_of(
-        spec("chaos", {"chaos_seed": 5}),
-        [*jobs, *doomed],
+        spec,
+        [*JOBS, *doomed],
         lambda prefill, _: prefill["pauses"] >= 10,
     )
-    assert all(answers[: len(jobs)] == stock for answers in rounds)
+    assert all(answers[: len(JOBS)] == stock for answers in rounds)
     assert report["counters"]["pauses"] >= 10 and report["paused"] == 0
+
+
+@pytest.mark.parametrize(
+    "kairos", [{"chaos_seed": 5}, {"ttft_ms": 200.0}], ids=["random", "tight-targets"]
+)
+def test_paused_prefills_find_the_kv_for_their_rest_however_long_transfers_hold_the_others(
+    zygote: Zygote,
+    tiny_model: str,
+    out_dir: Path,
+    stock: list[tuple[int, Any]],
+    kairos: dict[str, Any],
+) -> None:
+    spec = ClusterSpec(
+        model_path=tiny_model,
+        router="none",
+        kairos=kairos,
+        launcher="slow_server",
+        prefill_args=("--chunked-prefill-size", "512", "--max-total-tokens", "6000"),
+        prefill_env={"SLOW_TRANSFER_MS": "300"},
+        zygote=zygote,
+        log_dir=out_dir / f"pausing-little-kv-{''.join(kairos)}",
+    )
+    # All at once: a fast machine would be through with each before the next comes.
+    crowd = [dataclasses.replace(job, at_s=job.at_s / 4) for job in JOBS]
+    (answers,), report, _ = rounds_of(spec, crowd, once)
+    assert answers == stock
+    assert report["counters"]["pauses"] >= 5 and report["paused"] == 0

@@ -28,7 +28,11 @@ class Chaos:
         free_tokens: int,
         max_paused: int,
     ) -> PrefillPlan:
-        """A random order, slot and chunk share within the limits that `plan_prefill` keeps."""
+        """A random order, slot and chunk share within the limits that `plan_prefill` keeps.
+
+        All but one: who fits a step is offered whatever KV that takes. The seam of `add_one_req`
+        must be enough to keep the KV that begun prefills need.
+        """
         waiting = [i for i in range(len(tokens)) if not partial[i]]
         partials = [i for i in range(len(tokens)) if partial[i]]
         self._random.shuffle(waiting)
