@@ -13,6 +13,7 @@ import random
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -393,30 +394,56 @@ def test_random_decisions_change_no_token(
 
 
 @pytest.mark.parametrize(
-    ("kairos", "pauses"),
-    [({"chaos_seed": 5}, 3), ({"ttft_ms": 200.0}, 0)],
-    ids=["random", "tight-targets"],
+    "kairos", [{"chaos_seed": 5}, {"ttft_ms": 200.0}], ids=["random", "tight-targets"]
 )
-def test_paused_prefills_find_the_kv_for_their_rest_however_long_transfers_hold_the_others(
+def test_paused_prefills_find_the_kv_for_their_rest_while_transfers_hold_all_other(
     zygote: Zygote,
     tiny_model: str,
     out_dir: Path,
+    tmp_path: Path,
     stock: list[tuple[int, Any]],
     kairos: dict[str, Any],
-    pauses: int,
 ) -> None:
+    until = tmp_path / "go"
     spec = ClusterSpec(
         model_path=tiny_model,
         router="none",
         kairos=kairos,
-        launcher="slow_server",
-        prefill_args=("--chunked-prefill-size", "512", "--max-total-tokens", "6000"),
-        prefill_env={"SLOW_TRANSFER_MS": "60"},
+        launcher="held_server",
+        prefill_args=("--chunked-prefill-size", "128", "--max-total-tokens", "6000"),
+        prefill_env={"HELD_UNTIL": str(until)},
         zygote=zygote,
         log_dir=out_dir / f"pausing-little-kv-{''.join(kairos)}",
     )
-    # Close together: a fast machine would be through with each before the next comes.
-    crowd = [dataclasses.replace(job, at_s=job.at_s / 4) for job in JOBS[:40]]
-    rounds, report, _ = rounds_of(spec, crowd, lambda prefill, _: prefill["pauses"] >= pauses)
-    assert all(answers == stock[: len(crowd)] for answers in rounds)
-    assert report["counters"].get("pauses", 0) >= pauses and report["paused"] == 0
+    # The longest begin alone; the others, many times what KV there is, find them half done.
+    few = JOBS[:40]
+    longest = sorted(few, key=lambda job: -len(job.prompt))[:3]
+    crowd = [dataclasses.replace(job, at_s=0.0 if job in longest else 0.1) for job in few]
+    with Cluster(spec) as running, ThreadPoolExecutor(1) as pool:
+        client = PdClient(running)
+        sent = pool.submit(client.run, crowd)
+        try:
+            full = nobody_begins_any_more(client, sent)
+        finally:
+            until.touch()
+        answers = sent.result()
+        assert answers == stock[: len(few)]
+        assert client.settles(), "a server did not become idle"
+        assert not trouble_in(running.logs)
+    assert full["paused"] == 0, "whoever has begun comes to its end without a single transfer"
+    assert full["counters"]["pauses"] >= 1
+
+
+def nobody_begins_any_more(client: PdClient, sent: Future[Any]) -> dict[str, Any]:
+    """The prefill server's report once it has run steps and runs no more."""
+    deadline, last = time.monotonic() + 60, {}
+    quiet_since = time.monotonic()
+    while time.monotonic() < deadline and not sent.done():
+        report = client.kairos()[0]
+        if report["steps"] != last.get("steps") or report["prefill_error"]["samples"] < 10:
+            quiet_since = time.monotonic()
+        last = report
+        if time.monotonic() - quiet_since > 2.0:
+            return report
+        time.sleep(0.2)
+    pytest.fail(f"it never came to rest: {last}")

@@ -1,4 +1,4 @@
-"""A server whose KV transfers take their time, as over a slow network: SLOW_TRANSFER_MS each."""
+"""A server whose KV transfers are held up until the file HELD_UNTIL is there."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sglang.srt.distributed.device_communicators.mooncake_transfer_engine import
 )
 
 _send = MooncakeTransferEngine.batch_transfer_sync
-_DELAY_S = float(os.environ.get("SLOW_TRANSFER_MS", "0")) / 1e3
 
 
-def _slowly(engine: Any, *args: Any, **options: Any) -> Any:
-    time.sleep(_DELAY_S)
+def _later(engine: Any, *args: Any, **options: Any) -> Any:
+    while not os.path.exists(os.environ["HELD_UNTIL"]):
+        time.sleep(0.02)
     return _send(engine, *args, **options)
 
 
 if __name__ == "__main__":
-    MooncakeTransferEngine.batch_transfer_sync = _slowly  # type: ignore
+    MooncakeTransferEngine.batch_transfer_sync = _later  # type: ignore
     runpy.run_module("sglang_kairos.launch_server", run_name="__main__")
