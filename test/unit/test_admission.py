@@ -109,6 +109,8 @@ K = 1000.0
          plan([K] * 3, [1.9, -9, -5], server(20, used=0.9), clock=[0.9, 0.3, 0.4]), [1, 2, 0], 0, 2),
         ("and takes its place among the kept",
          plan([K] * 3, [1.0, -9, 0.5], server(18), clock=[0.9, 0.3, 0.6]), [1, 2, 0], 1, 1),
+        ("whose time is up goes behind those who still have some",
+         plan([K] * 3, [1.0, -9, -8], server(20, used=0.9), clock=[0.9, 0.0, 0.4]), [2, 1, 0], 0, 2),
         ("before a starving one, and where no TPOT is within reach",
          plan([K] * 3, 1.0, server(0), tpot=0.011, starving=[True, False, False], clock=[1, 1, 0.5]),
          [2, 0, 1], 0, 3),
@@ -176,7 +178,7 @@ def test_nobody_whose_clock_is_half_used_up_waits_behind_another(
     got = plan(prompt, due, there, tpot, clock=clock, ready=ready)
     assert sorted(got.order) == list(range(len(rows)))
     pressed = [i for i in range(len(rows)) if ready[i] and clock[i] <= PRESSED]
-    assert got.order[: len(pressed)] == sorted(pressed, key=lambda i: clock[i])
+    assert got.order[: len(pressed)] == sorted(pressed, key=lambda i: clock[i] or 1.0)
     assert got.count >= len(pressed), "the gate keeps somebody out until SGLang gives it up"
 
 
@@ -202,7 +204,7 @@ def test_without_a_gate_the_clock_comes_before_the_deadline(rows: Any, clock: li
 
     def key(i: int) -> tuple[int, float]:
         if clock[i] <= PRESSED:
-            return -1, clock[i]
+            return -1, clock[i] or 1.0
         return (0, due[i]) if due[i] > 0 else (1, prompt[i])
 
     assert order == sorted(range(len(rows)), key=key)

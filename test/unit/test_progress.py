@@ -157,7 +157,7 @@ def crowd(seed: int) -> list[Any]:
     return [(0, rng.randint(20, 300), rng.randint(1, 30), 0.5, 0.012) for _ in range(30)]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(loads, st.integers(0, 3), st.booleans(), st.integers(0, 2**16))
 def test_every_request_finishes_whatever_the_orders_sizes_and_deadlines(
     rows: Any, attempts: int, early: bool, seed: int
@@ -165,7 +165,7 @@ def test_every_request_finishes_whatever_the_orders_sizes_and_deadlines(
     assert Pair(made(rows, attempts), early, seed).finishes()
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_the_model_of_optimistic_prefill_hangs_if_nobody_gives_way(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,9 +175,9 @@ def test_the_model_of_optimistic_prefill_hangs_if_nobody_gives_way(
 
 
 def test_the_model_of_prefill_complete_hangs_if_the_gate_counts_on_who_is_not_ready() -> None:
-    with_rule = [Pair(made(crowd(seed), 0), False, seed).finishes() for seed in range(20)]
-    without = [Pair(made(crowd(seed), 0), False, seed, False).finishes() for seed in range(20)]
-    assert all(with_rule) and not all(without)
+    for seed in range(3):
+        assert Pair(made(crowd(seed), 0), False, seed).finishes()
+        assert not Pair(made(crowd(seed), 0), False, seed, ready_only=False).finishes()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ a server that lets in all it has memory for.
 Two things come before all of that, because a request is lost otherwise, not late:
 - *The clock.* SGLang gives a request up that waits too long. Whoever has used up half of that time
   (*pressed*) goes first, least time left first, and is let in whatever the load; where memory is
-  short nobody passes it, as in stock.
+  short nobody passes it, as in stock. Whose time is up, which may be lost already, goes behind it.
 - *No circular wait between prefill's and decode's memory.* Only requests that are `ready`, that
   could be reserved this moment, are planned. Where prefill computes first and asks then
   (``prefill_complete``), ready means that its KV waits there; a place kept for somebody who still
@@ -132,7 +132,7 @@ def deadline_order(due_s: Floats, prompt_tokens: Floats, clock: Floats | None = 
     group, key = late.astype(int), np.where(late, _floats(prompt_tokens), due)
     if clock is not None:
         pressed = _floats(clock) <= PRESSED
-        group, key = np.where(pressed, -1, group), np.where(pressed, _floats(clock), key)
+        group, key = np.where(pressed, -1, group), np.where(pressed, _time_left(clock), key)
     order: list[int] = np.lexsort((key, group)).tolist()
     return order
 
@@ -174,7 +174,7 @@ def _plan(
     if clock is None:
         order = order[np.argsort(group[order], kind="stable")]
     else:
-        left = np.where(pressed, clock, 0.0)
+        left = np.where(pressed, _time_left(clock), 0.0)
         order = order[np.lexsort((left[order], np.where(pressed, -1, group)[order]))]
     if not gated:
         return AdmissionPlan(order.tolist(), 0, order.size)
@@ -198,6 +198,12 @@ def _plan(
     if min_throughput > 0.0:
         count = max(count, _least_count(prompt[final], server, step_s, min_throughput))
     return AdmissionPlan(final, kept, count)
+
+
+def _time_left(clock: Floats) -> NDArray[np.float64]:
+    """What pressed ones are ordered by: whose time is up may be lost already, and goes behind."""
+    left = _floats(clock)
+    return np.where(left > 0.0, left, 1.0)
 
 
 def _floats(values: Floats) -> NDArray[np.float64]:
