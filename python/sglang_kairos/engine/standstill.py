@@ -14,13 +14,14 @@ def give_way(state: KairosState, scheduler: Any, batch: Any) -> None:
 
     Every condition is on the queues' contents, which are alike on all ranks; only clocks differ.
     """
-    if batch is not None or not scheduler.disagg_prefill_inflight_queue:
+    in_flight = getattr(scheduler, "disagg_prefill_inflight_queue", [])
+    if batch is not None or not in_flight:
         return
-    waiting = [req for req in scheduler.disagg_prefill_inflight_queue if req.pending_bootstrap]
+    waiting = [req for req in in_flight if req.pending_bootstrap]
     parked = [req for req in waiting if compat.may_compute_again(req)]
     if not parked or _computing(scheduler) or not _may_be_requeued(scheduler):
         return
-    sending = len(scheduler.disagg_prefill_inflight_queue) - len(waiting)
+    sending = len(in_flight) - len(waiting)
     due = int(scheduler.has_bootstrapped_waiting_req())
     if not due and not sending and _out_of_buffers(scheduler):
         due = state.agree(sum(map(_is_reserved, scheduler.disagg_prefill_bootstrap_queue.queue)))
@@ -30,7 +31,7 @@ def give_way(state: KairosState, scheduler: Any, batch: Any) -> None:
     if chosen < 0:
         return
     req = parked[state.agree(chosen)]
-    scheduler.disagg_prefill_inflight_queue.remove(req)
+    in_flight.remove(req)
     if req.grammar is not None:
         req.grammar.rollback(len(req.output_ids))  # its first token will be made once more
         req.grammar.finished = False
