@@ -15,6 +15,7 @@ from sglang_kairos.engine import prefill as engine_prefill
 from sglang_kairos.engine import running as engine_running
 from sglang_kairos.engine.state import KairosState, Paused, Promise
 from sglang_kairos.policy.urgency import PrefillPlan
+from sglang_kairos.sim import decode as sim_decode
 from sglang_kairos.sim.cluster import Cluster, Setup
 from sglang_kairos.sim.decode import (
     CONTEXT,
@@ -65,13 +66,15 @@ class Fake(SimpleNamespace):
 
 def promised(req: SimRequest, **more: Any) -> Any:
     slo = Slo(req.ttft_s * 1e3, req.tpot_s * 1e3)
-    return Fake(
-        index=req.index,
-        _kairos=Promise(slo, req.arrival_s),
-        origin_input_ids=range(req.prompt),
-        beam_group=None,
-        **more,
-    )
+    facts = {
+        "index": req.index,
+        "_kairos": Promise(slo, req.arrival_s),
+        "origin_input_ids": range(req.prompt),
+        "beam_group": None,
+        "sampling_params": SimpleNamespace(max_new_tokens=req.output),
+        "time_stats": SimpleNamespace(scheduler_recv_time=req.arrival_s),
+    }
+    return Fake(**{**facts, **more})
 
 
 def test_every_prefill_plan_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,16 +164,21 @@ def test_every_decode_choice_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> 
     assert parked > 0
 
 
-def test_every_reservation_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("give_up_s", [300.0, 0.5])
+def test_every_reservation_is_the_engines(
+    give_up_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sim_decode, "GIVE_UP_S", give_up_s)
     state = engine_state("decode")
+    engine_running.memory_of(state).clock_s = give_up_s
     system = replace(SYSTEM, max_running=24)
     cluster = Cluster(replace(SETUP, system=system), POLICIES["kairos"], ROWS)
     server = cluster.decodes[0]
     planned = server._plan
-    held = 0
+    held = pressed = 0
 
     def compared(used_slots: int) -> tuple[int, int]:
-        nonlocal held
+        nonlocal held, pressed
         now, queue, table = cluster.clock.now_s, list(server.asking), server._table
         kept, count = planned(used_slots)
         monkeypatch.setattr(state, "now", lambda: now)
@@ -203,14 +211,15 @@ def test_every_reservation_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> No
                 queue=[SimpleNamespace(req=req) for req in joining[: len(server._coming)]]
             ),
         )
-        order, *counts, _ = engine_admission._plan(state, fakes)
+        order, *counts, _, pressing = engine_admission._plan(state, fakes)
+        pressed += pressing
         assert ([queue[i] for i in order], counts) == (server.asking, [kept, count])
         held += len(queue) - count
         return kept, count
 
     server._plan = compared  # type: ignore[method-assign]
     cluster.run()
-    assert held > 50
+    assert held > 50 and (pressed > 0) == (give_up_s < 300.0)
 
 
 def test_steps_run_what_the_plan_puts_first() -> None:

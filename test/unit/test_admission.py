@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from sglang_kairos.policy.admission import (
     PLENTY,
+    PRESSED,
     TARGET,
     AdmissionPlan,
     Occupancy,
     Waiting,
+    deadline_order,
     plan_admission,
 )
 from sglang_kairos.policy.load import step_costs
@@ -103,6 +105,23 @@ K = 1000.0
         ("nobody comes in who would make it fewer",
          plan([30 * K] * 9, 1.0, server(20, used=0.5, slots=0.2), min_throughput=1.0),
          list(range(9)), 0, 0),
+        ("who has used up half of SGLang's clock goes first, beyond the load, least time left first",
+         plan([K] * 3, [1.9, -9, -5], server(20, used=0.9), clock=[0.9, 0.3, 0.4]), [1, 2, 0], 0, 2),
+        ("and takes its place among the kept",
+         plan([K] * 3, [1.0, -9, 0.5], server(18), clock=[0.9, 0.3, 0.6]), [1, 2, 0], 1, 1),
+        ("whose time is up goes behind those who still have some",
+         plan([K] * 3, [1.0, -9, -8], server(20, used=0.9), clock=[0.9, 0.0, 0.4]), [2, 1, 0], 0, 2),
+        ("before a starving one, and where no TPOT is within reach",
+         plan([K] * 3, 1.0, server(0), tpot=0.011, starving=[True, False, False], clock=[1, 1, 0.5]),
+         [2, 0, 1], 0, 3),
+        ("whom no server of this size can hold goes last, starving or not",
+         plan([K, 99 * K, K], [1.0, -9, 0.5], server(0), starving=[False, True, False],
+              clock=[1, 0.1, 1], least_kv=[K, 101 * K, K]), [2, 0, 1], 2, 2),
+        ("who is not ready is not planned with",
+         plan([K] * 3, [0.1, 1.9, 1.0], server(0), ready=[False, True, True]), [2, 1, 0], 2, 2),
+        ("nor does it take the place that an empty server has for somebody",
+         plan([K, 90 * K], [1.0, 1.9], server(0), tpot=[0.05, 0.02], ready=[False, True]), [1, 0], 0, 1),
+        ("nobody is ready", plan([K, K], 1.0, server(0), ready=[False, False]), [0, 1], 0, 0),
     ],
 )  # fmt: skip
 def test_plan(name: str, got: AdmissionPlan, order: list[int], kept: int, count: int) -> None:
@@ -143,6 +162,52 @@ def test_every_plan_is_sound(rows: Any, kept: int, used: float, slots: float) ->
         tokens = there.used_tokens + sum(p for p, *_ in (*chosen, *more))
         assert tokens <= PLENTY * KV
         assert there.used_slots + got.count <= PLENTY * SLOTS
+
+
+clocks = st.lists(st.floats(0, 1), min_size=40, max_size=40)
+masks = st.lists(st.booleans(), min_size=40, max_size=40)
+
+
+@given(queues, clocks, masks, st.integers(0, 30), st.floats(0, 1), st.floats(0, 1))
+def test_nobody_whose_clock_is_half_used_up_waits_behind_another(
+    rows: Any, clock: list[float], ready: list[bool], kept: int, used: float, slots: float
+) -> None:
+    prompt, due, tpot = (list(column) for column in zip(*rows, strict=True))
+    clock, ready = clock[: len(rows)], ready[: len(rows)]
+    there = server(kept, used=used, slots=slots)
+    got = plan(prompt, due, there, tpot, clock=clock, ready=ready)
+    assert sorted(got.order) == list(range(len(rows)))
+    pressed = [i for i in range(len(rows)) if ready[i] and clock[i] <= PRESSED]
+    assert got.order[: len(pressed)] == sorted(pressed, key=lambda i: clock[i] or 1.0)
+    assert got.count >= len(pressed), "the gate keeps somebody out until SGLang gives it up"
+
+
+@given(queues, masks, st.integers(0, 30), st.floats(0, 1))
+def test_who_is_not_ready_changes_nothing_for_who_is(
+    rows: Any, ready: list[bool], kept: int, used: float
+) -> None:
+    prompt, due, tpot = (list(column) for column in zip(*rows, strict=True))
+    ready = ready[: len(rows)]
+    there = server(kept, used=used)
+    got = plan(prompt, due, there, tpot, ready=ready)
+    here = [i for i in range(len(rows)) if ready[i]]
+    alone = plan([prompt[i] for i in here], [due[i] for i in here], there, [tpot[i] for i in here])
+    assert (got.kept, got.count) == (alone.kept, alone.count)
+    assert got.order[: len(here)] == [here[i] for i in alone.order]
+    assert got.count or kept or not here, "an empty server must not stand idle"
+
+
+@given(queues, clocks)
+def test_without_a_gate_the_clock_comes_before_the_deadline(rows: Any, clock: list[float]) -> None:
+    prompt, due, _ = (list(column) for column in zip(*rows, strict=True))
+    order = deadline_order(due, prompt, clock[: len(rows)])
+
+    def key(i: int) -> tuple[int, float]:
+        if clock[i] <= PRESSED:
+            return -1, clock[i] or 1.0
+        return (0, due[i]) if due[i] > 0 else (1, prompt[i])
+
+    assert order == sorted(range(len(rows)), key=key)
 
 
 @given(queues, st.integers(2, 30), st.integers(1, 10))

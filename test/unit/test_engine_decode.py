@@ -300,6 +300,73 @@ def test_a_starving_request_goes_first_and_pays_for_it(kairos: state.KairosState
     assert not kairos.late_share.may_spend()
 
 
+@pytest.mark.parametrize("gate", [True, False])
+def test_who_has_used_up_half_of_sglangs_time_out_is_let_in_first(
+    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch, gate: bool
+) -> None:
+    """Prefill answers 500 when its clock has run out: late is better than lost."""
+    monkeypatch.setenv("SGLANG_DISAGGREGATION_WAITING_TIMEOUT", "30")
+    assert memory_of(kairos).clock_s == 30, "the shorter of both, for decode knows its own only"
+    if not gate:
+        monkeypatch.setattr(decode, "_trusted", lambda state: False)
+    serving(kairos, [Req(f"r{i}", 50) for i in range(6)], slots=7)  # 60 ms a step: full
+    late, older = Req("late", 50, prompt=900), Req("older", 50, prompt=999)
+    soon = Req("soon", 50, ttft_ms=20_000)
+    late.time_stats.scheduler_recv_time -= 16
+    older.time_stats.scheduler_recv_time -= 17
+    soon.time_stats.scheduler_recv_time -= 14
+    popped, _ = decode.pop_preallocated(upstream_pop, Queue([soon, late, older]))
+    assert [entry.req for entry in popped][:2] == [older, late]
+    assert len(popped) == (2 if gate else 3)
+    assert kairos.counters["pressed"] == (2 if gate else 0)
+
+
+def test_a_retracted_request_that_is_prefilled_again_has_no_clock_before_its_reservation(
+    kairos: state.KairosState,
+) -> None:
+    old = Req("old", 50)
+    old.time_stats.scheduler_recv_time -= 1000
+    queue = Queue([old])
+    assert admission.clock_left(kairos, queue, kairos.now()).tolist() == [0.0]
+    queue.queue[0].is_rebootstrap = True
+    assert admission.clock_left(kairos, queue, kairos.now()).tolist() == [1.0]
+
+
+def test_where_decode_reserves_after_the_prefill_the_clock_starts_at_its_end(
+    kairos: state.KairosState,
+) -> None:
+    old = Req("old", 50)
+    old.time_stats.scheduler_recv_time -= 1000
+    queue = Queue([old])
+    queue.kv_manager = SimpleNamespace(defer_decode_allocation=True)
+    queue.queue[0].waiting_for_input = False
+    now = kairos.now()
+    assert admission.clock_left(kairos, queue, now).tolist() == [1.0]
+    queue.queue[0].waiting_for_input = True
+    assert admission.clock_left(kairos, queue, now).tolist() == [1.0]
+    assert admission.clock_left(kairos, queue, now + 75).tolist() == [0.75]
+
+
+def test_a_request_whose_kv_waits_on_prefill_is_reserved_before_one_that_needs_room_there(
+    kairos: state.KairosState,
+) -> None:
+    """Where decode reserves after the prefill, only who is ready can be; prefill may be full of them."""
+    serving(kairos, [])
+    urgent, ready = Req("urgent", 5, ttft_ms=100), Req("ready", 5, ttft_ms=9000)
+    queue = Queue([urgent, ready])
+    queue.queue[0].waiting_for_input = False
+
+    def shakes_hands() -> None:
+        queue.queue[1 if queue.queue[0].req is urgent else 0].waiting_for_input = True
+
+    queue.queue[1].waiting_for_input = False
+    queue._update_handshake_waiters = shakes_hands  # type: ignore[method-assign]
+    popped, _ = decode.pop_preallocated(upstream_pop, queue)
+    assert [entry.req for entry in popped] == [ready]
+    assert [entry.req for entry in queue.queue] == [urgent]
+    assert kairos.counters["held_back"] == 0
+
+
 def test_a_failing_admission_is_upstreams(
     kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:

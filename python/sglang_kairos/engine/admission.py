@@ -6,14 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from sglang_kairos.engine import compat
 from sglang_kairos.engine.running import EMITTED, FIRST_S, SERVED, TPOT_S, memory_of
 from sglang_kairos.engine.state import KairosState
-from sglang_kairos.policy.admission import Occupancy, Waiting, plan_admission
+from sglang_kairos.policy.admission import PRESSED, Occupancy, Waiting, plan_admission
 from sglang_kairos.policy.packing import horizon_of, pace_s, reserve_of
 from sglang_kairos.predict.stay import BEST
 
-Agreed = tuple[list[int], int, int, int]
+# Order, kept and count of the plan; the index of the starving one or -1; how many were pressed.
+Agreed = tuple[list[int], int, int, int, int]
 
 
 def reserve(
@@ -28,6 +31,10 @@ def reserve(
     `otherwise` runs it where step times are not to be `trusted`. Ranks measure differently, so rank
     0 decides that as well.
     """
+    # Who is ready is asked first: a plan that counts on others would wait for them (`policy`).
+    asked = not all(map(_ready, queue.queue))
+    if asked:
+        _hear(queue)
 
     def decide() -> Agreed | None:
         return _plan(state, queue) if trusted() else None
@@ -35,7 +42,8 @@ def reserve(
     plan: Agreed | None = state.agree(state.guarded("admission", decide, None))
     if plan is None:
         return otherwise()
-    order, kept, count, starving = plan
+    order, kept, count, starving, pressed = plan
+    state.counters["pressed"] += pressed
     entries = [queue.queue[index] for index in order]
     first = set(map(id, entries[:kept]))
     urgent = queue.queue[starving].req if starving >= 0 else None
@@ -44,11 +52,11 @@ def reserve(
         result = original(queue)
     else:
         # Those held back must see their handshakes and failures as if nothing were the matter.
-        queue._resolve_pending_reqs()
-        queue._update_handshake_waiters()
+        if not asked:
+            _hear(queue)
         through = {entry.req.rid for entry in entries[:count]}
         through.update(e.req.rid for e in entries if e.req.finished_reason is not None)
-        state.counters["held_back"] += len(entries) - count
+        state.counters["held_back"] += sum(map(_ready, entries[count:]))
         result = original(queue, rids_to_check=through)
     now = state.now()
     for entry in result[0]:
@@ -70,6 +78,16 @@ def note_starts(state: KairosState, ready: list[Any]) -> None:
             req._kairos_reserved_s = None
 
 
+def _ready(entry: Any) -> bool:
+    """Whether it has shaken hands; where prefill computes before that, its KV waits there."""
+    return bool(getattr(entry, "waiting_for_input", True))
+
+
+def _hear(queue: Any) -> None:
+    queue._resolve_pending_reqs()
+    queue._update_handshake_waiters()
+
+
 def _plan(state: KairosState, queue: Any) -> Agreed:
     scheduler, memory, now = state.scheduler, memory_of(state), state.now()
     memory.table.follow(scheduler.running_batch.reqs)
@@ -80,9 +98,15 @@ def _plan(state: KairosState, queue: Any) -> Agreed:
     tpot = np.array([promise.slo.tpot_ms for promise in promises]) / 1e3
     weight = np.array([promise.slo.weight for promise in promises])
     due = np.array([promise.ttft_due_s for promise in promises]) - now
-    oldest = int(np.argmin(due - ttft))
-    starved = ttft[oldest] - due[oldest] > state.config.max_wait * ttft[oldest]
+    ready = np.array([_ready(entry) for entry in queue.queue], bool)
+    most = float(scheduler.max_total_num_tokens)
+    least_kv = prompt + np.array([compat.least_growth(queue, req) for req in reqs], float)
+    since = due - ttft
+    eligible = np.where(ready & (least_kv <= most), since, np.inf)
+    oldest = int(np.argmin(eligible))
+    starved = -eligible[oldest] > state.config.max_wait * ttft[oldest]
     starving = oldest if starved and state.late_share.may_spend() else -1
+    left = clock_left(state, queue, now)
     plan = plan_admission(
         Waiting(
             prompt,
@@ -93,13 +117,39 @@ def _plan(state: KairosState, queue: Any) -> Agreed:
             tpot,
             None if (weight == weight[0]).all() else weight,
             np.arange(len(reqs)) == starving,
+            left if (pressed := int(np.count_nonzero(left[ready] <= PRESSED))) else None,
+            ready,
+            least_kv if least_kv.max() > most else None,
         ),
         _occupancy(state, queue, now),
         state.step_time.step_s,
         expected_output=memory.stay.output_tokens,
         min_throughput=state.config.min_throughput,
     )
-    return plan.order, plan.kept, plan.count, starving
+    return plan.order, plan.kept, plan.count, starving, pressed
+
+
+def clock_left(state: KairosState, queue: Any, now: float) -> NDArray[np.float64]:
+    """The part of SGLang's time-out that each entry has left, 1 to 0.
+
+    Prefill's clock starts when the request reaches prefill, which is when it reaches decode, and
+    stops when decode's reservation reaches prefill. Where decode reserves only after the prefill,
+    both sides' clocks start anew at its end. A retracted request that will be prefilled again has
+    no clock before its reservation.
+    """
+    deferred = compat.reserves_after_prefill(queue)
+    limit_s = memory_of(state).clock_s
+    since = np.full(len(queue.queue), now)
+    for place, entry in enumerate(queue.queue):
+        if getattr(entry, "is_rebootstrap", False):
+            continue
+        if not deferred:
+            since[place] = entry.req.time_stats.scheduler_recv_time or now
+        elif _ready(entry):
+            if not hasattr(entry, "_kairos_ready_s"):
+                entry._kairos_ready_s = now
+            since[place] = entry._kairos_ready_s
+    return np.clip(1.0 - (now - since) / limit_s, 0.0, 1.0)
 
 
 def _occupancy(state: KairosState, queue: Any, now: float) -> Occupancy:

@@ -102,3 +102,44 @@ def fail_transfer(manager: Any, room: int, reason: str) -> None:
 
     manager.record_failure(room, reason)
     manager.update_status(room, KVPoll.Failed)
+
+
+def give_up_s() -> float:
+    """Seconds that SGLang lets a request wait for its reservation, as far as this process knows.
+
+    That is prefill's time-out, which decode is not told. Whoever shortens one side's shortens the
+    other's as well, so the shorter one counts.
+    """
+    from sglang.srt.environ import envs
+
+    bootstrap = envs.SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT.get()
+    waiting = envs.SGLANG_DISAGGREGATION_WAITING_TIMEOUT.get()
+    return max(1e-3, float(min(bootstrap, waiting)))
+
+
+def may_compute_again(req: Any) -> bool:
+    """Whether a finished prefill can be made anew: not every grammar can take its token back."""
+    if req.grammar is None:
+        return True
+    from sglang.srt.constrained.base_grammar_backend import BaseGrammarObject
+
+    return type(req.grammar).rollback is not BaseGrammarObject.rollback
+
+
+def reserves_after_prefill(queue: Any) -> bool:
+    """Whether decode is asked for KV only once it is computed. v0.5.16 knows no such policy."""
+    return bool(getattr(getattr(queue, "kv_manager", None), "defer_decode_allocation", False))
+
+
+def least_growth(queue: Any, req: Any) -> int:
+    """Tokens that must be free beside the prompt before an empty decode server takes `req`."""
+    most = getattr(req.sampling_params, "max_new_tokens", None) or 0
+    return max(getattr(queue, "num_reserved_decode_tokens", 0), min(most, _longest_planned()))
+
+
+@functools.cache
+def _longest_planned() -> int:
+    """SGLang plans for longer outputs as if they were this long."""
+    from sglang.srt.environ import envs
+
+    return int(envs.SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION.get())

@@ -25,6 +25,7 @@ from sglang_kairos.engine.running import (
 )
 from sglang_kairos.engine.state import KairosState, current
 from sglang_kairos.engine.subset import SubsetView
+from sglang_kairos.policy.admission import deadline_order
 from sglang_kairos.policy.packing import (
     MOST_RESERVE,
     choose_step,
@@ -44,7 +45,9 @@ def pop_preallocated(original: Callable[..., Any], queue: Any, *args: Any, **kwa
 
     def by_deadline() -> Any:
         if len(queue.queue) > 1:
-            _sort_by_deadline(state, queue.queue, lambda entry: entry.req)
+            reqs = [entry.req for entry in queue.queue]
+            left = functools.partial(admission.clock_left, state, queue)
+            _sort_by_deadline(state, queue.queue, reqs, left)
         return original(queue, *args, **kwargs)
 
     whole = not args and not any(kwargs.values())
@@ -62,7 +65,7 @@ def get_new_prebuilt_batch(original: Callable[..., Any], scheduler: Any, running
             state.promise(req)
         admission.note_starts(state, scheduler.waiting_queue)
     if state is not None and state.config.order and len(scheduler.waiting_queue) > 1:
-        _sort_by_deadline(state, scheduler.waiting_queue, lambda req: req)
+        _sort_by_deadline(state, scheduler.waiting_queue, scheduler.waiting_queue)
     return original(scheduler, running_batch)
 
 
@@ -127,19 +130,19 @@ def prepare_for_decode(original: Callable[..., Any], batch: Any) -> None:
     state.counters["parked"] += len(batch.reqs) - len(keep)
 
 
-def _sort_by_deadline(state: KairosState, entries: list[Any], req_of: Callable[[Any], Any]) -> None:
-    """Earliest TTFT deadline first; those already late follow, shortest prompt first."""
+def _sort_by_deadline(
+    state: KairosState,
+    entries: list[Any],
+    reqs: list[Any],
+    clock_left: Callable[[float], Any] | None = None,
+) -> None:
+    """`deadline_order` of the requests `reqs` of these entries."""
     if state.chaos is not None:
         return
     now = state.now()
-
-    def key(entry: Any) -> tuple[bool, float]:
-        req = req_of(entry)
-        due = state.promise(req).ttft_due_s
-        late = due <= now
-        return late, float(len(req.origin_input_ids)) if late else due
-
-    order = sorted(range(len(entries)), key=lambda index: key(entries[index]))
+    due = [state.promise(req).ttft_due_s - now for req in reqs]
+    prompt = [float(len(req.origin_input_ids)) for req in reqs]
+    order = deadline_order(due, prompt, clock_left(now) if clock_left else None)
     entries[:] = [entries[index] for index in state.agree(order)]
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sglang_kairos.engine import compat
 from sglang_kairos.engine.pausing import drop_released, give_slot, overdue
 from sglang_kairos.engine.roster import Rows
+from sglang_kairos.engine.standstill import give_way
 from sglang_kairos.engine.state import KairosState, current, tokens_left
 from sglang_kairos.engine.steps import learn_from_synchronous_step
 from sglang_kairos.policy.reserve import may_begin
@@ -28,12 +29,17 @@ Step = tuple[list[int], int, int | None, list[int]]
 def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
     """Seam of Scheduler.get_new_batch_prefill: decide who runs, then let upstream build the batch."""
     state = current()
-    if state is None or state.mode != "prefill" or not state.config.order:
+    if state is None or state.mode != "prefill":
         return original(scheduler, running_batch)
+    if not state.config.order:
+        result = original(scheduler, running_batch)
+        give_way(state, scheduler, result.batch_to_run)
+        return result
     learn_from_synchronous_step(state)
     drop_released(state)
     result = _planned_batch(original, state, scheduler, running_batch)
     state.launched = result.batch_to_run
+    give_way(state, scheduler, result.batch_to_run)
     _account(state, result.batch_to_run)
     return result
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sglang_kairos.engine import compat
 from sglang_kairos.engine.state import KairosState
 from sglang_kairos.engine.subset import SubsetView
 from sglang_kairos.predict.stay import Stay
@@ -74,6 +75,7 @@ class DecodeMemory:
         self.stay = Stay()
         self.table = RunningTable(lambda req: _entry(state, req))
         self.view: SubsetView | None = None
+        self.clock_s = compat.give_up_s()
 
 
 _MEMORIES: weakref.WeakKeyDictionary[KairosState, DecodeMemory] = weakref.WeakKeyDictionary()

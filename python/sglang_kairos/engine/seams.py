@@ -79,7 +79,8 @@ SEAMS: tuple[Seam, ...] = (
         handler="sglang_kairos.engine.prefill:get_new_batch_prefill",
         process="scheduler",
         why="the chunk in progress always runs first: a long prompt blocks every urgent one",
-        how="plans by urgency, swaps Scheduler.chunked_req (pause and resume), holds back what must wait",
+        how="plans by urgency, swaps Scheduler.chunked_req (pause and resume), holds back what must "
+        "wait, ends a standstill of optimistic prefills",
         gone_when="the chunk slot is chosen by the schedule policy",
         fingerprints={"0.5.23": "4fd06cb5da9979ae", "0.5.16": "63103245fced8d32"},
     ),

@@ -10,12 +10,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import compress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_kairos.policy.admission import Occupancy, Waiting, plan_admission
+from sglang_kairos.policy.admission import (
+    PRESSED,
+    Occupancy,
+    Waiting,
+    deadline_order,
+    plan_admission,
+)
 from sglang_kairos.policy.packing import choose_step, horizon_of, pace_s, reserve_of, room_s
 from sglang_kairos.policy.retraction import keep_order
 from sglang_kairos.policy.urgency import LateShare
@@ -28,6 +35,8 @@ from sglang_kairos.sim.times import System
 
 # SGLang's CLIP_MAX_NEW_TOKEN: longer outputs are planned for as if this long.
 CLIP_TOKENS = 4096
+# SGLang's default of both time-outs; the simulator loses nobody to them, but has the same rule.
+GIVE_UP_S = 300.0
 # Rows of the running batch's table.
 CONTEXT, EMITTED, LEFT, FIRST_S, TPOT_S, LAST_S, SERVED = range(7)
 _TOKEN = np.array([[1.0], [1.0], [-1.0]])
@@ -186,16 +195,20 @@ class DecodeServer:
         now, config, system = self._clock.now_s, self._policy.config, self._system
         queue, running = self.asking, self._table[:, : len(self.running)]
         self._starving = None
-        oldest = min(queue, key=lambda req: req.arrival_s)
+        prompt = np.array([req.prompt for req in queue], float)
+        growth = [max(system.reserved_tokens, min(req.output, CLIP_TOKENS)) for req in queue]
+        least_kv = prompt + np.array(growth, float)
+        can = least_kv <= system.decode_kv_tokens
+        oldest = min(compress(queue, can), key=lambda req: req.arrival_s, default=queue[0])
         if now - oldest.arrival_s > config.max_wait * oldest.ttft_s and self._share.may_spend():
             self._starving = oldest
         joining = [req for req in (*self._coming, *self.ready) if req not in self._unkept]
         kept = running[:, running[SERVED] > 0.0]
         lead = kept[FIRST_S] + (kept[EMITTED] - 1.0) * kept[TPOT_S] - now
         joining_tpot = [req.tpot_s for req in joining]
-        prompt = np.array([req.prompt for req in queue], float)
         due = np.array([req.due_s for req in queue]) - now
         tpot = np.array([req.tpot_s for req in queue])
+        clock = self._clock_left(queue)
         horizon = horizon_of(self._stay.output_tokens)
         pace = pace_s(lead, kept[TPOT_S], self._reserve_tokens(), horizon)
         plan = plan_admission(
@@ -207,6 +220,8 @@ class DecodeServer:
                 np.array([req.ttft_s for req in queue]),
                 tpot,
                 starving=np.array([req is self._starving for req in queue]),
+                clock=clock if clock.min() <= PRESSED else None,
+                least_kv=None if can.all() else least_kv,
             ),
             Occupancy(
                 np.append(kept[CONTEXT], [req.context for req in joining]),
@@ -231,18 +246,19 @@ class DecodeServer:
         if req is self._starving:
             self._share.spend(req.prompt)
 
+    def _clock_left(self, queue: list[SimRequest]) -> NDArray[np.float64]:
+        arrival = np.array([req.arrival_s for req in queue])
+        return np.clip(1.0 - (self._clock.now_s - arrival) / GIVE_UP_S, 0.0, 1.0)
+
     def _sort(self, queue: list[SimRequest]) -> None:
-        """Kairos: earliest deadline first, late ones behind, shortest prompt first."""
+        """Kairos: `deadline_order`, as `engine/decode.py` without the gate."""
         if len(queue) < 2:
             return
         if self._policy.by_deadline:
             now = self._clock.now_s
-
-            def key(req: SimRequest) -> tuple[bool, float]:
-                late = req.due_s <= now
-                return late, float(req.prompt) if late else req.due_s
-
-            queue.sort(key=key)
+            due, prompt = [req.due_s - now for req in queue], [float(req.prompt) for req in queue]
+            clock = self._clock_left(queue) if queue is self.asking else None
+            queue[:] = [queue[index] for index in deadline_order(due, prompt, clock)]
         elif self._policy.order == "priority":
             queue.sort(key=lambda req: req.priority)
 
