@@ -7,7 +7,7 @@ on it. The error names the field, the entry of a list and the limit. No SGLang i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class RequestLimits:
 
     `vocabulary`: token ids lie below it. `context_tokens`: a prompt must be shorter. `kv_tokens`: of
     the decode server, which reserves a prompt's pages of `page_tokens` and `reserved_tokens` more.
-    A server that truncates prompts has neither of the three.
+    A server that truncates prompts has none of these. `samples`: the most that ``n`` may ask for.
     """
 
     vocabulary: int | None = None
@@ -48,6 +48,7 @@ class RequestLimits:
     kv_tokens: int | None = None
     reserved_tokens: int = 0
     page_tokens: int = 1
+    samples: int = MOST_SAMPLES
 
     @property
     def longest_prompt(self) -> int | None:
@@ -66,16 +67,24 @@ NO_LIMITS = RequestLimits()
 
 def check_request(body: Mapping[str, Any], path: str, limits: RequestLimits = NO_LIMITS) -> None:
     """RequestError for a request of one of `slo_http.SLO_PATHS` that must not reach a scheduler."""
-    _check_samples(body, path)
+    _check_samples(body, path, limits.samples)
     if path == CHAT:
-        if isinstance(body.get("messages"), list) and not body["messages"]:
-            raise RequestError("messages", "must not be empty")
+        _check_rid(body.get("rid"), None)
         _whole(body.get("top_logprobs"), "top_logprobs", 0, _top(limits))
+        _check_stop_ids(body, "", limits)
         return
     batch = _check_prompts(body, path, limits)
+    _check_rid(body.get("rid"), batch)
     if path == COMPLETIONS:
-        _whole(body.get("logprobs"), "logprobs", 0, _top(limits))
+        if not isinstance(body.get("logprobs"), bool):  # which SGLang takes for 0 or 1
+            _whole(body.get("logprobs"), "logprobs", 0, _top(limits))
+        _check_stop_ids(body, "", limits)
         return
+    params = body.get("sampling_params")
+    for index, one in enumerate(params if isinstance(params, list) else [params or {}]):
+        where = f"sampling_params[{index}]." if isinstance(params, list) else "sampling_params."
+        if isinstance(one, dict):
+            _check_stop_ids(one, where, limits)
     if batch is not None:
         for name in _PER_PROMPT:
             value = body.get(name)
@@ -83,7 +92,6 @@ def check_request(body: Mapping[str, Any], path: str, limits: RequestLimits = NO
                 raise RequestError(
                     name, f"must have one entry for each of the {batch} prompts, got {len(value)}"
                 )
-    _check_ids_are_distinct(body.get("rid"))
     _each(body, "top_logprobs_num", lambda one, name: _whole(one, name, 0, _top(limits)))
     _each(body, "logprob_start_len", lambda one, name: _whole(one, name, -1, 2**31 - 1))
     _check_token_ids_logprob(body.get("token_ids_logprob"), limits)
@@ -93,25 +101,27 @@ def _top(limits: RequestLimits) -> int:
     return min(MOST_TOP_LOGPROBS, limits.vocabulary or MOST_TOP_LOGPROBS)
 
 
-def _check_samples(body: Mapping[str, Any], path: str) -> None:
+def _check_samples(body: Mapping[str, Any], path: str, most: int) -> None:
     if path != GENERATE:
-        _whole(body.get("n"), "n", 1, MOST_SAMPLES)
+        _whole(body.get("n"), "n", 1, most)
         return
     params = body.get("sampling_params")
     if isinstance(params, dict):
-        _whole(params.get("n"), "sampling_params.n", 1, MOST_SAMPLES)
+        _check_n(params, "sampling_params.n", most)
     elif isinstance(params, list):
         if not params:
             raise RequestError("sampling_params", "must not be an empty list")
         for index, one in enumerate(params):
-            where = f"sampling_params[{index}]"
-            if not isinstance(one, dict):
-                raise RequestError(where, f"must be an object, got {_kind(one)}")
-            _whole(one.get("n"), f"{where}.n", 1, MOST_SAMPLES)
-        if len({one.get("n") or 1 for one in params}) > 1:
+            if isinstance(one, dict):
+                _check_n(one, f"sampling_params[{index}].n", most)
+        if len({one.get("n") or 1 for one in params if isinstance(one, dict)}) > 1:
             raise RequestError("sampling_params", "n must be the same in all entries")
-    elif params is not None:
-        raise RequestError("sampling_params", f"must be an object, got {_kind(params)}")
+
+
+def _check_n(params: Mapping[str, Any], where: str, most: int) -> None:
+    if "n" in params and params["n"] is None:
+        raise RequestError(where, f"must be a whole number between 1 and {most}, got null")
+    _whole(params.get("n"), where, 1, most)
 
 
 def _check_prompts(body: Mapping[str, Any], path: str, limits: RequestLimits) -> int | None:
@@ -167,14 +177,29 @@ def _check_tokens(ids: list[Any], name: str, limits: RequestLimits) -> None:
         raise RequestError(name, f"at most {longest} tokens fit on these servers, got {len(ids)}")
 
 
-def _check_ids_are_distinct(rid: Any) -> None:
-    if not isinstance(rid, list):
+def _check_rid(rid: Any, batch: int | None) -> None:
+    """`batch`: how many prompts there are, None for one."""
+    if rid is None:
         return
-    for index, one in enumerate(rid):
+    if isinstance(rid, list) and batch is None:
+        raise RequestError("rid", "must be a text for a single prompt, got a list")
+    for index, one in enumerate(rid if isinstance(rid, list) else [rid]):
+        where = f"rid[{index}]" if isinstance(rid, list) else "rid"
         if not isinstance(one, str):
-            raise RequestError(f"rid[{index}]", f"must be a text, got {_kind(one)}")
-    if len(set(rid)) < len(rid):
+            raise RequestError(where, f"must be a text, got {_kind(one)}")
+        if not one:  # to SGLang's abort, it is the beginning of every other
+            raise RequestError(where, "must not be empty")
+    if isinstance(rid, list) and len(set(rid)) < len(rid):
         raise RequestError("rid", "the requests of a batch must have ids of their own")
+
+
+def _check_stop_ids(params: Mapping[str, Any], where: str, limits: RequestLimits) -> None:
+    """With `min_new_tokens`, SGLang uses them as indices into the vocabulary."""
+    listed = params.get("stop_token_ids")
+    if params.get("min_new_tokens") and isinstance(listed, list):
+        most = (limits.vocabulary or 2**31) - 1
+        for index, one in enumerate(listed):
+            _whole(one, f"{where}stop_token_ids[{index}]", 0, most)
 
 
 def _check_token_ids_logprob(value: Any, limits: RequestLimits) -> None:
@@ -216,6 +241,12 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a list" if isinstance(value, list) else "a number")
 
 
-def smallest(limits: Iterable[int | None]) -> int | None:
-    """The least of what is known."""
-    return min((one for one in limits if one is not None), default=None)
+def check_bootstrap(body: Mapping[str, Any]) -> None:
+    """RequestError where a decode server would not be told whose KV it is to take."""
+    if body.get("bootstrap_room") is None:
+        return  # SGLang refuses it
+    host = body.get("bootstrap_host")
+    for one in host if isinstance(host, list) else [host]:
+        if not isinstance(one, str) or not one:
+            text = "a decode server needs the prefill server's address; send requests to a router"
+            raise RequestError("bootstrap_host", text)

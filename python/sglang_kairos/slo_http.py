@@ -156,7 +156,7 @@ def dump(body: Any) -> bytes:
         # orjson reads 1024 levels but writes 254.
         try:
             return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
-        except RecursionError:
+        except (RecursionError, TypeError):  # a part that is JSON already is no type of its own
             raise ValueError("the body is nested too deep") from None
 
 
