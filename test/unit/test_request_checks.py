@@ -152,11 +152,14 @@ fields = st.sampled_from(
 def test_any_body_is_passed_or_refused_with_a_field_that_it_has(
     body: dict[str, Any], path: str
 ) -> None:
+    refusal: RequestError | None = None
     try:
         check_request(body, path, LIMITS)
     except RequestError as error:
-        assert error.field.split("[")[0].split(".")[0] in body
-        assert len(str(error)) < 300
+        refusal = error
+    if refusal is not None:
+        assert refusal.field.split("[")[0].split(".")[0] in body
+        assert len(str(refusal)) < 300
 
 
 @given(st.integers(1, 64), st.integers(0, 500), st.integers(1, 4000), st.integers(1, 4000))
