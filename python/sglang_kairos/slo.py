@@ -3,7 +3,9 @@
 A request names its targets in the JSON body (``ttft_ms``, ``tpot_ms``, ``slo_class``,
 or the same three inside an ``slo`` object; ``slo`` may also be a bare class name) or in headers
 (``x-slo-ttft-ms``, ``x-slo-tpot-ms``, ``x-slo-class``, ``x-dynamo-slo-ttft-ms``).
-Body beats header, an explicit number beats the class, the server's default fills the rest.
+Body beats header, an explicit number beats the class, the server's default fills the rest. A value
+out of range is an error in a body, which a client wrote; a header may come from infrastructure, so
+its number is moved into the range, and a word or nothing at all counts as nothing said (`HeaderNotes`).
 
 Between router, prefill and decode the resolved SLO travels in SGLang's own
 ``custom_params`` under the key ``kairos`` (see `to_wire`), because that field follows every
@@ -29,6 +31,10 @@ LIMITS_MS: dict[str, tuple[float, float]] = {
     "tpot_ms": (0.1, 600_000.0),
     "age_ms": (0.0, 3_600_000.0),
 }
+
+
+# What `request_slo` tells of headers that it did not take as written: "x-slo-ttft-ms clamped", say.
+HeaderNotes = list[str]
 
 
 class SloError(ValueError):
@@ -79,7 +85,7 @@ class RequestSlo:
 def check_ms(field_name: str, value: Any, limits_key: str | None = None) -> float:
     """`value` as milliseconds, or SloError naming the field and the accepted range."""
     low, high = LIMITS_MS[limits_key or field_name]
-    wanted = f"must be a number of milliseconds between {low:g} and {high:g}"
+    wanted = f"must be a number of milliseconds between {_plain(low)} and {_plain(high)}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise SloError(field_name, f"{wanted}, got {_shown(value)}")
     try:
@@ -87,7 +93,7 @@ def check_ms(field_name: str, value: Any, limits_key: str | None = None) -> floa
     except OverflowError:
         raise SloError(field_name, f"{wanted}, got a number too large") from None
     if not math.isfinite(number) or not low <= number <= high:
-        raise SloError(field_name, f"{wanted}, got {number:g}")
+        raise SloError(field_name, f"{wanted}, got {_plain(number)}")
     return number
 
 
@@ -101,6 +107,13 @@ def check_weight(field_name: str, value: Any) -> float:
     return float(value)
 
 
+def _plain(number: float) -> str:
+    """As a person would write it: 3600001 is no 3.6e+06."""
+    if number.is_integer() and abs(number) < 1e15:
+        return str(int(number))
+    return repr(number)
+
+
 def _shown(value: Any) -> str:
     """A wrong value for an error text. Never a container's repr: that can exceed the stack."""
     if isinstance(value, str | bool) and len(repr(value)) <= 64:
@@ -108,16 +121,26 @@ def _shown(value: Any) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
 
 
-def _header_ms(headers: Mapping[str, str], names: tuple[str, ...], key: str) -> float | None:
+def _header_ms(
+    headers: Mapping[str, str], names: tuple[str, ...], key: str, notes: HeaderNotes
+) -> float | None:
+    """The first header that names a number, moved into the range."""
+    low, high = LIMITS_MS[key]
     for name in names:
         text = headers.get(name)
         if text is None:
             continue
         try:
-            value: Any = float(text)
+            number = float(text)
         except ValueError:
-            value = text
-        return check_ms(name, value, key)
+            number = math.nan
+        if math.isnan(number):
+            notes.append(f"{name} ignored")
+            continue
+        inside = min(max(number, low), high)
+        if inside != number:
+            notes.append(f"{name} clamped")
+        return inside
     return None
 
 
@@ -146,28 +169,38 @@ def _body_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def request_slo(body: Mapping[str, Any], headers: Mapping[str, str], table: SloTable) -> Slo | None:
+def request_slo(
+    body: Mapping[str, Any],
+    headers: Mapping[str, str],
+    table: SloTable,
+    notes: HeaderNotes | None = None,
+) -> Slo | None:
     """The SLO a request asks for, or None when it says nothing (the default then applies).
 
-    `headers` has lower-case names. Raises SloError on any value out of range.
+    `headers` has lower-case names; what is not taken as they write it goes to `notes`. Raises
+    SloError on a value of the body out of range, or an unknown class.
     """
     asked = _body_fields(body)
+    notes = [] if notes is None else notes
     ttft: float | None
     tpot: float | None
     if "ttft_ms" in asked:
         ttft = check_ms("ttft_ms", asked["ttft_ms"])
     else:
-        ttft = _header_ms(headers, TTFT_HEADERS, "ttft_ms")
+        ttft = _header_ms(headers, TTFT_HEADERS, "ttft_ms", notes)
     if "tpot_ms" in asked:
         tpot = check_ms("tpot_ms", asked["tpot_ms"])
     else:
-        tpot = _header_ms(headers, TPOT_HEADERS, "tpot_ms")
+        tpot = _header_ms(headers, TPOT_HEADERS, "tpot_ms", notes)
     class_field, class_name = "slo_class", asked.get("slo_class")
     if class_name is None:
         for name in CLASS_HEADERS:
-            if headers.get(name):
-                class_field, class_name = name, headers[name]
+            said = headers.get(name)
+            if said:
+                class_field, class_name = name, said
                 break
+            if said is not None:
+                notes.append(f"{name} ignored")
     if class_name is not None and not isinstance(class_name, str):
         raise SloError(class_field, "must be the name of an SLO class")
     if ttft is None and tpot is None and class_name is None:

@@ -25,6 +25,7 @@ from sglang_kairos.slo import (
     TPOT_HEADERS,
     TTFT_HEADERS,
     WIRE_KEY,
+    HeaderNotes,
     RequestSlo,
     SloError,
     SloTable,
@@ -68,15 +69,20 @@ def carry(
     *,
     age_ms: float = 0.0,
     always: bool = False,
+    preferred: Mapping[str, Any] | None = None,
+    notes: HeaderNotes | None = None,
 ) -> Carried:
     """Move the SLO of a request to where SGLang carries it; changes `body` in place.
 
     `age_ms` (milliseconds) is what the request has spent here; it is added to the age of an SLO
     that is already on the wire, which otherwise stays as it is and wins over the body's own fields.
     With `always`, a request that asks for nothing still carries its age, and the next server's
-    default SLO fills the rest. Raises SloError for any value out of range.
+    default SLO fills the rest. `preferred`: the server's own ``custom_params``
+    (``--preferred-sampling-params``), which SGLang forgets as soon as a request has some: they stay
+    unless the request itself brings others than ours. `notes`: see `slo.request_slo`. Raises SloError
+    for a value out of range.
     """
-    asked = request_slo(body, headers, table)
+    asked = request_slo(body, headers, table, notes)
     wire = to_wire(asked, age_ms) if asked else {"age_ms": round(age_ms, 3)} if always else None
     changed = False
     for name in BODY_FIELDS:
@@ -96,8 +102,10 @@ def carry(
         if chosen is None:
             continue
         found.append(from_wire(chosen, table))
-        if chosen != existing:
-            holder["custom_params"] = {**(params or {}), WIRE_KEY: chosen}
+        own = {key: value for key, value in (params or {}).items() if key != WIRE_KEY}
+        kept = own or dict(preferred or {})
+        if chosen != existing or kept != own:
+            holder["custom_params"] = {**kept, WIRE_KEY: chosen}
             changed = True
     if not found:
         found.append(RequestSlo(asked or table.default, age_ms))
@@ -148,7 +156,7 @@ def dump(body: Any) -> bytes:
         # orjson reads 1024 levels but writes 254.
         try:
             return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
-        except RecursionError:
+        except (RecursionError, TypeError):  # a part that is JSON already is no type of its own
             raise ValueError("the body is nested too deep") from None
 
 

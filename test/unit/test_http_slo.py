@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from sglang_kairos.engine.http_slo import SloMiddleware, install
+from sglang_kairos.engine.http_slo import ServerFacts, SloMiddleware, install
 from sglang_kairos.slo import Slo, SloError, SloTable
 from sglang_kairos.slo_http import carry, dump, error_body, mentions_slo
 
@@ -115,6 +115,36 @@ def test_a_batch_takes_it_once_per_prompt_and_keeps_their_own() -> None:
     assert second["custom_params"]["kairos"] == {"ttft_ms": 9}
 
 
+PREFERRED = {"ban": 7, "kairos": 1}
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        (None, {"ban": 7}),
+        ({}, {"ban": 7}),
+        ({"mine": 1}, {"mine": 1}),
+        ({"kairos": {"age_ms": 5}}, {"ban": 7}),
+        ({"kairos": {"age_ms": 5}, "mine": 1}, {"mine": 1}),
+    ],
+)
+@pytest.mark.parametrize("path", [GENERATE, COMPLETIONS, CHAT])
+def test_an_slo_does_not_cost_the_server_its_preferred_custom_params(
+    path: str, own: Any, expected: dict[str, Any]
+) -> None:
+    holder = {"custom_params": own}
+    body = {"text": "x", "prompt": "x", "ttft_ms": 300}
+    body |= {"sampling_params": holder} if path == GENERATE else holder
+    seen = Seen()
+    app = SloMiddleware(seen, TABLE, ServerFacts(preferred=PREFERRED))
+    assert asyncio.run(send_to(app, path, orjson.dumps(body))).status_code == 200
+    assert seen.raw is not None
+    sent = json.loads(seen.raw)
+    params = (sent["sampling_params"] if path == GENERATE else sent)["custom_params"]
+    assert params.pop("kairos").keys() >= {"age_ms"}
+    assert params == expected
+
+
 UNTOUCHED: list[tuple[str, bytes]] = [
     ("nothing about SLOs", b'{"text": "slow slo ttft_ms", "n":1 }'),
     ("malformed", b'{"ttft_ms": '),
@@ -144,9 +174,9 @@ def test_other_endpoints_and_methods_pass() -> None:
 @pytest.mark.parametrize(
     ("body", "headers", "param", "text"),
     [
-        ({"ttft_ms": -1}, {}, "ttft_ms", "between 1 and 3.6e+06, got -1"),
+        ({"ttft_ms": -1}, {}, "ttft_ms", "between 1 and 3600000, got -1"),
         ({"slo": {"x": 1}}, {}, "slo", "unknown key"),
-        ({}, {"x-slo-tpot-ms": "0"}, "x-slo-tpot-ms", "between 0.1 and"),
+        ({"tpot_ms": 0}, {}, "tpot_ms", "between 0.1 and"),
     ],
 )
 def test_a_bad_value_is_answered_400_in_the_endpoints_shape(

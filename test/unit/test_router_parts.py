@@ -80,7 +80,7 @@ SEVERAL: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 def test_several_samples_become_copies_of_the_prompt(
     path: str, body: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    unfold_samples(body, path)
+    unfold_samples(body, path, 100)
     assert body == expected
 
 

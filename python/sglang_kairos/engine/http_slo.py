@@ -1,19 +1,29 @@
 """The SLO's way into the server: a middleware in front of SGLang's FastAPI app.
 
 Clients that talk to a server directly (no Kairos router) name their SLO in the body or in headers;
-this puts it where SGLang carries it to its schedulers, and answers a bad value with HTTP 400. It
-imports nothing of SGLang. Requests that say nothing about SLOs pass through as the bytes they were.
+this puts it where SGLang carries it to its schedulers, and answers a bad value with HTTP 400, as it
+does what would harm a scheduler (`request_checks`). It imports nothing of SGLang. Requests that say
+nothing about SLOs pass through as the bytes they were.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import orjson
 from starlette.middleware import Middleware
 
+from sglang_kairos.request_checks import (
+    NO_LIMITS,
+    RequestError,
+    RequestLimits,
+    check_bootstrap,
+    check_request,
+)
 from sglang_kairos.slo import SloError, SloTable
 from sglang_kairos.slo_http import SLO_PATHS, carry, dump, error_body, mentions_slo
 
@@ -32,12 +42,27 @@ class HasMiddleware(Protocol):
     user_middleware: list[Any]
 
 
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What the middleware knows of its server. `preferred`: the ``custom_params`` among its
+    preferred sampling parameters. `needs_bootstrap`: it decodes what others prefill."""
+
+    limits: RequestLimits = NO_LIMITS
+    preferred: Mapping[str, Any] = field(default_factory=dict)
+    needs_bootstrap: bool = False
+
+
+UNKNOWN = ServerFacts()
+
+
 class SloMiddleware:
     """Pure ASGI middleware; see the module. Streams the response, buffers the request body once."""
 
-    def __init__(self, app: App, table: SloTable) -> None:
+    def __init__(self, app: App, table: SloTable, facts: ServerFacts = UNKNOWN) -> None:
         self._app = app
         self._table = table
+        self._facts = facts
+        self._notes: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = _route_path(scope)
@@ -49,30 +74,37 @@ class SloMiddleware:
             # The client left in the middle of its body: whoever is next sees just that.
             await self._app(scope, _replay(raw, receive, ended), send)
             return
-        names = [name.decode("latin-1") for name, _ in scope["headers"]]
-        if mentions_slo(raw, names):
-            try:
-                raw, scope = self._carry(raw, path, scope)
-            except SloError as error:
-                await _answer_400(send, error_body(path, 400, str(error), param=error.field))
-                return
-            except ValueError as error:
-                await _answer_400(send, error_body(path, 400, str(error)))
-                return
+        try:
+            raw, scope = self._checked(raw, path, scope)
+        except (SloError, RequestError) as error:
+            await _answer_400(send, error_body(path, 400, str(error), param=error.field))
+            return
+        except ValueError as error:
+            await _answer_400(send, error_body(path, 400, str(error)))
+            return
         await self._app(scope, _replay(raw, receive, None), send)
 
-    def _carry(self, raw: bytes, path: str, scope: Scope) -> tuple[bytes, Scope]:
-        """The body to pass on and its scope. SloError for a bad value; malformed JSON stays."""
+    def _checked(self, raw: bytes, path: str, scope: Scope) -> tuple[bytes, Scope]:
+        """The body to pass on and its scope. SloError or RequestError; malformed JSON stays."""
         try:
             body = orjson.loads(raw)
         except orjson.JSONDecodeError:
             return raw, scope
         if not isinstance(body, dict):
             return raw, scope
+        check_request(body, path, self._facts.limits)
+        if self._facts.needs_bootstrap:
+            check_bootstrap(body)
         headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
-        if not carry(body, path, headers, self._table).changed:
+        if not mentions_slo(raw, headers):
+            return raw, scope
+        notes: list[str] = []
+        preferred = self._facts.preferred
+        carried = carry(body, path, headers, self._table, preferred=preferred, notes=notes)
+        self._tell(notes)
+        if not carried.changed:
             return raw, scope
         changed = dump(body)
         kept = [
@@ -83,8 +115,16 @@ class SloMiddleware:
         kept.append((b"content-length", str(len(changed)).encode()))
         return changed, {**scope, "headers": kept}
 
+    def _tell(self, notes: list[str]) -> None:
+        """One line for the first, tenth, hundredth … header of a kind."""
+        for note in notes:
+            self._notes[note] += 1
+            count = self._notes[note]
+            if count == 10 ** (len(str(count)) - 1):
+                logger.warning("Kairos: SLO header %s, seen %d times", note, count)
 
-def install(app: HasMiddleware, table: SloTable) -> None:
+
+def install(app: HasMiddleware, table: SloTable, facts: ServerFacts = UNKNOWN) -> None:
     """Put the middleware into a FastAPI app that has not served yet, as the innermost one.
 
     Innermost: after API-key checks (a stranger learns nothing) and after SGLang's own request
@@ -92,7 +132,7 @@ def install(app: HasMiddleware, table: SloTable) -> None:
     """
     if any(item.cls is SloMiddleware for item in app.user_middleware):
         return
-    app.user_middleware.append(Middleware(SloMiddleware, table=table))
+    app.user_middleware.append(Middleware(SloMiddleware, table=table, facts=facts))
 
 
 def _route_path(scope: Scope) -> str:

@@ -220,6 +220,8 @@ class KairosState:
             "profile_key": dataclasses.asdict(self.profile.key),
             "captured_sizes": self.captured_sizes,
             "steps": self.steps.report(),
+            "vocabulary": self.scheduler.model_config.vocab_size,
+            "context_tokens": self.scheduler.model_config.context_len,
         }
         if (last := self.last_request) is not None:
             report["last_request"] = {**dataclasses.asdict(last.slo), "age_ms": last.age_ms}

@@ -7,6 +7,7 @@ from typing import Any
 
 from sglang_kairos.engine import http_slo
 from sglang_kairos.engine.plugin import active_config
+from sglang_kairos.request_checks import MOST_SAMPLES, RequestLimits
 
 
 def run_http_server(
@@ -34,7 +35,8 @@ def run_http_server(
         )
     from sglang.srt.entrypoints.http_server import app
 
-    http_slo.install(app, active_config().slo_table())
+    facts = facts_of(server_args, tokenizer_manager, scheduler_infos)
+    http_slo.install(app, active_config().slo_table(), facts)
     return original(
         server_args,
         tokenizer_manager,
@@ -43,4 +45,35 @@ def run_http_server(
         scheduler_infos,
         *args,
         **kwargs,
+    )
+
+
+def facts_of(
+    server_args: Any, tokenizer_manager: Any, scheduler_infos: list[dict[str, Any]]
+) -> http_slo.ServerFacts:
+    """What the middleware needs to know of this server; what SGLang does not tell stays unknown."""
+
+    def told(owner: Any, name: str, fallback: Any = None) -> Any:
+        return getattr(owner, name, fallback)
+
+    role = told(server_args, "disaggregation_mode", "null")
+    decodes = role == "decode"
+    fixed = not told(server_args, "enable_pd_role_switch", False)
+    bounded = not told(server_args, "allow_auto_truncate", False)
+    own_memory = decodes and fixed and not told(server_args, "enable_hisparse", False)
+    kv_tokens = scheduler_infos[0].get("max_total_num_tokens") if scheduler_infos else None
+    preferred = told(tokenizer_manager, "preferred_sampling_params") or {}
+    limits = RequestLimits(
+        vocabulary=told(told(tokenizer_manager, "model_config"), "vocab_size"),
+        context_tokens=told(tokenizer_manager, "context_len") if bounded else None,
+        kv_tokens=kv_tokens if bounded and own_memory else None,
+        reserved_tokens=told(server_args, "num_reserved_decode_tokens", 0),
+        page_tokens=told(server_args, "page_size") or 1,
+        # SGLang gives all samples of a prompt one bootstrap room, and none of them ever ends.
+        samples=MOST_SAMPLES if role == "null" else 1,
+    )
+    return http_slo.ServerFacts(
+        limits=limits,
+        preferred=preferred.get("custom_params") or {},
+        needs_bootstrap=decodes and fixed and server_args.disaggregation_transfer_backend != "fake",
     )

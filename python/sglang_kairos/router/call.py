@@ -10,23 +10,26 @@ from typing import Any
 import orjson
 
 from sglang_kairos.policy.placement import OUTPUT_SHARE, PlacedRequest
+from sglang_kairos.request_checks import RequestError, check_request
 from sglang_kairos.router.answers import Headers, Receive, Scope
 from sglang_kairos.router.fleet import Fleet
 from sglang_kairos.router.headers import forwarded
-from sglang_kairos.router.limits import Limits
+from sglang_kairos.router.limits import Limits, TooLarge
 from sglang_kairos.router.options import RouterOptions
 from sglang_kairos.router.prefix import Blocks
 from sglang_kairos.router.prompt import (
     Prompt,
+    TooManySamples,
     Unfoldable,
     describe,
     prompt_blocks,
     unfold_samples,
     unique_id,
+    written_once,
 )
 from sglang_kairos.router.relay import Relayed
 from sglang_kairos.router.servers import Server
-from sglang_kairos.slo import RequestSlo, Slo, SloError, SloTable
+from sglang_kairos.slo import HeaderNotes, RequestSlo, Slo, SloError, SloTable
 from sglang_kairos.slo_http import carry, dump
 
 REQUEST_ID = "x-request-id"
@@ -63,6 +66,7 @@ class Call:
     deadline_s: float
     aged_s: float
     own_rid: bool
+    header_notes: HeaderNotes = field(default_factory=list)
     gone: set[Server] = field(default_factory=set)
     failed: set[Server] = field(default_factory=set)
     predicted_s: float = 0.0
@@ -130,7 +134,7 @@ def accept(
     options: RouterOptions,
     carries: bool,
 ) -> Call:
-    """Check a request. BadRequest."""
+    """Check a request. BadRequest, TooLarge."""
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -139,10 +143,20 @@ def accept(
         raise BadRequest("malformed request: the body must be a JSON object")
     path = scope["path"]
     try:
-        unfold_samples(body, path)
+        check_request(body, path, fleet.limits)
+        unfolded = unfold_samples(body, path, len(raw))
+    except RequestError as error:
+        raise BadRequest(str(error), error.field) from None
     except Unfoldable as error:
         raise BadRequest(str(error), "n") from None
-    slo = _slo(body, scope, arrived_s, table, carries)
+    except TooManySamples as error:
+        raise TooLarge(str(error)) from None
+    notes: HeaderNotes = []
+    slo = _slo(body, scope, arrived_s, table, carries, notes)
+    prompt = describe(body, path)
+    blocks = prompt_blocks(body, path, fleet.bytes_per_token.value)
+    if unfolded is not None:
+        written_once(body, unfolded)
     headers = forwarded(scope["headers"], drop_auth=bool(options.client_api_key))
     if options.client_api_key and options.api_key:
         headers.append(("authorization", f"Bearer {options.api_key}"))
@@ -156,24 +170,31 @@ def accept(
         headers=headers,
         request_id=request_id,
         body=body,
-        prompt=describe(body, path),
-        blocks=prompt_blocks(body, path, fleet.bytes_per_token.value),
+        prompt=prompt,
+        blocks=blocks,
         slo=slo.slo,
         arrived_s=arrived_s,
         deadline_s=now + (slo.slo.ttft_ms - slo.age_ms) / 1e3,
         aged_s=now,
         own_rid=body.get("rid") is None,
+        header_notes=notes,
     )
 
 
 def _slo(
-    body: dict[str, Any], scope: Scope, arrived_s: float, table: SloTable, carries: bool
+    body: dict[str, Any],
+    scope: Scope,
+    arrived_s: float,
+    table: SloTable,
+    carries: bool,
+    notes: HeaderNotes,
 ) -> RequestSlo:
     if not carries:
         return RequestSlo(table.default)
     headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
     age_ms = 1e3 * (time.monotonic() - arrived_s)
     try:
-        return carry(body, scope["path"], headers, table, age_ms=age_ms, always=True).slo
+        path = scope["path"]
+        return carry(body, path, headers, table, age_ms=age_ms, always=True, notes=notes).slo
     except SloError as error:
         raise BadRequest(str(error), error.field) from None

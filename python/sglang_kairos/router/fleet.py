@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from sglang_kairos.policy.overload import Outcome
 from sglang_kairos.policy.placement import DRAWN, LOOK_AT_ALL, PlacedRequest, choose_pair
+from sglang_kairos.request_checks import NO_LIMITS, RequestLimits
 from sglang_kairos.router.choosers import CHOOSERS
 from sglang_kairos.router.learn import Average, Margin
 from sglang_kairos.router.options import RouterOptions
@@ -54,12 +55,29 @@ class Fleet:
         self.margin = Margin()
         self._chooser = CHOOSERS[options.policy](self.rng)
         self._samples = options.policy == "kairos"
+        self.limits = NO_LIMITS
+        self._uneven = False
         self._homes: OrderedDict[int, PrefillServer] = OrderedDict()
 
     @property
     def servers(self) -> list[PrefillServer | DecodeServer]:
         """Prefill servers, then decode servers."""
         return [*self.prefills, *self.decodes]
+
+    def learn_limits(self) -> None:
+        """After a server has told of itself: what a request may be for somebody here to hold it."""
+        known = [server.limits for server in self.servers]
+        longest = [server.limits.longest_prompt for server in self.decodes]
+        roomy = max(self.decodes, key=lambda server: server.limits.longest_prompt or math.inf)
+        fitting = roomy.limits if None not in longest else NO_LIMITS
+        self._uneven = len(set(longest)) > 1
+        self.limits = RequestLimits(
+            vocabulary=max((each.vocabulary for each in known if each.vocabulary), default=None),
+            context_tokens=fitting.context_tokens,
+            kv_tokens=fitting.kv_tokens,
+            reserved_tokens=fitting.reserved_tokens,
+            page_tokens=fitting.page_tokens,
+        )
 
     @property
     def ready(self) -> bool:
@@ -108,6 +126,8 @@ class Fleet:
         excluded = set(tried)
         prefills = self._candidates(self.prefills, excluded)
         decodes = self._candidates(self.decodes, excluded)
+        if self._uneven and request.prompts == 1:
+            decodes = [one for one in decodes if _holds(one, request.tokens)] or decodes
         if not prefills or not decodes:
             return None
         if len(self.prefills) > LOOK_AT_ALL and blocks.hashes:
@@ -153,3 +173,8 @@ class Fleet:
                         return list(found.values())
         left = [one for one in servers if one not in excluded and not one.draining]
         return [server for server in left if server.up] or left
+
+
+def _holds(decode: DecodeServer, tokens: float) -> bool:
+    longest = decode.limits.longest_prompt
+    return longest is None or tokens <= longest

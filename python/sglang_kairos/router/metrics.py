@@ -49,6 +49,11 @@ class RouterMetrics:
         self._slo = counter(
             "slo", "Streams that met their target or did not", ["slo_class", "target", "met"]
         )
+        self.odd_headers = counter(
+            "slo_headers_adjusted",
+            "SLO headers whose number was moved into the range, or that named none",
+            ["header", "action"],
+        )
         self._ttft = histogram(
             "ttft_seconds", "Arrival to the first byte of a stream", ["slo_class"], _BUCKETS
         )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+import orjson
+
 from sglang_kairos.router.prefix import Blocks, blocks_of
 from sglang_kairos.slo_http import COMPLETIONS, GENERATE
 
@@ -64,16 +66,26 @@ _PER_PROMPT = (
 _MEDIA = ("image_data", "video_data", "audio_data")
 
 
+# What the copies of a request's samples may come to: each of its servers parses all of it.
+MOST_UNFOLDED_BYTES = 64 * 2**20
+
+
 class Unfoldable(ValueError):
     """A request for several samples per prompt that cannot be written as one for one each."""
 
 
-def unfold_samples(body: dict[str, Any], path: str) -> None:
-    """Turn ``n`` samples per prompt into ``n`` copies of each prompt, in place.
+class TooManySamples(ValueError):
+    """What a request's samples come to is more than is passed on."""
+
+
+def unfold_samples(body: dict[str, Any], path: str, size: int) -> str | None:
+    """Turn ``n`` samples per prompt into ``n`` copies of each prompt, in place. `size`: bytes of the
+    body. The field that holds the prompts now, None if there was nothing to unfold.
 
     SGLang (0.5.16 to 0.5.23) gives all samples of a prompt one bootstrap room; under PD such a
     request never ends and holds its KV on both servers. Copies answer in the same shape and order.
-    Unfoldable for chat requests and for media, which have no batch form that would do.
+    The copies are references to one object. Unfoldable for chat requests and for media, which have
+    no batch form that would do; TooManySamples.
     """
     params = body.get("sampling_params") if path == GENERATE else body
     listed: list[Any] = params if isinstance(params, list) else [params]
@@ -81,11 +93,16 @@ def unfold_samples(body: dict[str, Any], path: str) -> None:
     samples = max((_samples(item) for item in holders), default=1)
     beams = any((item.get("beam_width") or 1) != 1 for item in holders)
     if samples == 1 or beams:
-        return
+        return None
     key = next((k for k in ("text", "input_ids", "input_embeds", "prompt") if body.get(k)), None)
     copies = path in (GENERATE, COMPLETIONS)
     if key is None or not copies or any(body.get(name) for name in _MEDIA):
         raise Unfoldable("n: must be 1 here, SGLang cannot serve more over separate prefill")
+    if samples * size > MOST_UNFOLDED_BYTES:
+        raise TooManySamples(
+            f"n: {samples} samples of a body of {size} bytes come to {samples * size}, "
+            f"{MOST_UNFOLDED_BYTES} are passed on at most"
+        )
     if _batch_of(body, path) is None:
         body[key] = [body[key]]
     for name in _PER_PROMPT:
@@ -94,11 +111,23 @@ def unfold_samples(body: dict[str, Any], path: str) -> None:
     for item in holders:
         item.pop("n", None)
     body.pop("rid", None)  # SGLang makes up its own for samples, too
+    return key
+
+
+def written_once(body: dict[str, Any], key: str) -> None:
+    """Have each prompt under `key`, which `unfold_samples` made, turned into JSON once for all its
+    copies. Nothing can be read out of them any more."""
+    written: dict[int, orjson.Fragment] = {}
+    for prompt in body[key]:
+        if id(prompt) not in written:
+            written[id(prompt)] = orjson.Fragment(orjson.dumps(prompt))
+    body[key] = [written[id(prompt)] for prompt in body[key]]
 
 
 def _samples(params: dict[str, Any]) -> int:
+    """At least one; what is no number `request_checks` refuses."""
     n = params.get("n")
-    return n if isinstance(n, int) and 1 <= n <= 10**4 else 1
+    return n if type(n) is int and n > 1 else 1
 
 
 def _batch_of(body: dict[str, Any], path: str) -> int | None:

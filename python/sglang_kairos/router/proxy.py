@@ -94,6 +94,8 @@ class PairProxy:
                 raw, scope, arrived, self._fleet, self._table, self._options, self._carries
             )
             slo_class = call.slo.name
+            for note in call.header_notes:
+                self._metrics.odd_headers.labels(*note.split()).inc()
             status = await self._serve(call, receive, send)
         except BadRequest as error:
             status = await refuse(send, path, 400, str(error), "BadRequestError", param=error.param)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_kairos.policy.placement import StepCost
+from sglang_kairos.request_checks import RequestLimits
 
 # Below this many observed steps, a predictor is still its first guess.
 ENOUGH_SAMPLES = 5
@@ -40,6 +41,28 @@ def load_of(answer: Any) -> Load | None:
         requests=int(total("num_running_reqs") + total("num_waiting_reqs")),
         tokens=total("num_total_tokens"),
         waiting_tokens=total("num_waiting_uncached_tokens"),
+    )
+
+
+def request_limits(info: Mapping[str, Any]) -> RequestLimits:
+    """What a server can hold, from ``/server_info``; the vocabulary from a Kairos server only."""
+    report: Mapping[str, Any] = next(iter(kairos_reports(info)), {})
+
+    def whole(source: Mapping[str, Any], key: str, low: int) -> int | None:
+        found = number(source, key, low, 1e15)
+        return None if found is None else int(found)
+
+    bounded = info.get("allow_auto_truncate") is not True
+    decodes = (
+        info.get("disaggregation_mode") == "decode" and info.get("enable_hisparse") is not True
+    )
+    context = whole(report, "context_tokens", 1) or whole(info, "context_length", 1)
+    return RequestLimits(
+        vocabulary=whole(report, "vocabulary", 1),
+        context_tokens=context if bounded else None,
+        kv_tokens=whole(info, "max_total_num_tokens", 1) if bounded and decodes else None,
+        reserved_tokens=whole(info, "num_reserved_decode_tokens", 0) or 0,
+        page_tokens=whole(info, "page_size", 1) or 1,
     )
 
 

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from sglang_kairos.policy.backlog import EMPTY, Backlog
 from sglang_kairos.policy.placement import DecodeState, PrefillSpeed, PrefillState, StepCost
+from sglang_kairos.request_checks import NO_LIMITS, RequestLimits
 from sglang_kairos.router.attention import Attention
 from sglang_kairos.router.health import Health, HealthRules
 from sglang_kairos.router.learn import Pace, SpeedEstimate
@@ -25,6 +26,7 @@ from sglang_kairos.router.reports import (
     kairos_reports,
     number,
     prefill_law,
+    request_limits,
     settled,
     step_cost,
 )
@@ -60,6 +62,7 @@ class Server:
         self.kairos = False
         self.draining = False
         self.attempts: set[Attention] = set()
+        self.limits: RequestLimits = NO_LIMITS
         self._load: Load | None = None
         self._load_at_s = float("-inf")
 
@@ -81,6 +84,7 @@ class Server:
     def learn(self, info: Mapping[str, Any]) -> None:
         """Take what /server_info tells; anything missing or odd is ignored."""
         self.kairos = any(True for _ in kairos_reports(info))
+        self.limits = request_limits(info)
 
     def learn_load(self, load: Load | None, now_s: float) -> None:
         """Take what /v1/loads told at `now_s`; None: nothing."""

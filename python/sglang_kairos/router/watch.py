@@ -100,6 +100,7 @@ class Watch:
         server.health.probe_answered()
         if status == 200 and isinstance(info, dict):
             server.learn(info)
+            self._fleet.learn_limits()
 
     async def _loads(self, server: AnyServer) -> None:
         status, answer = await self._get(server, _LOADS)
