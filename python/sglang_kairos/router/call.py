@@ -63,6 +63,7 @@ class Call:
     deadline_s: float
     aged_s: float
     own_rid: bool
+    stream_options: Any = None
     gone: set[Server] = field(default_factory=set)
     failed: set[Server] = field(default_factory=set)
     predicted_s: float = 0.0
@@ -163,6 +164,7 @@ def accept(
         deadline_s=now + (slo.slo.ttft_ms - slo.age_ms) / 1e3,
         aged_s=now,
         own_rid=body.get("rid") is None,
+        stream_options=body.get("stream_options"),
     )
 
 

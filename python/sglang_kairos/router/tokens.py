@@ -1,0 +1,198 @@
+"""How fast the tokens of a stream came, by the server's own counts and nothing else.
+
+``/generate`` counts in every event (`meta_info.completion_tokens`). The OpenAI endpoints count only
+when asked to, so the router asks in the client's place and takes out what the client did not ask
+for: `Hidden`. A stream without counts has no TPOT: an event is not a token (``--stream-interval``,
+speculative decoding, role and finish events).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import orjson
+
+from sglang_kairos.router.exchange import stream_error
+from sglang_kairos.router.sse import data_of
+from sglang_kairos.slo_http import COMPLETIONS, GENERATE
+
+_DONE = b"[DONE]"
+_COUNT, _FINISH = b'"completion_tokens"', b'"finish_reason"'
+_NUMBER = re.compile(rb"\s*:\s*(\d{1,9})\b")
+_NULL = re.compile(rb"\s*:\s*null\b")
+_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_ABORTED = re.compile(rb'"finish_reason"\s*:\s*"abort"')
+# Neither can lie inside a JSON string, where a quote is written \".
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')
+_USAGE_OBJECT = re.compile(rb'"usage":\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}')
+
+
+class Hidden(Enum):
+    """What the router asked a server for that the client must not see."""
+
+    NOTHING = "nothing"
+    LAST = "the event with the usage of the whole stream"
+    EACH = "the usage in every event"
+
+
+def ask_for_counts(
+    body: dict[str, Any], path: str, choices: int, asked: Any, by_default: bool | None
+) -> Hidden:
+    """Have a stream's tokens counted; changes ``stream_options`` of `body` only.
+
+    `asked`: the client's ``stream_options``. `by_default`: whether the decode server tells the usage
+    unasked, None while that is not known; then a usage event cannot be told from a wanted one, and
+    is not asked for. A usage event counts all choices together, so for several of a completion
+    each event is asked for its own.
+    """
+    if path == GENERATE or body.get("stream") is not True:
+        return Hidden.NOTHING
+    if asked is not None and not isinstance(asked, dict):
+        return Hidden.NOTHING  # the server refuses it
+    options = dict(asked or {})
+    hidden = Hidden.NOTHING
+    if choices > 1:
+        if path == COMPLETIONS and options.get("continuous_usage_stats") in (None, False):
+            options["continuous_usage_stats"] = True
+            hidden = Hidden.EACH
+    elif by_default is False and options.get("include_usage") in (None, False):
+        options["include_usage"] = True
+        hidden = Hidden.LAST
+    if hidden is Hidden.NOTHING:
+        if asked is None:
+            body.pop("stream_options", None)
+        else:
+            body["stream_options"] = asked
+    else:
+        body["stream_options"] = options
+    return hidden
+
+
+def without(hidden: Hidden, event: bytes) -> bytes:
+    """What the client sees of an event."""
+    if hidden is Hidden.LAST and _NO_CHOICES.search(event) and _USAGE.search(event):
+        return b""
+    if hidden is Hidden.EACH and not _NO_CHOICES.search(event):
+        # A completion's event always has the key; unasked it says null.
+        return _USAGE_OBJECT.sub(b'"usage":null', event)
+    return event
+
+
+@dataclass(slots=True)
+class _Choice:
+    """Times of its first and its last token in seconds; `tokens` None: not counted. `events`: how
+    many brought some, 0 before the first."""
+
+    first_s: float
+    last_s: float
+    tokens: int | None = None
+    events: int = 0
+    finished: bool = False
+
+    def tpot_s(self) -> float | None:
+        if self.tokens is None or self.tokens < 2 or self.events < 2:
+            return None
+        return (self.last_s - self.first_s) / (self.tokens - 1)
+
+
+class Meter:
+    """Of one stream with `choices` choices; told every event when it has come."""
+
+    __slots__ = ("_broken", "_choices", "_expected", "_native", "done")
+
+    def __init__(self, path: str, choices: int) -> None:
+        self._native = path == GENERATE
+        self._expected = choices
+        self._choices: dict[Any, _Choice] = {}
+        self._broken = False
+        self.done = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice has said why it ended."""
+        ended = sum(choice.finished for choice in self._choices.values())
+        return ended >= self._expected and not self._broken
+
+    def tpot_s(self) -> float | None:
+        """Seconds per token after the first, (last − first) / (tokens − 1): of the slowest choice.
+
+        None if a choice was not counted, if none has two tokens in two events, or after an error.
+        """
+        choices = self._choices.values()
+        if self._broken or any(choice.tokens is None for choice in choices):
+            return None
+        return max((t for c in choices if (t := c.tpot_s()) is not None), default=None)
+
+    def event(self, event: bytes, now_s: float) -> None:
+        """One event."""
+        data = data_of(event)
+        if not data.startswith(b"{"):
+            self.done = self.done or data == _DONE
+            return
+        if b'"error"' in data or b'"abort"' in data:
+            failed = _ABORTED.search(data) or stream_error(b"data: " + data.replace(b"\n", b" "))
+            if failed is not None:
+                self._broken = True
+                return
+        if self._expected > 1:
+            self._one_of_many(data, now_s)
+            return
+        tokens = _after(data, _COUNT, _NUMBER)
+        count = int(tokens[1]) if tokens else None
+        if not self._native and _NO_CHOICES.search(data):
+            choice = self._choices.get(0)
+            if choice is not None and count is not None:
+                choice.tokens = count
+            return
+        finish = data.rfind(_FINISH)
+        finished = finish >= 0 and not _NULL.match(data, finish + len(_FINISH))
+        self._saw(0, count, finished, now_s)
+
+    def _one_of_many(self, data: bytes, now_s: float) -> None:
+        try:
+            row = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            self._broken = True
+            return
+        if self._native:
+            meta = row.get("meta_info")
+            meta = meta if isinstance(meta, dict) else {}
+            key, counted, finish = row.get("index", 0), meta, meta.get("finish_reason")
+        else:
+            listed = row.get("choices")
+            first = listed[0] if isinstance(listed, list) and listed else None
+            if not isinstance(first, dict):
+                return
+            usage = row.get("usage")
+            counted = usage if isinstance(usage, dict) else {}
+            key, finish = first.get("index", 0), first.get("finish_reason")
+        count = counted.get("completion_tokens")
+        self._saw(key, count if isinstance(count, int) else None, finish is not None, now_s)
+
+    def _saw(self, key: Any, count: int | None, finished: bool, now_s: float) -> None:
+        choice = self._choices.get(key)
+        if choice is None:
+            choice = self._choices[key] = _Choice(now_s, now_s)
+        elif choice.finished:
+            return  # hidden states and the like come behind the tokens
+        choice.finished = finished
+        if count is not None:
+            new = choice.tokens is None or count > choice.tokens
+            choice.tokens = max(count, choice.tokens or 0)
+        else:
+            # Counted once at the end: the last event is the last token's. Where each event counts,
+            # one without brings nothing.
+            new = not self._native and self._expected == 1
+        if new and choice.tokens != 0:
+            choice.first_s = choice.first_s if choice.events else now_s
+            choice.last_s = now_s
+            choice.events += 1
+
+
+def _after(data: bytes, key: bytes, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
+    """What follows the last `key`: the text of an answer, which may be long, comes before it."""
+    at = data.rfind(key)
+    return pattern.match(data, at + len(key)) if at >= 0 else None
