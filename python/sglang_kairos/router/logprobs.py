@@ -121,10 +121,14 @@ class Merger:
         for key, value in mine.items():
             if key.startswith(_FLAT) and key in meta:
                 meta[key] = value
-        # The first token is prefill's, and these of its are not handed over with the KV.
+        # The first token is prefill's, and these of its are not handed over with the KV: decode has
+        # None for it (0.5.23) or begins with the second token (0.5.16).
         rows, first = meta.get(_OF_IDS), mine.get(_OF_IDS)
-        if isinstance(rows, list) and isinstance(first, list) and rows and first and not rows[0]:
-            rows[0] = first[0]
+        if isinstance(rows, list) and isinstance(first, list) and rows and first:
+            if not rows[0]:
+                rows[0] = first[0]
+            elif len(rows) + 1 == meta.get("completion_tokens"):
+                rows.insert(0, first[0])
 
 
 def _put_before(choice: dict[str, Any], mine: dict[str, Any]) -> None:

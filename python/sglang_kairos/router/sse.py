@@ -32,8 +32,8 @@ class Splitter:
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """The events that end in these bytes."""
-        if not self._held and chunk.endswith(b"\n\n") and b"\r" not in chunk:
-            return [event + b"\n\n" for event in chunk[:-2].split(b"\n\n")]
+        if not self._held and b"\r" not in chunk and chunk.find(b"\n\n") == len(chunk) - 2 >= 0:
+            return [chunk]
         # An end may lie across what is held and what came: look a few bytes back, not at all of it.
         last = self._held.pop() if self._held else b""
         if len(last) > _LONGEST_END:
@@ -66,8 +66,7 @@ class Splitter:
 
 def data_of(event: bytes) -> bytes:
     """The data of one event: its ``data`` lines, joined by LF. Empty: it has none."""
-    text = event.strip(b"\r\n")
-    if text.startswith(b"data:") and b"\n" not in text and b"\r" not in text:
-        return text[5:].strip(b" ")
-    lines = _LINE.split(text)
+    if event.startswith(b"data:") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
+        return event[5:-2].strip(b" ")
+    lines = _LINE.split(event)
     return b"\n".join(line[5:].strip(b" ") for line in lines if line.startswith(b"data:"))

@@ -15,7 +15,6 @@ from typing import Any
 
 import orjson
 
-from sglang_kairos.router.exchange import stream_error
 from sglang_kairos.router.sse import data_of
 from sglang_kairos.slo_http import COMPLETIONS, GENERATE
 
@@ -24,7 +23,7 @@ _COUNT, _FINISH = b'"completion_tokens"', b'"finish_reason"'
 _NUMBER = re.compile(rb"\s*:\s*(\d{1,9})\b")
 _NULL = re.compile(rb"\s*:\s*null\b")
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
-_ABORTED = re.compile(rb'"finish_reason"\s*:\s*"abort"')
+_ABORTED = re.compile(rb'\s*:\s*(?:\{\s*"type"\s*:\s*)?"abort"')
 # Neither can lie inside a JSON string, where a quote is written \".
 _USAGE = re.compile(rb'"usage"\s*:\s*\{')
 _USAGE_OBJECT = re.compile(rb'"usage":\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}')
@@ -106,7 +105,7 @@ class Meter:
     def __init__(self, path: str, choices: int) -> None:
         self._native = path == GENERATE
         self._expected = choices
-        self._choices: dict[Any, _Choice] = {}
+        self._choices: dict[int, _Choice] = {}
         self._broken = False
         self.done = False
 
@@ -131,48 +130,59 @@ class Meter:
         data = data_of(event)
         if not data.startswith(b"{"):
             self.done = self.done or data == _DONE
-            return
-        if b'"error"' in data or b'"abort"' in data:
-            failed = _ABORTED.search(data) or stream_error(b"data: " + data.replace(b"\n", b" "))
-            if failed is not None:
+        elif self._expected > 1:
+            self._parsed(data, now_s)
+        elif (finish := data.rfind(_FINISH)) < 0:
+            self._parsed(data, now_s)  # the usage, an error, or an extension
+        else:
+            # The text of an answer, which may be long, comes before all that is looked for.
+            finish += len(_FINISH)
+            finished = not _NULL.match(data, finish)
+            if finished and _ABORTED.match(data, finish):
                 self._broken = True
                 return
-        if self._expected > 1:
-            self._one_of_many(data, now_s)
-            return
-        tokens = _after(data, _COUNT, _NUMBER)
-        count = int(tokens[1]) if tokens else None
-        if not self._native and _NO_CHOICES.search(data):
-            choice = self._choices.get(0)
-            if choice is not None and count is not None:
-                choice.tokens = count
-            return
-        finish = data.rfind(_FINISH)
-        finished = finish >= 0 and not _NULL.match(data, finish + len(_FINISH))
-        self._saw(0, count, finished, now_s)
+            counted = data.rfind(_COUNT)
+            number = _NUMBER.match(data, counted + len(_COUNT)) if counted >= 0 else None
+            self._saw(0, int(number[1]) if number else None, finished, now_s)
 
-    def _one_of_many(self, data: bytes, now_s: float) -> None:
+    def _parsed(self, data: bytes, now_s: float) -> None:
         try:
             row = orjson.loads(data)
         except orjson.JSONDecodeError:
             self._broken = True
             return
+        if isinstance(row.get("error"), dict):
+            self._broken = True
+            return
         if self._native:
             meta = row.get("meta_info")
-            meta = meta if isinstance(meta, dict) else {}
-            key, counted, finish = row.get("index", 0), meta, meta.get("finish_reason")
+            counted = meta if isinstance(meta, dict) else {}
+            key, finish = row.get("index"), counted.get("finish_reason")
+            aborted = isinstance(finish, dict) and finish.get("type") == "abort"
         else:
+            usage = row.get("usage")
+            counted = usage if isinstance(usage, dict) else {}
             listed = row.get("choices")
             first = listed[0] if isinstance(listed, list) and listed else None
             if not isinstance(first, dict):
+                self._total(counted.get("completion_tokens"))
                 return
-            usage = row.get("usage")
-            counted = usage if isinstance(usage, dict) else {}
-            key, finish = first.get("index", 0), first.get("finish_reason")
+            key, finish = first.get("index"), first.get("finish_reason")
+            aborted = finish == "abort"
+        if aborted:
+            self._broken = True
+            return
         count = counted.get("completion_tokens")
-        self._saw(key, count if isinstance(count, int) else None, finish is not None, now_s)
+        index = key if isinstance(key, int) and self._expected > 1 else 0
+        self._saw(index, count if isinstance(count, int) else None, finish is not None, now_s)
 
-    def _saw(self, key: Any, count: int | None, finished: bool, now_s: float) -> None:
+    def _total(self, count: Any) -> None:
+        """The usage of the whole stream: of all choices together."""
+        if self._expected == 1 and isinstance(count, int):
+            for choice in self._choices.values():
+                choice.tokens = count
+
+    def _saw(self, key: int, count: int | None, finished: bool, now_s: float) -> None:
         choice = self._choices.get(key)
         if choice is None:
             choice = self._choices[key] = _Choice(now_s, now_s)
@@ -190,9 +200,3 @@ class Meter:
             choice.first_s = choice.first_s if choice.events else now_s
             choice.last_s = now_s
             choice.events += 1
-
-
-def _after(data: bytes, key: bytes, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
-    """What follows the last `key`: the text of an answer, which may be long, comes before it."""
-    at = data.rfind(key)
-    return pattern.match(data, at + len(key)) if at >= 0 else None
