@@ -481,7 +481,11 @@ def test_the_prompts_log_probabilities_of_a_completion_are_a_unified_servers(pro
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        (GENERATE, {"text": "x", "return_logprob": True}, "top_logprobs_num"),
+        (
+            GENERATE,
+            {"text": "x", "return_logprob": True, "logprob_start_len": 0},
+            "top_logprobs_num",
+        ),
         (COMPLETIONS, {"prompt": "x", "echo": True, "logprobs": 1}, "logprobs"),
     ],
 )
@@ -498,18 +502,22 @@ def test_log_probabilities_too_long_to_join_are_an_error_and_never_left_out(
             assert (status, got["error"]["param"]) == (413, param)
             assert "shorter prompts" in got["error"]["message"]
             assert len(b.d.bodies) == 1, "another pair would say the same"
+            # Who asks for those of the answer only gets them.
+            only = {"text": "x", "return_logprob": True}
+            assert (await b.post(GENERATE, only))[0] == 200
 
     monkeypatch.setattr(attempt, "KEEP_LOGPROBS", 4096)
     asyncio.run(main())
 
 
-def test_flat_log_probabilities_and_those_of_chosen_tokens_are_joined_as_well() -> None:
+@pytest.mark.parametrize("first", [[None], []], ids=["0.5.23", "0.5.16"])
+def test_flat_log_probabilities_and_those_of_chosen_tokens_are_joined_as_well(first: Any) -> None:
     flat = {"input_top_logprobs_val_flat": [-1.0], "input_top_logprobs_shape": [1, 1]}
     none = {"input_top_logprobs_val_flat": [], "input_top_logprobs_shape": [0, 1]}
     rows = [[[-7.0, 300, None]], [[-8.0, 300, None]]]
-    prefill = {"meta_info": {**flat, "output_token_ids_logprobs": rows[:1]}}
-    decode = {"meta_info": {**none, "output_token_ids_logprobs": [None, rows[1]]}}
-    merger = Merger(json.dumps(prefill).encode(), stream=False)
-    merger.feed(json.dumps(decode).encode())
-    want = {"meta_info": {**flat, "output_token_ids_logprobs": rows}}
-    assert json.loads(merger.end()) == want
+    prefill = {**flat, "completion_tokens": 1, "output_token_ids_logprobs": rows[:1]}
+    decode = {**none, "completion_tokens": 2, "output_token_ids_logprobs": [*first, rows[1]]}
+    merger = Merger(json.dumps({"meta_info": prefill}).encode(), stream=False)
+    merger.feed(json.dumps({"meta_info": decode}).encode())
+    want = {**flat, "completion_tokens": 2, "output_token_ids_logprobs": rows}
+    assert json.loads(merger.end()) == {"meta_info": want}

@@ -22,7 +22,7 @@ from sglang_kairos.router.exchange import (
 )
 from sglang_kairos.router.fleet import Fleet, Placement
 from sglang_kairos.router.logprobs import KEEP_BYTES as KEEP_LOGPROBS
-from sglang_kairos.router.logprobs import TOO_LONG, Merger, wants_merge
+from sglang_kairos.router.logprobs import TOO_LONG, Merger, wants_merge, wants_prompts
 from sglang_kairos.router.metrics import RouterMetrics
 from sglang_kairos.router.prompt import name_requests, pair_up
 from sglang_kairos.router.relay import Passage, Relayed
@@ -233,18 +233,21 @@ async def _rejection(server: Server, head: DecodeHead) -> Rejected:
     return Rejected(server, response.status, content_type, body)
 
 
-def _merger(call: Call, exchange: Exchange) -> Merger:
-    """For prefill's answer, which has come. Rejected: its part cannot be joined."""
+def _merger(call: Call, exchange: Exchange) -> Merger | None:
+    """For prefill's answer, which has come. Rejected: its part cannot be joined and is asked for."""
+    if not exchange.prefill_cut:
+        merger = Merger(exchange.prefill_body, call.prompt.stream, call.path)
+        if merger.found:
+            return merger
+    if not wants_prompts(call.path, call.body):
+        return None
     if exchange.prefill_cut:
         param = "top_logprobs_num" if call.path == GENERATE else "logprobs"
         body = error_body(call.path, 413, TOO_LONG, "PayloadTooLarge", param)
         raise Rejected(exchange.prefill, 413, "application/json", body)
-    merger = Merger(exchange.prefill_body, call.prompt.stream, call.path)
-    if not merger.found:
-        text = "prefill's answer has no log probabilities of the prompt"
-        body = error_body(call.path, 502, text, "BadGateway")
-        raise Rejected(exchange.prefill, 502, "application/json", body)
-    return merger
+    text = "prefill's answer has no log probabilities of the prompt"
+    body = error_body(call.path, 502, text, "BadGateway")
+    raise Rejected(exchange.prefill, 502, "application/json", body)
 
 
 async def _abort(prefill: asyncio.Task[Any], exchange: Exchange) -> None:

@@ -38,6 +38,13 @@ def wants_merge(path: str, body: dict[str, Any]) -> bool:
     return path == GENERATE and (any(asked) if isinstance(asked, list) else bool(asked))
 
 
+def wants_prompts(path: str, body: dict[str, Any]) -> bool:
+    """Of a request that `wants_merge`: whether it asks for more than prefill's first token."""
+    start = body.get("logprob_start_len")
+    starts = start if isinstance(start, list) else [start]
+    return path == COMPLETIONS or any(place not in (None, -1) for place in starts)
+
+
 class Merger:
     """Joins one prefill answer with decode's answer, whole or event by event."""
 

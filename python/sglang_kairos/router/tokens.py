@@ -26,7 +26,7 @@ _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _ABORTED = re.compile(rb'\s*:\s*(?:\{\s*"type"\s*:\s*)?"abort"')
 # Neither can lie inside a JSON string, where a quote is written \".
 _USAGE = re.compile(rb'"usage"\s*:\s*\{')
-_USAGE_OBJECT = re.compile(rb'"usage":\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}')
+_USAGE_OBJECT = re.compile(rb'"usage"\s*:\s*\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}')
 
 
 class Hidden(Enum):
