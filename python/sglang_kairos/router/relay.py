@@ -114,7 +114,7 @@ class Passage:
         events: list[bytes] = []
         if self._hidden is not Hidden.NOTHING:
             events = self._splitter.feed(chunk)
-            chunk = b"".join(without(self._hidden, event) for event in events)
+            chunk = b"".join([without(self._hidden, event) for event in events])
         shown = chunk if self._merger is None else self._merger.feed(chunk)
         if shown:
             await self._send({"type": "http.response.body", "body": shown, "more_body": True})

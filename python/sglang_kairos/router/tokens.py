@@ -19,10 +19,10 @@ from sglang_kairos.router.sse import data_of
 from sglang_kairos.slo_http import COMPLETIONS, GENERATE
 
 _DONE = b"[DONE]"
-_COUNT, _FINISH = b'"completion_tokens"', b'"finish_reason"'
+_COUNT, _FINISH, _CHOICES = b'"completion_tokens"', b'"finish_reason"', b'"choices"'
 _NUMBER = re.compile(rb"\s*:\s*(\d{1,9})\b")
 _NULL = re.compile(rb"\s*:\s*null\b")
-_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_EMPTY = re.compile(rb"\s*:\s*\[\s*\]")
 _ABORTED = re.compile(rb'\s*:\s*(?:\{\s*"type"\s*:\s*)?"abort"')
 # Neither can lie inside a JSON string, where a quote is written \".
 _USAGE = re.compile(rb'"usage"\s*:\s*\{')
@@ -72,9 +72,13 @@ def ask_for_counts(
 
 def without(hidden: Hidden, event: bytes) -> bytes:
     """What the client sees of an event."""
-    if hidden is Hidden.LAST and _NO_CHOICES.search(event) and _USAGE.search(event):
+    if hidden is Hidden.NOTHING:
+        return event
+    choices = event.find(_CHOICES)
+    empty = choices >= 0 and _EMPTY.match(event, choices + len(_CHOICES)) is not None
+    if hidden is Hidden.LAST and empty and _USAGE.search(event):
         return b""
-    if hidden is Hidden.EACH and not _NO_CHOICES.search(event):
+    if hidden is Hidden.EACH and not empty:
         # A completion's event always has the key; unasked it says null.
         return _USAGE_OBJECT.sub(b'"usage":null', event)
     return event
@@ -127,23 +131,28 @@ class Meter:
 
     def event(self, event: bytes, now_s: float) -> None:
         """One event."""
-        data = data_of(event)
-        if not data.startswith(b"{"):
-            self.done = self.done or data == _DONE
-        elif self._expected > 1:
+        one_line = event.find(b"\n") == len(event) - 2
+        data = event if one_line else data_of(event)
+        finish = data.rfind(_FINISH) if self._expected == 1 else -1
+        if finish < 0:
+            self._rare(data_of(event), now_s)
+            return
+        # The text of an answer, which may be long, comes before all that is looked for.
+        finish += len(_FINISH)
+        finished = not _NULL.match(data, finish)
+        if finished and _ABORTED.match(data, finish):
+            self._broken = True
+            return
+        counted = data.rfind(_COUNT)
+        number = _NUMBER.match(data, counted + len(_COUNT)) if counted >= 0 else None
+        self._saw(0, int(number[1]) if number else None, finished, now_s)
+
+    def _rare(self, data: bytes, now_s: float) -> None:
+        """The end, the usage, an error, an extension; any of a stream with several choices."""
+        if data.startswith(b"{"):
             self._parsed(data, now_s)
-        elif (finish := data.rfind(_FINISH)) < 0:
-            self._parsed(data, now_s)  # the usage, an error, or an extension
         else:
-            # The text of an answer, which may be long, comes before all that is looked for.
-            finish += len(_FINISH)
-            finished = not _NULL.match(data, finish)
-            if finished and _ABORTED.match(data, finish):
-                self._broken = True
-                return
-            counted = data.rfind(_COUNT)
-            number = _NUMBER.match(data, counted + len(_COUNT)) if counted >= 0 else None
-            self._saw(0, int(number[1]) if number else None, finished, now_s)
+            self.done = self.done or data == _DONE
 
     def _parsed(self, data: bytes, now_s: float) -> None:
         try:
