@@ -12,6 +12,7 @@ import dataclasses
 import json
 import random
 import re
+import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,6 +113,17 @@ PHASES = [
 JOBS = [job for phase in PHASES for job in phase]
 
 
+# The same prompt twice: its log probabilities in either endpoint's shape.
+WORDS = "the water and the sun"
+ECHOED: list[tuple[str, dict[str, Any]]] = [
+    ("/generate", {"text": WORDS, **FEATURES["prompt_logprobs"], **params(max_new_tokens=2)}),
+    (
+        "/v1/completions",
+        {"model": "m", "prompt": WORDS, "echo": True, "logprobs": 2, "max_tokens": 2},
+    ),
+]
+
+
 @dataclasses.dataclass
 class Run:
     """What one run left behind: the answers in the order of `JOBS`, counters after each phase."""
@@ -120,9 +132,19 @@ class Run:
     events: list[int]
     decode: list[Counter[str]]
     prefill: Counter[str]
+    echoed: list[dict[str, Any]]
     settled: bool
     trouble: list[str]
     log: str
+
+
+def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The answer to one request."""
+    asked = urllib.request.Request(
+        url, json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(asked, timeout=60) as response:
+        return dict(json.load(response))
 
 
 def run_phases(zygote: Zygote, model: str, log_dir: Path, kairos: bool | dict[str, Any]) -> Run:
@@ -143,11 +165,13 @@ def run_phases(zygote: Zygote, model: str, log_dir: Path, kairos: bool | dict[st
             replies += asyncio.run(send(cluster.url, timed))
             prefill, decode = client.kairos()
             counters.append(Counter(decode.get("counters", {})))
+        echoed = [post(cluster.url + path, body) for path, body in ECHOED]
         return Run(
             answers=[rows for rows, _ in replies],
             events=[events for _, events in replies],
             decode=counters,
             prefill=Counter(prefill.get("counters", {})),
+            echoed=echoed,
             settled=client.settles(),
             trouble=trouble_in(cluster.logs),
             log=cluster.logs["d0"].read_text(errors="replace"),
@@ -198,8 +222,7 @@ def test_every_feature_was_at_work(stock: Run) -> None:
     for row in rows_of(stock, "prompt_logprobs"):
         assert len(row["meta_info"]["input_token_logprobs"]) == row["meta_info"]["prompt_tokens"]
     for row in rows_of(stock, "token_logprobs"):
-        # Prefill made the first token, and does not hand these over.
-        assert all(len(some) == 3 for some in row["meta_info"]["output_token_ids_logprobs"][1:])
+        assert all(len(some) == 3 for some in row["meta_info"]["output_token_ids_logprobs"])
     assert set(finish(rows_of(stock, "stop"))) & {"er", "ing", "th"}
     assert set(finish(rows_of(stock, "stop_token_ids"))) & set(STOP_IDS)
     assert any(FAVOURED in row["output_ids"] for row in rows_of(stock, "logit_bias"))
@@ -208,6 +231,17 @@ def test_every_feature_was_at_work(stock: Run) -> None:
     assert {len(stock.answers[i]) for i, job in enumerate(JOBS) if job.feature == "n"} == {2}
     lengths = [row["meta_info"]["completion_tokens"] for row in rows_of(stock, "min_new_tokens")]
     assert min(lengths) >= 16 and set(finish(rows_of(stock, "min_new_tokens"))) & set(STOP_IDS)
+
+
+def test_an_echoed_completion_has_its_prompts_log_probabilities(stock: Run, packed: Run) -> None:
+    for run in (stock, packed):
+        native, completion = run.echoed
+        want = [probability for probability, *_ in native["meta_info"]["input_token_logprobs"]]
+        found = completion["choices"][0]["logprobs"]
+        assert len(want) == completion["usage"]["prompt_tokens"] > 2
+        assert found["token_logprobs"][: len(want)] == pytest.approx(want, abs=1e-4)
+        assert {len(listed) for listed in found.values()} == {len(want) + 2}
+        assert "".join(found["tokens"][: len(want)]) == WORDS
 
 
 def test_a_stream_interval_thins_the_events_out(stock: Run, packed: Run) -> None:

@@ -11,7 +11,7 @@ import aiohttp
 
 from sglang_kairos.router.answers import Send
 from sglang_kairos.router.attention import Attention
-from sglang_kairos.router.call import Call
+from sglang_kairos.router.call import Call, ClientLeft
 from sglang_kairos.router.exchange import (
     KEEP_BYTES,
     DecodeHead,
@@ -22,12 +22,14 @@ from sglang_kairos.router.exchange import (
 )
 from sglang_kairos.router.fleet import Fleet, Placement
 from sglang_kairos.router.logprobs import KEEP_BYTES as KEEP_LOGPROBS
-from sglang_kairos.router.logprobs import Merger, wants_merge
+from sglang_kairos.router.logprobs import TOO_LONG, Merger, wants_merge, wants_prompts
 from sglang_kairos.router.metrics import RouterMetrics
 from sglang_kairos.router.prompt import name_requests, pair_up
-from sglang_kairos.router.relay import Relayed, relay
+from sglang_kairos.router.relay import Passage, Relayed
 from sglang_kairos.router.servers import Server
+from sglang_kairos.router.tokens import Meter, ask_for_counts
 from sglang_kairos.slo import SloTable
+from sglang_kairos.slo_http import GENERATE, error_body
 
 _DRAIN_S = 30.0
 
@@ -64,6 +66,10 @@ class Attempts:
         rids = name_requests(call.body, call.prompt, call.own_rid)
         pair_up(call.body, call.prompt.batch, prefill.host, prefill.bootstrap_port)
         merge = wants_merge(call.path, call.body)
+        choices = call.prompt.prompts * call.prompt.samples
+        hidden = ask_for_counts(
+            call.body, call.path, choices, call.stream_options, decode.usage_by_default
+        )
         exchange = Exchange(
             self._session,
             prefill,
@@ -102,6 +108,8 @@ class Attempts:
                 attention.interrupt(error)
 
         over = answered = False
+        status = 0
+        passage: Passage | None = None
         servers: tuple[Server, Server] = (prefill, decode)
         for server in servers:
             server.attempts.add(attention)
@@ -119,16 +127,21 @@ class Attempts:
                 merger = None
                 if merge:
                     await asyncio.wait({first})
-                    merger = Merger(exchange.prefill_body, call.prompt.stream)
+                    merger = _merger(call, exchange)
                 # Decode has the KV: what becomes of the prefill server is no concern any more.
                 prefill.attempts.discard(attention)
                 self._observe_first(call, placement, exchange)
-                broken = await relay(head, seen, send, call.own_headers, merger)
+                passage = Passage(head, seen, send, Meter(call.path, choices), hidden, merger)
+                broken = await passage.relay(call.own_headers)
             if broken is not None:
                 raise ServerFailed(decode, broken)
             answered = True
-            self._observe_end(call, placement, seen)
-            return status
+        except Exception as error:
+            # Nothing takes back an answer that was sent. A client need not wait for its last words.
+            answered = seen.whole or (isinstance(error, ClientLeft) and seen.enough())
+            if not answered or passage is None:
+                raise
+            await passage.end()
         finally:
             over = True
             for server in servers:
@@ -139,8 +152,11 @@ class Attempts:
             if not answered:
                 first.cancel()
                 call.aborting = self._spawn(_abort(first, exchange))
-            elif not first.done():
-                self._drain(first, exchange)
+        if seen.whole:
+            self._observe_end(call, placement, seen)
+        if not (first.done() and passage.exhausted):
+            self._spawn(self._finish(call, placement, passage, first, exchange))
+        return status
 
     async def finish(self) -> None:
         """Wait a moment for drains and aborts still running (shutdown)."""
@@ -177,17 +193,27 @@ class Attempts:
                 1e3 * tpot <= call.slo.tpot_ms,
             )
 
-    def _drain(self, prefill: asyncio.Task[Refusal | None], exchange: Exchange) -> None:
-        """Let prefill finish its answer, so that its connection can be used again."""
-        timer = asyncio.get_running_loop().call_later(_DRAIN_S, prefill.cancel)
-
-        def ended(task: asyncio.Task[Refusal | None]) -> None:
-            timer.cancel()
-            self._background.discard(task)
+    async def _finish(
+        self,
+        call: Call,
+        placement: Placement,
+        passage: Passage,
+        prefill: asyncio.Task[Refusal | None],
+        exchange: Exchange,
+    ) -> None:
+        """Let both servers finish their answers, so that their connections can be used again."""
+        measured = call.seen.whole
+        try:
+            async with asyncio.timeout(_DRAIN_S):
+                await passage.read_on()
+                if not measured:
+                    self._observe_end(call, placement, call.seen)
+                await asyncio.wait({prefill})
+        except (aiohttp.ClientError, OSError):
+            pass
+        finally:
+            prefill.cancel()
             exchange.close()
-
-        self._background.add(prefill)
-        prefill.add_done_callback(ended)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -205,6 +231,23 @@ async def _rejection(server: Server, head: DecodeHead) -> Rejected:
     except (aiohttp.ClientError, OSError):
         body = head.first
     return Rejected(server, response.status, content_type, body)
+
+
+def _merger(call: Call, exchange: Exchange) -> Merger | None:
+    """For prefill's answer, which has come. Rejected: its part cannot be joined and is asked for."""
+    if not exchange.prefill_cut:
+        merger = Merger(exchange.prefill_body, call.prompt.stream, call.path)
+        if merger.found:
+            return merger
+    if not wants_prompts(call.path, call.body):
+        return None
+    if exchange.prefill_cut:
+        param = "top_logprobs_num" if call.path == GENERATE else "logprobs"
+        body = error_body(call.path, 413, TOO_LONG, "PayloadTooLarge", param)
+        raise Rejected(exchange.prefill, 413, "application/json", body)
+    text = "prefill's answer has no log probabilities of the prompt"
+    body = error_body(call.path, 502, text, "BadGateway")
+    raise Rejected(exchange.prefill, 502, "application/json", body)
 
 
 async def _abort(prefill: asyncio.Task[Any], exchange: Exchange) -> None:

@@ -67,6 +67,7 @@ class Call:
     aged_s: float
     own_rid: bool
     header_notes: HeaderNotes = field(default_factory=list)
+    stream_options: Any = None
     gone: set[Server] = field(default_factory=set)
     failed: set[Server] = field(default_factory=set)
     predicted_s: float = 0.0
@@ -178,6 +179,7 @@ def accept(
         aged_s=now,
         own_rid=body.get("rid") is None,
         header_notes=notes,
+        stream_options=body.get("stream_options"),
     )
 
 

@@ -72,6 +72,7 @@ class Exchange:
         self.prefilled_s: float | None = None
         self.prompt_tokens = 0
         self.prefill_body = b""
+        self.prefill_cut = False
         self._keep_bytes = keep_bytes
         self._session = session
         self._path = path
@@ -86,8 +87,9 @@ class Exchange:
             response = await self._post(self.prefill)
             kept = bytearray()
             async for chunk in response.content.iter_any():
-                if len(kept) < self._keep_bytes:
-                    kept += chunk[: self._keep_bytes - len(kept)]
+                room = self._keep_bytes - len(kept)
+                self.prefill_cut |= len(chunk) > room
+                kept += chunk[:room]
         except (aiohttp.ClientError, OSError) as error:
             raise ServerFailed(self.prefill, error) from error
         failure = _prefill_error(response, bytes(kept))

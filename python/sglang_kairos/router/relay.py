@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 
@@ -12,64 +11,122 @@ from sglang_kairos.router.answers import Headers, Send
 from sglang_kairos.router.exchange import DecodeHead
 from sglang_kairos.router.headers import returned
 from sglang_kairos.router.logprobs import Merger
+from sglang_kairos.router.sse import Splitter
+from sglang_kairos.router.tokens import Hidden, Meter, without
 from sglang_kairos.slo_http import error_body
 
-_DONE = b"data: [DONE]\n\n"
-_COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d{1,9})')
+# Of an event only passed on, more than this of either end is not looked at.
+_LOOKED_AT = 64 * 1024
 
 
 @dataclass(slots=True)
 class Relayed:
-    """What went through. Seconds of `time.monotonic`."""
+    """What went through. `whole`: the client has been sent all of the answer; `ended`: and knows."""
 
     started: bool = False
-    first_s: float = 0.0
-    last_s: float = 0.0
-    events: int = 0
-    last_chunk: bytes = b""
     is_stream: bool = False
+    whole: bool = False
+    ended: bool = False
+    meter: Meter | None = None
 
     def tpot_s(self) -> float | None:
-        """Seconds per token after the first; None unless it was a stream of two or more."""
-        counted = _COMPLETION_TOKENS.findall(self.last_chunk)
-        tokens = int(counted[-1]) if counted else self.events
-        if not self.is_stream or tokens < 2:
-            return None
-        return (self.last_s - self.first_s) / (tokens - 1)
+        """Seconds per token after the first (`Meter.tpot_s`); None unless it was a stream."""
+        return self.meter.tpot_s() if self.meter is not None else None
+
+    def enough(self) -> bool:
+        """Whether a client that leaves now has its answer, but for the words after the last token."""
+        return self.whole or (self.meter is not None and self.meter.finished)
 
 
-async def relay(
-    head: DecodeHead, seen: Relayed, send: Send, own: Headers, merger: Merger | None
-) -> BaseException | None:
-    """Send the answer on; what broke it off, if anything did. `seen` is kept up to date."""
-    response = head.response
-    headers = returned(response.headers)
-    if merger is not None:
-        headers = [pair for pair in headers if pair[0] != b"content-length"]
-    seen.is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
-    seen.started = True
-    seen.first_s = time.monotonic()
-    start = {"type": "http.response.start", "status": response.status, "headers": headers + own}
-    await send(start)
-    chunk = head.first
-    content = response.content
-    try:
-        while chunk:
-            if b'"usage"' in chunk or b"completion_tokens" in chunk:
-                seen.last_chunk = chunk
-            seen.events += chunk.count(b"data: {")
-            if chunk != _DONE:
-                seen.last_s = time.monotonic()
-            if merger is not None:
-                chunk = merger.feed(chunk)
-            if chunk:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            chunk = await content.readany()
-    except (aiohttp.ClientError, OSError) as error:
-        return error
-    last = merger.end() if merger is not None else b""
-    await send({"type": "http.response.body", "body": last})
-    return None
+class Passage:
+    """One answer from decode to the client, without what is `hidden` from it."""
+
+    def __init__(
+        self,
+        head: DecodeHead,
+        seen: Relayed,
+        send: Send,
+        meter: Meter,
+        hidden: Hidden = Hidden.NOTHING,
+        merger: Merger | None = None,
+    ) -> None:
+        self._head, self._seen, self._send = head, seen, send
+        self._merger = merger
+        content_type = head.response.headers.get("content-type", "")
+        seen.is_stream = content_type.startswith("text/event-stream")
+        seen.meter = meter if seen.is_stream else None
+        self._hidden = hidden if seen.is_stream else Hidden.NOTHING
+        self._splitter = Splitter(_LOOKED_AT if self._hidden is Hidden.NOTHING else None)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether decode has sent its last byte: then its connection is free again."""
+        return self._head.response.content.at_eof()
+
+    @property
+    def _holds(self) -> bool:
+        """Whether some of what has come may not have been sent."""
+        return self._merger is not None or self._hidden is not Hidden.NOTHING
+
+    def _done(self) -> bool:
+        return self._seen.meter is not None and self._seen.meter.done
+
+    async def relay(self, own: Headers) -> BaseException | None:
+        """Send the answer on; what broke it off, if anything did. `seen` is kept up to date."""
+        response, seen = self._head.response, self._seen
+        headers = returned(response.headers)
+        if self._holds:
+            headers = [pair for pair in headers if pair[0] != b"content-length"]
+        seen.started = True
+        start = {"type": "http.response.start", "status": response.status, "headers": headers + own}
+        await self._send(start)
+        chunk, content = self._head.first, response.content
+        try:
+            while chunk:
+                await self._pass(chunk)
+                # With the last byte of a body of known length its end is known as well.
+                seen.whole = self._done() or (not self._holds and self.exhausted)
+                chunk = await content.readany()
+        except (aiohttp.ClientError, OSError) as error:
+            if not seen.whole:
+                return error
+        last = b"" if self._hidden is Hidden.NOTHING else self._splitter.rest
+        if self._merger is not None:
+            last = self._merger.feed(last) + self._merger.end()
+        await self._send({"type": "http.response.body", "body": last})
+        seen.whole = seen.ended = True
+        return None
+
+    async def read_on(self) -> None:
+        """Read and measure what comes after the client has left. aiohttp.ClientError, OSError."""
+        content = self._head.response.content
+        while chunk := await content.readany():
+            self._measure(self._splitter.feed(chunk), time.monotonic())
+
+    async def end(self) -> None:
+        """Tell the client that its answer has ended, if it has not been told."""
+        if not self._seen.ended:
+            self._seen.ended = True
+            await self._send({"type": "http.response.body", "body": b""})
+
+    async def _pass(self, chunk: bytes) -> None:
+        now = time.monotonic()
+        events: list[bytes] = []
+        if self._hidden is not Hidden.NOTHING:
+            events = self._splitter.feed(chunk)
+            chunk = b"".join([without(self._hidden, event) for event in events])
+        shown = chunk if self._merger is None else self._merger.feed(chunk)
+        if shown:
+            await self._send({"type": "http.response.body", "body": shown, "more_body": True})
+        if self._seen.meter is not None:
+            if self._hidden is Hidden.NOTHING:
+                events = self._splitter.feed(chunk)
+            self._measure(events, now)
+
+    def _measure(self, events: list[bytes], now_s: float) -> None:
+        if self._seen.meter is not None:
+            for event in events:
+                self._seen.meter.event(event, now_s)
 
 
 async def break_off(seen: Relayed, send: Send, status: int, message: str, kind: str) -> None:

@@ -61,6 +61,8 @@ class Server:
         self.health = Health(rules or HealthRules())
         self.kairos = False
         self.draining = False
+        # Whether streams of the OpenAI endpoints end with their usage unasked; None: not known.
+        self.usage_by_default: bool | None = None
         self.attempts: set[Attention] = set()
         self.limits: RequestLimits = NO_LIMITS
         self._load: Load | None = None
@@ -85,6 +87,7 @@ class Server:
         """Take what /server_info tells; anything missing or odd is ignored."""
         self.kairos = any(True for _ in kairos_reports(info))
         self.limits = request_limits(info)
+        self.usage_by_default = bool(info.get("stream_response_default_include_usage"))
 
     def learn_load(self, load: Load | None, now_s: float) -> None:
         """Take what /v1/loads told at `now_s`; None: nothing."""
