@@ -12,6 +12,7 @@ import aiohttp
 from sglang_kairos.router.answers import Send
 from sglang_kairos.router.attention import Attention
 from sglang_kairos.router.call import Call
+from sglang_kairos.router.call_registry import CallRegistry
 from sglang_kairos.router.exchange import (
     KEEP_BYTES,
     DecodeHead,
@@ -51,7 +52,9 @@ class Attempts:
         table: SloTable,
         metrics: RouterMetrics,
         carries: bool,
+        calls: CallRegistry,
     ) -> None:
+        self._calls = calls
         self._fleet, self._session, self._metrics = fleet, session, metrics
         self._table, self._carries = table, carries
         self._background: set[asyncio.Task[Any]] = set()
@@ -62,6 +65,8 @@ class Attempts:
         """One pair; the status sent. ServerFailed, Rejected, or what `attention` is told."""
         prefill, decode = placement.prefill, placement.decode
         rids = name_requests(call.body, call.prompt, call.own_rid)
+        if call.own_rid:
+            self._calls.name(call, rids)
         pair_up(call.body, call.prompt.batch, prefill.host, prefill.bootstrap_port)
         merge = wants_merge(call.path, call.body)
         exchange = Exchange(
@@ -101,7 +106,7 @@ class Attempts:
             if isinstance(error, Exception) and not over and not seen.started:
                 attention.interrupt(error)
 
-        over = answered = False
+        over = answered = not_taken = False
         servers: tuple[Server, Server] = (prefill, decode)
         for server in servers:
             server.attempts.add(attention)
@@ -129,6 +134,9 @@ class Attempts:
             answered = True
             self._observe_end(call, placement, seen)
             return status
+        except Rejected as rejected:
+            not_taken = rejected.status < 500
+            raise
         finally:
             over = True
             for server in servers:
@@ -138,7 +146,10 @@ class Attempts:
             decode.leave(request.prompts, grown, request.tpot_s)
             if not answered:
                 first.cancel()
-                call.aborting = self._spawn(_abort(first, exchange))
+                # A chosen id that was refused may be somebody else's, and an abort ends whatever
+                # begins with it. Closing the connections then has to do.
+                named = call.own_rid or (not not_taken and all(map(self._calls.may_abort, rids)))
+                call.aborting = self._spawn(_abort(first, exchange, named))
             elif not first.done():
                 self._drain(first, exchange)
 
@@ -207,6 +218,9 @@ async def _rejection(server: Server, head: DecodeHead) -> Rejected:
     return Rejected(server, response.status, content_type, body)
 
 
-async def _abort(prefill: asyncio.Task[Any], exchange: Exchange) -> None:
+async def _abort(prefill: asyncio.Task[Any], exchange: Exchange, named: bool) -> None:
     await asyncio.gather(prefill, return_exceptions=True)
-    await exchange.abort()
+    if named:
+        await exchange.abort()
+    else:
+        exchange.close()
