@@ -144,7 +144,9 @@ async def bed(
         for _ in range(routers):
             port = free_port()
             argv = ["-m", "sglang_kairos.launch_router", "--pd-disaggregation", *wiring]
-            argv += ["--port", str(port), "--log-level", "warning", *QUICK, *flags]
+            argv += ["--port", str(port), "--log-level", "warning", *QUICK]
+            # Nobody kills these servers by a request.
+            argv += ["--protect-last-server", "off", *flags]
             found.append(part(argv, port))
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         client = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))

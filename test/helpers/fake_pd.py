@@ -35,6 +35,7 @@ class Fake:
     flushed: int = 0
     left: asyncio.Event = field(default_factory=asyncio.Event)
     url: str = ""
+    runner: Any = None
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
         self.bodies.append(await request.json())
@@ -71,7 +72,7 @@ class Fake:
         app.router.add_get("/v1/loads", self.load)
         for path in ("/server_info", "/model_info", "/v1/models", "/health_generate"):
             app.router.add_get(path, self.tell)
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        self.runner = runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()

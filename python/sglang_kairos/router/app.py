@@ -7,6 +7,7 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import aiohttp
+import orjson
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,14 +16,14 @@ from starlette.routing import Route
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.router.admin import Admin
 from sglang_kairos.router.answers import Receive, Scope, Send, refuse
-from sglang_kairos.router.ask import Asker, as_json
+from sglang_kairos.router.ask import JSON, Asker, as_json
 from sglang_kairos.router.auth import bears, is_open
 from sglang_kairos.router.fleet import Fleet
 from sglang_kairos.router.metrics import RouterMetrics
 from sglang_kairos.router.options import RouterOptions
 from sglang_kairos.router.proxy import PairProxy
 from sglang_kairos.router.watch import Watch
-from sglang_kairos.slo_http import SLO_PATHS
+from sglang_kairos.slo_http import SLO_PATHS, error_body
 
 # SGLang closes idle connections after 5 s: let go before it does, or a request meets the closing.
 _KEEP_ALIVE_S = 3.0
@@ -42,7 +43,6 @@ _ANY = (
 # Every server must do it.
 _EVERY = (
     ("/flush_cache", ["GET", "POST"]),
-    ("/abort_request", ["POST"]),
     ("/start_profile", ["GET", "POST"]),
     ("/stop_profile", ["GET", "POST"]),
     ("/update_weights_from_disk", ["POST"]),
@@ -138,6 +138,21 @@ class Router:
         assert self._admin is not None
         return await self._admin(request)
 
+    async def abort_request(self, request: Request) -> Response:
+        """On every server; and nobody who was meant is tried again."""
+        try:
+            asked = orjson.loads(await request.body() or b"{}")
+        except orjson.JSONDecodeError:
+            asked = {}
+        if isinstance(asked, dict):
+            everybody = asked.get("abort_all") is True
+            if not everybody and not asked.get("rid"):
+                # To SGLang, an empty id is the beginning of everybody's.
+                text = "rid: must name a request, or abort_all be true"
+                return Response(error_body(request.url.path, 400, text, param="rid"), 400, JSON)
+            self.proxy.calls.aborted(asked.get("rid"), everybody)
+        return await self.asker.every(request)
+
     async def metrics_text(self, _: Request) -> Response:
         """Prometheus exposition."""
         metrics, limits = self.metrics, self.proxy.limits
@@ -199,6 +214,7 @@ def _fleet_app(router: Router) -> Starlette:
         Route("/ping", router.ping),
         Route("/metrics", router.metrics_text),
         Route("/admin/servers", router.admin, methods=["GET", "POST", "DELETE"]),
+        Route("/abort_request", router.abort_request, methods=["POST"]),
         Route("/health_generate", asked("health_generate")),
         Route("/server_info", asked("server_info")),
         Route("/get_server_info", asked("server_info")),

@@ -12,6 +12,7 @@ import aiohttp
 from sglang_kairos.router.answers import Send
 from sglang_kairos.router.attention import Attention
 from sglang_kairos.router.call import Call, ClientLeft
+from sglang_kairos.router.call_registry import CallRegistry
 from sglang_kairos.router.exchange import (
     KEEP_BYTES,
     DecodeHead,
@@ -53,7 +54,9 @@ class Attempts:
         table: SloTable,
         metrics: RouterMetrics,
         carries: bool,
+        calls: CallRegistry,
     ) -> None:
+        self._calls = calls
         self._fleet, self._session, self._metrics = fleet, session, metrics
         self._table, self._carries = table, carries
         self._background: set[asyncio.Task[Any]] = set()
@@ -64,6 +67,8 @@ class Attempts:
         """One pair; the status sent. ServerFailed, Rejected, or what `attention` is told."""
         prefill, decode = placement.prefill, placement.decode
         rids = name_requests(call.body, call.prompt, call.own_rid)
+        if call.own_rid:
+            self._calls.name(call, rids)
         pair_up(call.body, call.prompt.batch, prefill.host, prefill.bootstrap_port)
         merge = wants_merge(call.path, call.body)
         choices = call.prompt.prompts * call.prompt.samples
@@ -107,7 +112,7 @@ class Attempts:
             if isinstance(error, Exception) and not over and not seen.started:
                 attention.interrupt(error)
 
-        over = answered = False
+        over = answered = not_taken = False
         status = 0
         passage: Passage | None = None
         servers: tuple[Server, Server] = (prefill, decode)
@@ -137,6 +142,7 @@ class Attempts:
                 raise ServerFailed(decode, broken)
             answered = True
         except Exception as error:
+            not_taken = isinstance(error, Rejected) and error.status < 500
             # Nothing takes back an answer that was sent. A client need not wait for its last words.
             answered = seen.whole or (isinstance(error, ClientLeft) and seen.enough())
             if not answered or passage is None:
@@ -151,7 +157,10 @@ class Attempts:
             decode.leave(request.prompts, grown, request.tpot_s)
             if not answered:
                 first.cancel()
-                call.aborting = self._spawn(_abort(first, exchange))
+                # A chosen id that was refused may be somebody else's, and an abort ends whatever
+                # begins with it. Closing the connections then has to do.
+                named = call.own_rid or (not not_taken and all(map(self._calls.may_abort, rids)))
+                call.aborting = self._spawn(_abort(first, exchange, named))
         if seen.whole:
             self._observe_end(call, placement, seen)
         if not (first.done() and passage.exhausted):
@@ -250,6 +259,9 @@ def _merger(call: Call, exchange: Exchange) -> Merger | None:
     raise Rejected(exchange.prefill, 502, "application/json", body)
 
 
-async def _abort(prefill: asyncio.Task[Any], exchange: Exchange) -> None:
+async def _abort(prefill: asyncio.Task[Any], exchange: Exchange, named: bool) -> None:
     await asyncio.gather(prefill, return_exceptions=True)
-    await exchange.abort()
+    if named:
+        await exchange.abort()
+    else:
+        exchange.close()

@@ -12,6 +12,7 @@ import orjson
 from sglang_kairos.policy.placement import OUTPUT_SHARE, PlacedRequest
 from sglang_kairos.request_checks import RequestError, check_request
 from sglang_kairos.router.answers import Headers, Receive, Scope
+from sglang_kairos.router.attention import Attention
 from sglang_kairos.router.fleet import Fleet
 from sglang_kairos.router.headers import forwarded
 from sglang_kairos.router.limits import Limits, TooLarge
@@ -53,6 +54,8 @@ class Call:
     """A request the router has accepted. Times are `time.monotonic` seconds.
 
     `gone`: servers that could not be reached; `failed`: those of pairs that failed it otherwise.
+    `aborted`: somebody asked for its end. `server_ids`: made up for the attempt under way.
+    `relegated`: how to reach it while it waits here for its turn.
     """
 
     path: str
@@ -73,6 +76,9 @@ class Call:
     predicted_s: float = 0.0
     seen: Relayed = field(default_factory=Relayed)
     aborting: asyncio.Task[None] | None = None
+    aborted: bool = False
+    relegated: Attention | None = None
+    server_ids: list[str] = field(default_factory=list)
 
     @property
     def own_headers(self) -> Headers:

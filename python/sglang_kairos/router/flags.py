@@ -49,6 +49,12 @@ def _serving(group: argparse._ArgumentGroup) -> None:
     add("--max-retries", "--retry-max-retries", type=int, default=3, help="other attempts made")
     add("--disable-retries", action="store_true", help="the first attempt is the only one")
     add(
+        "--protect-last-server",
+        choices=("on", "off"),
+        default="on",
+        help="a request under which a server has died is not sent to the last one of that role",
+    )
+    add(
         "--shutdown-grace-period-secs",
         type=float,
         default=180.0,

@@ -81,8 +81,9 @@ class Fleet:
 
     @property
     def ready(self) -> bool:
-        """Whether a pair can be formed of servers that are up."""
-        return any(s.up for s in self.prefills) and any(s.up for s in self.decodes)
+        """Whether a pair can be formed of servers that are there. One that is ejected for failing
+        requests still gets them while nobody else of its role is left."""
+        return any(s.there for s in self.prefills) and any(s.there for s in self.decodes)
 
     def find(self, url: str) -> PrefillServer | DecodeServer | None:
         """The server of that URL."""

@@ -38,6 +38,11 @@ class RouterMetrics:
         self.ejections = counter(
             "ejections", "Times a server was taken out, by reason", ["server", "reason"]
         )
+        self.cut_off = counter(
+            "cut_off",
+            "Requests whose server died under them or cut them off before it answered",
+            ["role", "outcome"],
+        )
         self.retries = Counter(
             "kairos_router_retries", "Attempts after the first", registry=registry
         )

@@ -39,6 +39,7 @@ class RouterOptions:
     overload: Overload = Overload.SERVE
     overload_classes: tuple[tuple[str, Overload], ...] = ()
     max_in_flight: int = 8192
+    protect_last_server: bool = True
     max_body_bytes: int = 512 * MIB
     max_held_bytes: int = 2048 * MIB
     drain_s: float = 180.0
@@ -92,6 +93,7 @@ def parse_options(argv: Sequence[str]) -> RouterOptions:
         overload=overload,
         overload_classes=classes,
         max_in_flight=max(0, given.max_concurrent_requests),
+        protect_last_server=given.protect_last_server == "on",
         max_body_bytes=given.max_payload_size,
         max_held_bytes=given.max_held_bytes,
         drain_s=given.shutdown_grace_period_secs,

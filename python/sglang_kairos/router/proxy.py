@@ -17,7 +17,9 @@ from sglang_kairos.policy.overload import Overload, retry_after_s, verdict
 from sglang_kairos.router.answers import Headers, Receive, Scope, Send, answer, refuse
 from sglang_kairos.router.attempt import Attempts, Rejected
 from sglang_kairos.router.attention import Attention
+from sglang_kairos.router.blame import Suspicion, Verdicts, never_sent, own_shortage, was_aborted
 from sglang_kairos.router.call import BadRequest, Call, ClientLeft, accept, read_body
+from sglang_kairos.router.call_registry import Aborted, CallRegistry
 from sglang_kairos.router.exchange import ServerFailed, is_unreachable
 from sglang_kairos.router.fleet import Fleet, Placement
 from sglang_kairos.router.later import Later
@@ -36,6 +38,10 @@ _RETRIED = frozenset((429, 500, 502, 503, 504))
 _BUSY = frozenset((429, 503))
 # A stock server takes relegated work when it has no more than this left to do.
 _NEARLY_IDLE_S = 0.1
+
+
+_ABORTED = "aborted by a call to /abort_request"
+_SHORTAGE = "the router has no file descriptor left: raise its limit (ulimit -n)"
 
 
 class TimedOut(Exception):
@@ -76,7 +82,8 @@ class PairProxy:
         self._max_wait = max_wait
         self._metrics = metrics
         self._options = options
-        self._attempts = Attempts(fleet, session, table, metrics, carries)
+        self._calls = CallRegistry()
+        self._attempts = Attempts(fleet, session, table, metrics, carries, self._calls)
         self._live: set[Attention] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,7 +103,8 @@ class PairProxy:
             slo_class = call.slo.name
             for note in call.header_notes:
                 self._metrics.odd_headers.labels(*note.split()).inc()
-            status = await self._serve(call, receive, send)
+            with self._calls.holding(call):
+                status = await self._serve(call, receive, send)
         except BadRequest as error:
             status = await refuse(send, path, 400, str(error), "BadRequestError", param=error.param)
         except TooLarge as error:
@@ -108,6 +116,11 @@ class PairProxy:
         finally:
             self.limits.leave(held)
             self._metrics.answered(path, status, slo_class)
+
+    @property
+    def calls(self) -> CallRegistry:
+        """The requests that are being served, by their ids."""
+        return self._calls
 
     def interrupt_all(self) -> None:
         """The router is about to end: whoever is still being served gets an error now."""
@@ -132,6 +145,8 @@ class PairProxy:
         except TimedOut:
             text = f"no answer within {self._options.request_timeout_s:g} s"
             return await self._end(call, send, 504, text, "Timeout")
+        except Aborted:
+            return await self._end(call, send, 500, _ABORTED, "Aborted")
         except Draining:
             return await self._end(call, send, 503, "the router is shutting down", "Unavailable")
         finally:
@@ -141,7 +156,18 @@ class PairProxy:
 
     async def _pairs(self, call: Call, attention: Attention, send: Send) -> int:
         """One pair after another until one serves it. Shed, TimedOut, Draining, ClientLeft."""
-        reason, last = "no server", None
+        verdicts = Verdicts(self._count_failure)
+        try:
+            status = await self._try_pairs(call, attention, send, verdicts)
+        except (Shed, TimedOut, Draining, ClientLeft, Aborted):
+            verdicts.given_up(had_others=True)
+            raise
+        return status
+
+    async def _try_pairs(
+        self, call: Call, attention: Attention, send: Send, verdicts: Verdicts
+    ) -> int:
+        reason, last, suspicion = "no server", None, Suspicion()
         for attempt in range(self._options.max_retries + 1):
             placement = self._choose(call, torn=last is None)
             if placement is None:
@@ -150,27 +176,62 @@ class PairProxy:
                 placement = await self._admit(call, placement, attention)
             self._metrics.retries.inc(1 if attempt else 0)
             try:
-                return await self._attempts.serve(call, placement, attention, send)
+                status = await self._attempts.serve(call, placement, attention, send)
+                verdicts.served()
+                return status
             except ServerFailed as error:
+                if own_shortage(error.cause):
+                    return await self._end(call, send, 503, _SHORTAGE, "Unavailable")
                 reason, last = str(error), None
                 self._note(call, placement, error.server, error.cause)
                 if call.seen.started:
                     return await self._end(call, send, 502, reason, "BadGateway")
+                if not never_sent(error.cause):
+                    async with attention:
+                        why = await self._suspect(call, suspicion, error)
+                    if why:
+                        verdicts.given_up(had_others=False)
+                        return await self._end(call, send, 502, f"{why}: {reason}", "BadGateway")
             except Rejected as rejected:
                 last = rejected
-                if rejected.status not in _RETRIED:
+                if rejected.status not in _RETRIED or was_aborted(rejected.body):
                     break
-                self._rejected(call, placement, rejected)
+                self._rejected(call, placement, rejected, verdicts)
+            if call.aborted:
+                break
             if call.aborting is not None and not call.own_rid:
                 # The client's own id is still taken on the server that did answer.
                 async with attention:
                     await asyncio.wait({call.aborting}, timeout=1.0)
+        verdicts.given_up(had_others=self._options.max_retries > 0)
         if last is not None:
             headers: Headers = [(b"content-type", last.content_type.encode("latin-1"))]
             await answer(send, last.status, last.body, headers + call.own_headers)
             return last.status
+        if call.aborted:
+            return await self._end(call, send, 500, _ABORTED, "Aborted")
         text = f"no server could take the request: {reason}"
+        if suspicion.cuts:
+            return await self._end(call, send, 502, text, "BadGateway")
         return await self._end(call, send, 503, text, "Unavailable")
+
+    async def _suspect(self, call: Call, suspicion: Suspicion, error: ServerFailed) -> str:
+        """A server died under the request or cut it off; why it is not tried again, if it is not."""
+        server = error.server
+        others = sum(
+            one.up for one in self._fleet.servers if one.role == server.role and one is not server
+        )
+        protect = self._options.protect_last_server
+        why = await suspicion.verdict(server, others, protect)
+        self._metrics.cut_off.labels(server.role, "ended" if why else "retried").inc()
+        logger.warning(
+            "request %s: cut off by %s server %s, %s",
+            call.request_id,
+            server.role,
+            server.url,
+            "ended" if why else "tried once more",
+        )
+        return why
 
     def _choose(self, call: Call, torn: bool) -> Placement | None:
         """A pair, best without any server of a pair that failed before; the failed pair itself once
@@ -207,8 +268,12 @@ class PairProxy:
             return found.prefill.kairos or found.prefill.owed_s <= _NEARLY_IDLE_S
 
         until = call.arrived_s + self._max_wait * call.slo.ttft_ms / 1e3
-        async with attention:
-            await self.later.wait(may_go, until)
+        call.relegated = attention
+        try:
+            async with attention:
+                await self.later.wait(may_go, until)
+        finally:
+            call.relegated = None
         return self._choose(call, torn=True) or found
 
     async def _shed(self, call: Call, placement: Placement, send: Send) -> int:
@@ -263,14 +328,18 @@ class PairProxy:
         call.failed |= {placement.prefill, placement.decode}
         self._count_failure(server)
 
-    def _rejected(self, call: Call, placement: Placement, rejected: Rejected) -> None:
+    def _rejected(
+        self, call: Call, placement: Placement, rejected: Rejected, verdicts: Verdicts
+    ) -> None:
         """A server answered 5xx. A decode server may do so for its prefill server's sake."""
         self._metrics.errors.labels(rejected.server.url, str(rejected.status)).inc()
         call.failed |= {placement.prefill, placement.decode}
         if rejected.status not in _BUSY and placement.prefill.up:
-            self._count_failure(rejected.server)
+            verdicts.said(rejected.server, rejected.status)
 
     def _count_failure(self, server: Server) -> None:
+        if not self._fleet.has_other(server):
+            return  # a role is never emptied for failures alone
         if server.health.request_failed(time.monotonic()):
             self._metrics.ejections.labels(server.url, "outlier").inc()
             logger.warning("%s server %s is ejected: it fails requests", server.role, server.url)

@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import resource
 import signal
 import sys
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -25,6 +27,8 @@ logger = logging.getLogger("uvicorn.error")
 
 # Between telling requests that the router ends and uvicorn's cancelling them.
 _LAST_WORDS_S = 2.0
+# A request has its client's connection and one to each server; the router itself has some, too.
+_DESCRIPTORS_EACH, _OTHER_DESCRIPTORS = 3, 64
 
 
 class DrainingServer(uvicorn.Server):
@@ -54,9 +58,30 @@ class DrainingServer(uvicorn.Server):
         self._router.proxy.interrupt_all()
 
 
+def raise_descriptor_limit(max_in_flight: int) -> str:
+    """Takes as many file descriptors as the process may have; what to say if they do not suffice."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):  # some systems have a lower limit than they say
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    needed = _DESCRIPTORS_EACH * max_in_flight + _OTHER_DESCRIPTORS
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return ""
+    fits = max(0, soft - _OTHER_DESCRIPTORS) // _DESCRIPTORS_EACH
+    return (
+        f"--max-concurrent-requests {max_in_flight} needs {needed} file descriptors, this process may "
+        f"have {soft}: from {fits} requests at once on, further ones get 503 (raise ulimit -Hn, or "
+        "lower the flag)"
+    )
+
+
 def serve(app: RouterApp) -> int:
     """Serve until told to stop; the exit status."""
     options = app.router.options
+    shortage = raise_descriptor_limit(options.max_in_flight)
+    if shortage:
+        logger.warning(shortage)
     settings: dict[str, Any] = {}
     if options.tls_cert:
         settings = {"ssl_certfile": options.tls_cert, "ssl_keyfile": options.tls_key}

@@ -73,6 +73,11 @@ class Server:
         """Whether it gets new requests if there is a choice."""
         return not self.draining and self.health.takes_requests(time.monotonic())
 
+    @property
+    def there(self) -> bool:
+        """Whether it answers probes and is not being removed."""
+        return not self.draining and not self.health.gone
+
     def cut(self, cause: Exception) -> None:
         """It is gone: whoever waits for it need not wait any longer."""
         for attention in list(self.attempts):

@@ -16,6 +16,7 @@ from typing import Any
 
 import aiohttp
 
+from sglang_kairos.router.blame import own_shortage
 from sglang_kairos.router.exchange import ServerFailed, ServerGone, is_unreachable
 from sglang_kairos.router.fleet import Fleet
 from sglang_kairos.router.metrics import RouterMetrics
@@ -116,6 +117,8 @@ class Watch:
                 return response.status, None
 
     def _failed(self, server: AnyServer, error: BaseException) -> None:
+        if own_shortage(error):
+            return  # it says nothing about the server
         refused = is_unreachable(error)
         if not isinstance(error, aiohttp.ClientError | OSError):  # TimeoutError is an OSError
             logger.warning("%s %s: odd answer: %r", server.role, server.url, error)
