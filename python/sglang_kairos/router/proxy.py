@@ -139,7 +139,7 @@ class PairProxy:
 
     async def _pairs(self, call: Call, attention: Attention, send: Send) -> int:
         """One pair after another until one serves it. Shed, TimedOut, Draining, ClientLeft."""
-        reason, last = "no server", None
+        reason, last = self._fleet.nobody, None
         for attempt in range(self._options.max_retries + 1):
             placement = self._choose(call, torn=last is None)
             if placement is None:
