@@ -66,7 +66,7 @@ class Fake:
     @contextlib.asynccontextmanager
     async def run(self) -> AsyncIterator[Fake]:
         app = web.Application()
-        served = {path: self.serve for path in (GENERATE, COMPLETIONS, CHAT)}
+        served = dict.fromkeys((GENERATE, COMPLETIONS, CHAT), self.serve)
         served |= {"/abort_request": self.abort, "/flush_cache": self.flush}
         asked = dict.fromkeys(
             ("/server_info", "/model_info", "/v1/models", "/health_generate"), self.tell

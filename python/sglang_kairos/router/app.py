@@ -24,7 +24,7 @@ from sglang_kairos.router.answers import Receive, Scope, Send, refuse
 from sglang_kairos.router.ask import Asker, as_json, error
 from sglang_kairos.router.auth import bears, is_open
 from sglang_kairos.router.call import REQUEST_ID
-from sglang_kairos.router.discovery import Discovery
+from sglang_kairos.router.discovery import ApiServer, Discovery
 from sglang_kairos.router.endpoints import (
     ANY,
     EACH,
@@ -66,6 +66,7 @@ class Router:
         self._asker: Asker | None = None
         self._admin: Admin | None = None
         self._discovery: Discovery | None = None
+        self._cluster = ApiServer() if options.pods is not None else None
         self._scraped: web.AppRunner | None = None
 
     @property
@@ -115,7 +116,7 @@ class Router:
         self._admin = Admin(self.fleet, self._watch, self.metrics, options.admin_api_key)
         self._watch.start()
         if options.pods is not None:
-            self._discovery = Discovery(options.pods, self._admin)
+            self._discovery = Discovery(options.pods, self._admin, self._cluster)
             self._discovery.start()
         if options.metrics_port is not None:
             await self._serve_metrics(options.metrics_host, options.metrics_port)
@@ -154,6 +155,10 @@ class Router:
     def _ready(self) -> bool:
         # A server's role is known by its first answer only; nobody waits for it with probes off.
         return self.fleet.met if self.options.probes else self.fleet.ready
+
+    async def root(self, _: Request) -> Response:
+        """Who is here."""
+        return as_json("Kairos' router is running")
 
     async def ping(self, _: Request) -> Response:
         """200 while the process lives (liveness, as /health is readiness)."""
@@ -258,7 +263,8 @@ class RouterApp:
 
 
 def create_app(options: RouterOptions, config: KairosConfig) -> RouterApp:
-    """The app; its `router` holds everything. ConfigError for unusable SLO classes."""
+    """The app; its `router` holds everything. ConfigError for unusable SLO classes, OptionError for
+    service discovery outside a cluster."""
     return RouterApp(Router(options, config))
 
 
@@ -301,6 +307,7 @@ def _fleet_app(router: Router) -> Starlette:
 
     asking: dict[str, Endpoint] = {kind: asked(kind) for kind in (ANY, EACH, EVERY)}
     own: dict[str, Endpoint] = {
+        "/": router.root,
         "/health": router.health,
         "/ready": router.health,
         "/ping": router.ping,

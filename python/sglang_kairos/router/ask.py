@@ -63,7 +63,7 @@ class Asker:
         return await _while_there(request, self._first(request, body))
 
     async def _first(self, request: Request, body: bytes) -> Response:
-        found = Response(status_code=503)
+        found = error(_path(request), 503, "no server", "Unavailable")
         for server in sorted(self._fleet.servers, key=lambda server: not server.up):
             found = await self._ask(server, request, request.method, _path(request), body)
             if found.status_code < 500:
@@ -252,9 +252,11 @@ class Asker:
 def together(path: str, urls: Sequence[str], answers: Sequence[Response]) -> Response:
     """One answer for a command to every server, made of theirs.
 
-    All did it: 200 with each one's answer. All refuse it alike (4xx): the first one's refusal, as
-    it is. Anything else: 502, and who said what.
+    No server: 503. All did it: 200 with each one's answer. All refuse it alike (4xx): the first
+    one's refusal, as it is. Anything else: 502, and who said what.
     """
+    if not answers:
+        return error(path, 503, "no server", "Unavailable")
     statuses = {found.status_code for found in answers}
     if len(statuses) == 1 and 400 <= min(statuses) < 500:
         return answers[0]

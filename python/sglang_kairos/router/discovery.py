@@ -71,7 +71,7 @@ class _Stale(Exception):
 class Discovery:
     """One task per role, from `start` to `stop`."""
 
-    def __init__(self, pods: Pods, admin: Admin, api: ApiServer | None = None) -> None:
+    def __init__(self, pods: Pods, admin: Admin, api: ApiServer | None) -> None:
         self._admin, self._api = admin, api or ApiServer()
         self._port = pods.port
         self._selectors = {"prefill": pods.prefill, "decode": pods.decode}
@@ -102,7 +102,7 @@ class Discovery:
                     while True:
                         version = await self._watch(session, role, pods, version)
                 except _Stale:
-                    continue
+                    pass
                 except Exception as error:  # this loop must outlive whatever the API server answers
                     if said != (text := f"{type(error).__name__}: {error}"):
                         logger.warning("looking for %s pods: %s; trying again", role, text)

@@ -42,7 +42,7 @@ def _all(kind: str, methods: tuple[str, ...], paths: str, why: str = "") -> list
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     *_all(PAIR, ("POST", "PUT"), "/generate /v1/completions /v1/chat/completions"),
-    *_all(OWN, GET, "/health /health_generate /ping /ready /metrics"),
+    *_all(OWN, GET, "/ /health /health_generate /ping /ready /metrics"),
     *_all(OWN, GET, "/server_info /get_server_info"),
     *_all(ANY, GET, "/v1/models /v1/models/{model:path} /model_info /get_model_info"),
     *_all(ANY, GET, "/weight_version /get_weight_version /api/tags"),

@@ -77,7 +77,7 @@ class Watch:
         self._tasks.clear()
 
     async def _watch(self, server: AnyServer) -> None:
-        was_up = True
+        was = True, server.misplaced
         info_due_s = 0.0
         took: deque[float] = deque(maxlen=5)
         while True:
@@ -93,10 +93,11 @@ class Watch:
             except Exception as error:  # this loop must outlive whatever a server answers
                 info_due_s = 0.0
                 self._failed(server, error)
-            if server.up != was_up:
-                was_up = server.up
-                why = f": {server.problem}" if server.problem else ""
-                word = "up" if was_up else "down"
+            now_is = server.up, server.misplaced
+            if now_is != was:
+                was = now_is
+                why = f": {server.misplaced}" if server.misplaced else ""
+                word = "up" if server.up else "down"
                 logger.warning("%s %s is %s%s", server.role, server.url, word, why)
             await asyncio.sleep(self._poll_s * self._fleet.rng.uniform(0.8, 1.2))
 
