@@ -139,8 +139,10 @@ def test_looking_for_pods_outside_a_cluster_ends_at_once_and_says_why(
 
 
 def test_pods_are_chosen_by_a_selector_per_role() -> None:
-    options = parse(PODS + "--prefill-selector role=prefill app=x --decode-selector role=decode")
-    assert options.pods == Pods("role=prefill,app=x", "role=decode", 30000)
+    options = parse(
+        PODS + "--prefill-selector role=prefill app=x --decode-selector=role=decode,app=x"
+    )
+    assert options.pods == Pods("role=prefill,app=x", "role=decode,app=x", 30000)
     assert (options.prefills, options.decodes) == ((), ())
 
 

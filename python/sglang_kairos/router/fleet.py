@@ -76,9 +76,10 @@ class Fleet:
 
     @property
     def met(self) -> bool:
-        """As `ready`, of servers that have been looked at: their roles are known by then."""
-        return any(s.up and s.looked_at for s in self.prefills) and any(
-            s.up and s.looked_at for s in self.decodes
+        """As `ready`, and one of each role has been looked at: whether it has that role is known."""
+        return self.ready and all(
+            any(s.looked_at and not s.misplaced for s in role)
+            for role in (self.prefills, self.decodes)
         )
 
     @property

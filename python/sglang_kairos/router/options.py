@@ -212,11 +212,12 @@ def _pods(given: argparse.Namespace) -> Pods | None:
 
 
 def _selector(flag: str, words: Sequence[str]) -> str:
-    """``a=b c=d`` as Kubernetes takes it (``a=b,c=d``)."""
-    for word in words:
-        if not _LABEL.fullmatch(word):
-            raise OptionError(f"{flag}: must be LABEL=VALUE, got {word!r}")
-    return ",".join(words)
+    """``a=b c=d`` or ``a=b,c=d``, as Kubernetes takes it."""
+    labels = [label for word in words for label in word.split(",")]
+    for label in labels:
+        if not _LABEL.fullmatch(label):
+            raise OptionError(f"{flag}: must be LABEL=VALUE, got {label!r}")
+    return ",".join(labels)
 
 
 def _check_ranges(given: argparse.Namespace) -> None:
