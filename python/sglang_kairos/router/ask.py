@@ -210,10 +210,11 @@ class Asker:
         method: str,
         path: str,
         body: bytes = b"",
-        timeout_s: float = _ASK_TIMEOUT_S,
+        patience_s: float | None = None,
         commands: bool = False,
     ) -> Response:
         """One server's answer, or a 503 that says why there is none."""
+        timeout_s = _ASK_TIMEOUT_S if patience_s is None else patience_s
         try:
             async with self._session.request(
                 method,
