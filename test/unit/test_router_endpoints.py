@@ -157,6 +157,8 @@ def test_a_web_page_may_call_every_path_as_with_sglangs_own_server(path: str) ->
                 assert "authorization" in allowed and "content-type" in allowed
                 assert "POST" in response.headers["access-control-allow-methods"]
                 assert response.headers["access-control-allow-origin"] == ORIGIN["origin"]
+            async with b.client.get("/ready") as response:
+                assert response.status == 200  # probes carry no key
             for key in ("sk", "wrong"):
                 headers = {**ORIGIN, "authorization": f"Bearer {key}"}
                 async with b.client.post(path, json={"text": "x"}, headers=headers) as response:

@@ -83,7 +83,7 @@ class Watch:
         while True:
             began = time.monotonic()
             try:
-                if began >= info_due_s or server.health.gone:
+                if began >= info_due_s or server.health.gone or server.misplaced:
                     await self._info(server)
                     now = time.monotonic()
                     took.append(now - began)
