@@ -151,7 +151,7 @@ def test_a_broken_or_forgotten_watch_ends_in_a_new_list(
             # What happened while nobody watched is seen by the next list.
             api.pods["decode"]["d0"] = pod("d0", "10.0.0.3")
             api.say("decode", {"type": "ERROR", "object": {"code": 410, "message": "too old"}})
-            await until(lambda: len(fleet.decodes) == 1)
+            await until(lambda: len(fleet.decodes) == 1 and bool(api.watches["decode"]))
             api.pods["decode"] = {"d1": pod("d1", "10.0.0.4")}
             api.say("decode", {"type": "ERROR", "object": {"code": 500, "message": "odd"}})
             await until(lambda: [s.url for s in fleet.decodes] == ["http://10.0.0.4:30000"])
