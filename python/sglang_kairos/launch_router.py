@@ -23,11 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config, rest = KairosConfig.load(words)
         options = parse_options(rest)
-        app = create_app(options, config)
+        return serve(create_app(options, config))
     except (ConfigError, OptionError) as error:
         print(f"sglang_kairos.launch_router: {error}", file=sys.stderr)
         return 2
-    return serve(app)
 
 
 if __name__ == "__main__":

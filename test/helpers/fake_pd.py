@@ -34,6 +34,8 @@ class Fake:
     aborted: list[str] = field(default_factory=list)
     flushed: int = 0
     left: asyncio.Event = field(default_factory=asyncio.Event)
+    # Endpoints besides, or in place of, those below; every method.
+    routes: dict[str, Handler] = field(default_factory=dict)
     url: str = ""
     runner: Any = None
 
@@ -65,13 +67,18 @@ class Fake:
     @contextlib.asynccontextmanager
     async def run(self) -> AsyncIterator[Fake]:
         app = web.Application()
-        for path in (GENERATE, COMPLETIONS, CHAT):
-            app.router.add_post(path, self.serve)
-        app.router.add_post("/abort_request", self.abort)
-        app.router.add_post("/flush_cache", self.flush)
-        app.router.add_get("/v1/loads", self.load)
-        for path in ("/server_info", "/model_info", "/v1/models", "/health_generate"):
-            app.router.add_get(path, self.tell)
+        served = dict.fromkeys((GENERATE, COMPLETIONS, CHAT), self.serve)
+        served |= {"/abort_request": self.abort, "/flush_cache": self.flush}
+        asked = dict.fromkeys(
+            ("/server_info", "/model_info", "/v1/models", "/health_generate"), self.tell
+        )
+        asked["/v1/loads"] = self.load
+        for path, handler in self.routes.items():
+            app.router.add_route("*", path, handler)
+        for method, handlers in (("POST", served), ("GET", asked)):
+            for path, handler in handlers.items():
+                if path not in self.routes:
+                    app.router.add_route(method, path, handler)
         self.runner = runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)

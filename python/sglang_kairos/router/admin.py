@@ -8,6 +8,7 @@ DELETE ?url=http://h:30000[&force=1]    no new requests; gone once its last one 
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import orjson
 from starlette.requests import Request
@@ -23,6 +24,8 @@ from sglang_kairos.router.servers import DecodeServer, PrefillServer
 from sglang_kairos.router.watch import Watch
 from sglang_kairos.slo_http import error_body
 
+logger = logging.getLogger(__name__)
+
 _LOOK_EVERY_S = 0.1
 
 
@@ -31,7 +34,7 @@ class Admin:
 
     def __init__(self, fleet: Fleet, watch: Watch, metrics: RouterMetrics, key: str) -> None:
         self._fleet, self._watch, self._metrics, self._key = fleet, watch, metrics, key
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._leaving: dict[PrefillServer | DecodeServer, asyncio.Task[None]] = {}
 
     async def __call__(self, request: Request) -> Response:
         """Dispatch by method."""
@@ -64,29 +67,51 @@ class Admin:
             if found.draining:
                 return _error(409, f"{url} is being removed; wait until it is gone", "Conflict")
             return _error(409, f"{url} is there already", "Conflict")
+        server = self.enrol(body["role"], url, port)
+        assert server is not None
+        logger.info("%s %s added by the administrator", server.role, url)
+        return as_json(server.describe(), 201)
+
+    def enrol(
+        self, role: str, url: str, bootstrap_port: int | None
+    ) -> PrefillServer | DecodeServer | None:
+        """A server that takes requests from now on; one that is leaving stays. None: it is there."""
+        found = self._fleet.find(url)
+        if found is not None:
+            leaving = self._leaving.pop(found, None)
+            if leaving is None or found.role != role:
+                return None
+            leaving.cancel()
+            found.draining = False
+            return found
         server: PrefillServer | DecodeServer
-        if body["role"] == "prefill":
-            server = self._fleet.add_prefill(url, port)
+        if role == "prefill":
+            server = self._fleet.add_prefill(url, bootstrap_port)
         else:
             server = self._fleet.add_decode(url)
         self._watch.add(server)
-        return as_json(server.describe(), 201)
+        return server
 
     def _remove(self, url: str, force: bool) -> Response:
         server = self._fleet.find(url.rstrip("/"))
         if server is None:
             return _error(404, f"no server {url!r}", "NotFound")
-        server.draining = True
+        logger.info("%s %s removed by the administrator", server.role, server.url)
+        self.dismiss(server)
         if force:
             server.cut(ServerFailed(server, ServerGone("removed by the administrator")))
-        task = asyncio.create_task(self._when_idle(server))
-        self._leaving.add(task)
-        task.add_done_callback(self._leaving.discard)
         return as_json(server.describe(), 202)
+
+    def dismiss(self, server: PrefillServer | DecodeServer) -> None:
+        """No new requests for it; it is gone once its last one has ended."""
+        server.draining = True
+        if server not in self._leaving:
+            self._leaving[server] = asyncio.create_task(self._when_idle(server))
 
     async def _when_idle(self, server: PrefillServer | DecodeServer) -> None:
         while server.attempts:
             await asyncio.sleep(_LOOK_EVERY_S)
+        self._leaving.pop(server, None)
         self._watch.drop(server)
         self._fleet.remove(server)
         self._metrics.forget(server.url, server.role)

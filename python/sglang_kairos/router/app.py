@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import aiohttp
 import orjson
+from aiohttp import web
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -16,39 +22,33 @@ from starlette.routing import Route
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.router.admin import Admin
 from sglang_kairos.router.answers import Receive, Scope, Send, refuse
-from sglang_kairos.router.ask import JSON, Asker, as_json
+from sglang_kairos.router.ask import Asker, as_json, error
 from sglang_kairos.router.auth import bears, is_open
+from sglang_kairos.router.call import REQUEST_ID
+from sglang_kairos.router.discovery import ApiServer, Discovery
+from sglang_kairos.router.endpoints import (
+    ANY,
+    EACH,
+    ENDPOINTS,
+    EVERY,
+    OWN,
+    REFUSED,
+    WEBSOCKET,
+)
 from sglang_kairos.router.fleet import Fleet
 from sglang_kairos.router.metrics import RouterMetrics
 from sglang_kairos.router.options import RouterOptions
 from sglang_kairos.router.proxy import PairProxy
 from sglang_kairos.router.watch import Watch
-from sglang_kairos.slo_http import SLO_PATHS, error_body
+from sglang_kairos.slo_http import SLO_PATHS
 
 # SGLang closes idle connections after 5 s: let go before it does, or a request meets the closing.
 _KEEP_ALIVE_S = 3.0
-# Answered by one server for all: they say the same, or it does not matter who does the work.
-_ANY = (
-    ("/v1/models", ["GET"]),
-    ("/v1/models/{model:path}", ["GET"]),
-    ("/model_info", ["GET"]),
-    ("/get_model_info", ["GET"]),
-    ("/tokenize", ["POST"]),
-    ("/v1/tokenize", ["POST"]),
-    ("/detokenize", ["POST"]),
-    ("/v1/detokenize", ["POST"]),
-    ("/parse_function_call", ["POST"]),
-    ("/separate_reasoning", ["POST"]),
-)
-# Every server must do it.
-_EVERY = (
-    ("/flush_cache", ["GET", "POST"]),
-    ("/start_profile", ["GET", "POST"]),
-    ("/stop_profile", ["GET", "POST"]),
-    ("/update_weights_from_disk", ["POST"]),
-    ("/pause_generation", ["POST"]),
-    ("/continue_generation", ["POST"]),
-)
+Endpoint = Callable[[Request], Awaitable[Response]]
+_MISSING = "NotFoundError"
+_EXPOSITION = "text/plain; version=0.0.4"
+# /health waits this long for the first look at a server.
+_FIRST_LOOK_S = 0.5
 
 
 class Router:
@@ -57,7 +57,7 @@ class Router:
     def __init__(self, options: RouterOptions, config: KairosConfig) -> None:
         self.options = options
         self.fleet = Fleet(options)
-        self.metrics = RouterMetrics()
+        self.metrics = RouterMetrics(options.ttft_buckets)
         self.draining = False
         self._config = config
         self._table = config.slo_table()
@@ -66,6 +66,9 @@ class Router:
         self._watch: Watch | None = None
         self._asker: Asker | None = None
         self._admin: Admin | None = None
+        self._discovery: Discovery | None = None
+        self._cluster = ApiServer() if options.pods is not None else None
+        self._scraped: web.AppRunner | None = None
 
     @property
     def proxy(self) -> PairProxy:
@@ -85,8 +88,12 @@ class Router:
         """Open the client session and start looking at the servers."""
         options = self.options
         verify: ssl.SSLContext | bool = True
-        if options.ca_cert:
-            verify = ssl.create_default_context(cafile=options.ca_cert)
+        if options.ca_certs or options.client_cert:
+            verify = ssl.create_default_context()
+            for path in options.ca_certs:
+                verify.load_verify_locations(path)
+            if options.client_cert:
+                verify.load_cert_chain(options.client_cert, options.client_key or None)
         self._session = session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=0, keepalive_timeout=_KEEP_ALIVE_S, ssl=verify, use_dns_cache=True
@@ -109,9 +116,18 @@ class Router:
         self._watch = Watch(self.fleet, session, options, self.metrics)
         self._admin = Admin(self.fleet, self._watch, self.metrics, options.admin_api_key)
         self._watch.start()
+        if options.pods is not None:
+            self._discovery = Discovery(options.pods, self._admin, self._cluster)
+            self._discovery.start()
+        if options.metrics_port is not None:
+            await self._serve_metrics(options.metrics_host, options.metrics_port)
 
     async def stop(self) -> None:
         """Stop looking, give aborts a second, close all connections."""
+        if self._scraped is not None:
+            await self._scraped.cleanup()
+        if self._discovery is not None:
+            await self._discovery.stop()
         if self._watch is not None:
             await self._watch.stop()
         if self._proxy is not None:
@@ -121,13 +137,29 @@ class Router:
 
     async def health(self, _: Request) -> Response:
         """200 while a prefill/decode pair can be formed and the router stays, 503 otherwise."""
-        status = "ok" if self.fleet.ready else "no prefill/decode pair is up"
-        ready = self.fleet.ready and not self.draining
+        fleet = self.fleet
+        until = time.monotonic() + _FIRST_LOOK_S
+        while not self._ready and fleet.ready and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+        status = "no prefill/decode pair is up"
+        if fleet.ready:
+            status = "ok" if self._ready else "no prefill/decode pair has answered a probe yet"
         body = {
             "status": "draining" if self.draining else status,
-            "servers": {server.url: server.up for server in self.fleet.servers},
+            "servers": {server.url: server.up for server in fleet.servers},
         }
-        return as_json(body, 200 if ready else 503)
+        if fleet.problems:
+            body["problems"] = fleet.problems
+        return as_json(body, 200 if self._ready and not self.draining else 503)
+
+    @property
+    def _ready(self) -> bool:
+        # A server's role is known by its first answer only; nobody waits for it with probes off.
+        return self.fleet.met if self.options.probes else self.fleet.ready
+
+    async def root(self, _: Request) -> Response:
+        """Who is here."""
+        return as_json("Kairos' router is running")
 
     async def ping(self, _: Request) -> Response:
         """200 while the process lives (liveness, as /health is readiness)."""
@@ -143,18 +175,42 @@ class Router:
         try:
             asked = orjson.loads(await request.body() or b"{}")
         except orjson.JSONDecodeError:
-            asked = {}
+            asked = None  # the servers say what is wrong with it
         if isinstance(asked, dict):
             everybody = asked.get("abort_all") is True
             if not everybody and not asked.get("rid"):
                 # To SGLang, an empty id is the beginning of everybody's.
                 text = "rid: must name a request, or abort_all be true"
-                return Response(error_body(request.url.path, 400, text, param="rid"), 400, JSON)
+                return error("/abort_request", 400, text, "BadRequestError", param="rid")
             self.proxy.calls.aborted(asked.get("rid"), everybody)
         return await self.asker.every(request)
 
     async def metrics_text(self, _: Request) -> Response:
         """Prometheus exposition."""
+        return Response(self._metrics_now(), media_type=_EXPOSITION)
+
+    async def _serve_metrics(self, host: str, port: int) -> None:
+        async def scrape(_: web.Request) -> web.Response:
+            return web.Response(body=self._metrics_now(), headers={"content-type": _EXPOSITION})
+
+        app = web.Application()
+        app.router.add_get("/metrics", scrape)
+        self._scraped = web.AppRunner(app, access_log=None)
+        await self._scraped.setup()
+        try:
+            await web.TCPSite(self._scraped, host, port).start()
+        except OSError as failure:
+            raise RuntimeError(f"--prometheus-port: cannot listen: {failure}") from None
+
+    @property
+    def metrics_address(self) -> str:
+        """Where /metrics is served besides, ``http://host:port``. RuntimeError if it is not."""
+        if self._scraped is None:
+            raise RuntimeError("--prometheus-port was not given")
+        host, port = self._scraped.addresses[0][:2]
+        return f"http://{host}:{port}"
+
+    def _metrics_now(self) -> bytes:
         metrics, limits = self.metrics, self.proxy.limits
         metrics.in_flight.set(limits.in_flight)
         metrics.held_bytes.set(limits.held_bytes)
@@ -164,7 +220,7 @@ class Router:
             metrics.running.labels(server.url, server.role).set(len(server.attempts))
         for prefill in self.fleet.prefills:
             metrics.owed.labels(prefill.url).set(prefill.owed_s)
-        return Response(metrics.render(), media_type="text/plain; version=0.0.4")
+        return metrics.render()
 
 
 class RouterApp:
@@ -173,12 +229,31 @@ class RouterApp:
     def __init__(self, router: Router) -> None:
         self.router = router
         self._rest = _fleet_app(router)
-        self._key = router.options.client_api_key
+        options = router.options
+        self._key, self._admin_key = options.client_api_key, options.admin_api_key
+        self._id_headers = [name.encode("latin-1") for name in options.id_headers]
+        self._outer: Any = self._serve
+        if options.cors_origins:
+            # As SGLang's own server answers web pages.
+            self._outer = CORSMiddleware(
+                self._serve,
+                allow_origins=options.cors_origins,
+                allow_credentials=True,
+                allow_methods=["*"],
+                allow_headers=["*"],
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and len(scope["path"]) > 1 and scope["path"].endswith("/"):
+            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+        await self._outer(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             path = scope["path"]
-            if self._key and not is_open(path) and not bears(scope["headers"], self._key):
+            if self._id_headers:
+                scope = self._named(scope)
+            if self._key and not is_open(path) and not self._may(scope):
                 text = "a valid API key is required as a bearer token"
                 await refuse(send, path, 401, text, "Unauthorized")
                 return
@@ -187,9 +262,25 @@ class RouterApp:
                 return
         await self._rest(scope, receive, send)
 
+    def _may(self, scope: Scope) -> bool:
+        """Whether it bears the clients' key, or the administrator's."""
+        headers = scope["headers"]
+        admin = bool(self._admin_key) and bears(headers, self._admin_key)
+        return admin or bears(headers, self._key)
+
+    def _named(self, scope: Scope) -> Scope:
+        """With the request's id where everybody looks for it."""
+        headers, name = scope["headers"], REQUEST_ID.encode()
+        found = {key: value for key, value in headers if key == name or key in self._id_headers}
+        if name in found or not found:
+            return scope
+        first = next(found[key] for key in self._id_headers if key in found)
+        return {**scope, "headers": [*headers, (name, first)]}
+
 
 def create_app(options: RouterOptions, config: KairosConfig) -> RouterApp:
-    """The app; its `router` holds everything. ConfigError for unusable SLO classes."""
+    """The app; its `router` holds everything. ConfigError for unusable SLO classes, OptionError for
+    service discovery outside a cluster."""
     return RouterApp(Router(options, config))
 
 
@@ -202,24 +293,68 @@ def _fleet_app(router: Router) -> Starlette:
         finally:
             await router.stop()
 
-    def asked(name: str) -> Callable[[Request], Awaitable[Response]]:
+    def asked(name: str) -> Endpoint:
         async def endpoint(request: Request) -> Response:
             found: Response = await getattr(router.asker, name)(request)
             return found
 
         return endpoint
 
-    routes = [
-        Route("/health", router.health),
-        Route("/ping", router.ping),
-        Route("/metrics", router.metrics_text),
-        Route("/admin/servers", router.admin, methods=["GET", "POST", "DELETE"]),
-        Route("/abort_request", router.abort_request, methods=["POST"]),
-        Route("/health_generate", asked("health_generate")),
-        Route("/server_info", asked("server_info")),
-        Route("/get_server_info", asked("server_info")),
-        Route("/v1/loads", asked("loads")),
-    ]
-    routes += [Route(path, asked("one"), methods=methods) for path, methods in _ANY]
-    routes += [Route(path, asked("every"), methods=methods) for path, methods in _EVERY]
-    return Starlette(routes=routes, lifespan=lifespan)
+    def refusing(why: str) -> Endpoint:
+        async def endpoint(request: Request) -> Response:
+            path = request.scope["path"]
+            text = f"{path} is not served over prefill/decode pairs: {why}"
+            return error(path, 404, text, _MISSING)
+
+        return endpoint
+
+    async def missing(request: Request, failure: Exception) -> Response:
+        assert isinstance(failure, HTTPException)
+        path, status = request.scope["path"], failure.status_code
+        text, kind = f"no endpoint {path}", _MISSING
+        if status == 405:
+            text, kind = f"{path} does not take {request.method}", "MethodNotAllowed"
+        found = error(path, status, text, kind)
+        found.headers.update(failure.headers or {})
+        return found
+
+    async def pair(_: Request) -> Response:
+        raise AssertionError("served by the proxy")
+
+    asking: dict[str, Endpoint] = {kind: asked(kind) for kind in (ANY, EACH, EVERY)}
+    own: dict[str, Endpoint] = {
+        "/": router.root,
+        "/health": router.health,
+        "/ready": router.health,
+        "/ping": router.ping,
+        "/metrics": router.metrics_text,
+        "/health_generate": asked("health_generate"),
+        "/server_info": asked("server_info"),
+        "/get_server_info": asked("server_info"),
+    }
+    routes = [Route("/admin/servers", router.admin, methods=["GET", "POST", "DELETE"])]
+    served: dict[str, dict[str, Endpoint]] = {}
+    for one in ENDPOINTS:
+        if one.methods == WEBSOCKET:
+            continue
+        endpoint: Endpoint = pair
+        if one.kind == OWN:
+            endpoint = own[one.path]
+        elif one.kind == REFUSED:
+            endpoint = refusing(one.why)
+        elif one.kind in asking:
+            endpoint = asking[one.kind]
+        served.setdefault(one.path, {}).update(dict.fromkeys(one.methods, endpoint))
+    served["/abort_request"] = {"POST": router.abort_request}
+    routes += [_route(path, by_method) for path, by_method in served.items()]
+    return Starlette(
+        routes=routes, lifespan=lifespan, exception_handlers={404: missing, 405: missing}
+    )
+
+
+def _route(path: str, by_method: dict[str, Endpoint]) -> Route:
+    async def endpoint(request: Request) -> Response:
+        method = "GET" if request.method == "HEAD" else request.method
+        return await by_method[method](request)
+
+    return Route(path, endpoint, methods=list(by_method))

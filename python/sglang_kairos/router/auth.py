@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Iterable
 
-_OPEN = frozenset(("/health", "/metrics", "/ping"))
+_OPEN = frozenset(("/health", "/ready", "/metrics", "/ping"))
 
 
 def bears(headers: Iterable[tuple[bytes, bytes]], key: str) -> bool:

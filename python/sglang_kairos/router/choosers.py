@@ -18,9 +18,18 @@ from sglang_kairos.router.servers import DecodeServer, PrefillServer
 T = TypeVar("T")
 Servers = tuple[Sequence[PrefillServer], Sequence[DecodeServer]]
 
-# As in upstream's gateway: a match of this share of a prompt decides, unless the load is uneven.
-CACHE_THRESHOLD = 0.3
-BALANCE_ABS, BALANCE_REL = 64, 1.5
+
+class CacheRule(NamedTuple):
+    """As in upstream's gateway: a match of `threshold` of a prompt decides, unless the load is
+    uneven: the fullest server has `balance_abs` requests more than the emptiest, and `balance_rel`
+    times as many."""
+
+    threshold: float = 0.3
+    balance_abs: float = 64
+    balance_rel: float = 1.5
+
+
+_RULE = CacheRule()
 
 
 class Choice(NamedTuple):
@@ -34,8 +43,8 @@ class Choice(NamedTuple):
 class Chooser:
     """One policy. Both sides given are never empty."""
 
-    def __init__(self, rng: Random) -> None:
-        self._rng = rng
+    def __init__(self, rng: Random, rule: CacheRule = _RULE) -> None:
+        self._rng, self._rule = rng, rule
 
     def choose(self, servers: Servers, request: PlacedRequest, blocks: Blocks) -> Choice:
         """The pair for a request."""
@@ -73,8 +82,8 @@ class Uniform(Chooser):
 class RoundRobin(Chooser):
     """Prefill servers in turn, and every decode server with every prefill server."""
 
-    def __init__(self, rng: Random) -> None:
-        super().__init__(rng)
+    def __init__(self, rng: Random, rule: CacheRule = _RULE) -> None:
+        super().__init__(rng, rule)
         self._turn = itertools.count()
 
     def choose(self, servers: Servers, request: PlacedRequest, blocks: Blocks) -> Choice:
@@ -113,10 +122,11 @@ class CacheAware(LeastLoad):
         prefill, decode, _ = super().choose(servers, request, blocks)
         most = max(server.owed for server in prefills)
         least = min(server.owed for server in prefills)
-        if most - least > BALANCE_ABS and most > BALANCE_REL * least:
+        rule = self._rule
+        if most - least > rule.balance_abs and most > rule.balance_rel * least:
             return Choice(prefill, decode)
         best = max(prefills, key=lambda server: server.prefix.cached_tokens(blocks))
-        if best.prefix.cached_tokens(blocks) >= CACHE_THRESHOLD * max(1.0, request.tokens):
+        if best.prefix.cached_tokens(blocks) >= rule.threshold * max(1.0, request.tokens):
             prefill = best
         return Choice(prefill, decode)
 
@@ -129,3 +139,35 @@ CHOOSERS: dict[str, type[Chooser]] = {
     "power_of_two": PowerOfTwo,
     "cache_aware": CacheAware,
 }
+
+
+class InTurn(Chooser):
+    """Each side's servers in turn, whatever the other side does."""
+
+    def __init__(self, rng: Random, rule: CacheRule = _RULE) -> None:
+        super().__init__(rng, rule)
+        self._turn = itertools.count()
+
+    def choose(self, servers: Servers, request: PlacedRequest, blocks: Blocks) -> Choice:
+        prefills, decodes = servers
+        turn = next(self._turn)
+        return Choice(prefills[turn % len(prefills)], decodes[turn % len(decodes)])
+
+
+class PerRole(Chooser):
+    """One policy's prefill server, and another's decode server."""
+
+    def __init__(self, prefill: Chooser, decode: Chooser) -> None:
+        self._prefill, self._decode = prefill, decode
+
+    def choose(self, servers: Servers, request: PlacedRequest, blocks: Blocks) -> Choice:
+        prefill = self._prefill.choose(servers, request, blocks).prefill
+        return Choice(prefill, self._decode.choose(servers, request, blocks).decode)
+
+
+def chooser_of(prefill: str, decode: str, rng: Random, rule: CacheRule = _RULE) -> Chooser:
+    """The chooser for a policy per role; both may be the same."""
+    if prefill == decode:
+        return CHOOSERS[prefill](rng, rule)
+    kinds = {**CHOOSERS, "round_robin": InTurn}
+    return PerRole(kinds[prefill](rng, rule), kinds[decode](rng, rule))

@@ -16,7 +16,7 @@ from typing import TypeVar
 from sglang_kairos.policy.overload import Outcome
 from sglang_kairos.policy.placement import DRAWN, LOOK_AT_ALL, PlacedRequest, choose_pair
 from sglang_kairos.request_checks import NO_LIMITS, RequestLimits
-from sglang_kairos.router.choosers import CHOOSERS
+from sglang_kairos.router.choosers import CacheRule, chooser_of
 from sglang_kairos.router.learn import Average, Margin
 from sglang_kairos.router.options import RouterOptions
 from sglang_kairos.router.prefix import Blocks
@@ -53,8 +53,16 @@ class Fleet:
         self.handoff = Average(30e-3)
         self.bytes_per_token = Average(4.0)
         self.margin = Margin()
-        self._chooser = CHOOSERS[options.policy](self.rng)
-        self._samples = options.policy == "kairos"
+        policies = {
+            "prefill": options.prefill_policy or options.policy,
+            "decode": options.decode_policy or options.policy,
+        }
+        rule = CacheRule(
+            options.cache_threshold, options.balance_abs_threshold, options.balance_rel_threshold
+        )
+        self._chooser = chooser_of(policies["prefill"], policies["decode"], self.rng, rule)
+        # Only these compare all servers by a prediction each.
+        self._sampled = {role for role, name in policies.items() if name == "kairos"}
         self.limits = NO_LIMITS
         self._uneven = False
         self._homes: OrderedDict[int, PrefillServer] = OrderedDict()
@@ -68,8 +76,12 @@ class Fleet:
         """After a server has told of itself: what a request may be for somebody here to hold it."""
         known = [server.limits for server in self.servers]
         longest = [server.limits.longest_prompt for server in self.decodes]
-        roomy = max(self.decodes, key=lambda server: server.limits.longest_prompt or math.inf)
-        fitting = roomy.limits if None not in longest else NO_LIMITS
+        fitting = NO_LIMITS
+        if longest and None not in longest:
+            fitting = max(
+                (server.limits for server in self.decodes),
+                key=lambda limits: limits.longest_prompt or 0,
+            )
         self._uneven = len(set(longest)) > 1
         self.limits = RequestLimits(
             vocabulary=max((each.vocabulary for each in known if each.vocabulary), default=None),
@@ -84,6 +96,25 @@ class Fleet:
         """Whether a pair can be formed of servers that are there. One that is ejected for failing
         requests still gets them while nobody else of its role is left."""
         return any(s.there for s in self.prefills) and any(s.there for s in self.decodes)
+
+    @property
+    def met(self) -> bool:
+        """As `ready`, and one of each role has been looked at: whether it has that role is known."""
+        return self.ready and all(
+            any(s.looked_at and not s.misplaced for s in role)
+            for role in (self.prefills, self.decodes)
+        )
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """What somebody should mend, by URL."""
+        return {server.url: server.problem for server in self.servers if server.problem}
+
+    @property
+    def nobody(self) -> str:
+        """Why there is no pair, in words."""
+        lost = [f"{s.role} {s.url}: {s.misplaced}" for s in self.servers if s.misplaced]
+        return "; ".join(["no server", *lost])
 
     def find(self, url: str) -> PrefillServer | DecodeServer | None:
         """The server of that URL."""
@@ -121,8 +152,8 @@ class Fleet:
     ) -> Placement | None:
         """The pair for a request; without `now_s`, for one that is placed now.
 
-        Servers in `tried` are never chosen again, nor are those being removed; servers that are
-        down only when no other is left. None when a side has nobody left.
+        Servers in `tried` are never chosen again, nor are those being removed or of another role;
+        servers that are down only when no other is left. None when a side has nobody left.
         """
         excluded = set(tried)
         prefills = self._candidates(self.prefills, excluded)
@@ -164,7 +195,7 @@ class Fleet:
 
     def _candidates(self, servers: list[S], excluded: set[Server]) -> list[S]:
         """Who may be picked; of a large fleet only a few, drawn at random."""
-        if self._samples and len(servers) > LOOK_AT_ALL:
+        if len(servers) > LOOK_AT_ALL and servers[0].role in self._sampled:
             found: dict[Server, S] = {}
             for _ in range(4 * DRAWN):
                 server = servers[int(self.rng.random() * len(servers))]
@@ -172,7 +203,7 @@ class Fleet:
                     found[server] = server
                     if len(found) == DRAWN:
                         return list(found.values())
-        left = [one for one in servers if one not in excluded and not one.draining]
+        left = [s for s in servers if s not in excluded and not s.draining and not s.misplaced]
         return [server for server in left if server.up] or left
 
 

@@ -17,6 +17,10 @@ _NOT_RETURNED = frozenset(
 )
 
 
+# Browsers are answered by the router, for servers that would let everybody in.
+_CORS = "access-control-"
+
+
 def forwarded(raw: list[tuple[bytes, bytes]], drop_auth: bool = False) -> list[tuple[str, str]]:
     """The client's end-to-end headers for the servers, without those the router answers for.
 
@@ -44,5 +48,5 @@ def returned(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
     return [
         (key.lower().encode("latin-1"), value.encode("latin-1", "replace"))
         for key, value in headers.items()
-        if key.lower() not in _NOT_RETURNED
+        if key.lower() not in _NOT_RETURNED and not key.lower().startswith(_CORS)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -16,7 +17,7 @@ _MISSES = (-10, -3, -1, -0.3, -0.1, -0.03, 0, 0.03, 0.1, 0.3, 1, 3, 10)
 class RouterMetrics:
     """Counted per router process."""
 
-    def __init__(self) -> None:
+    def __init__(self, ttft_buckets: Sequence[float] = ()) -> None:
         registry = self.registry = CollectorRegistry()
 
         def counter(name: str, text: str, labels: list[str]) -> Counter:
@@ -60,7 +61,10 @@ class RouterMetrics:
             ["header", "action"],
         )
         self._ttft = histogram(
-            "ttft_seconds", "Arrival to the first byte of a stream", ["slo_class"], _BUCKETS
+            "ttft_seconds",
+            "Arrival to the first byte of a stream",
+            ["slo_class"],
+            ttft_buckets or _BUCKETS,
         )
         self._tpot = histogram(
             "tpot_seconds", "Seconds per token after the first, of streams", ["slo_class"], _STEPS

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from sglang_kairos.policy.overload import Overload
-from sglang_kairos.router.flags import build_parser
+from sglang_kairos.router.flags import POLICIES, build_parser
 from sglang_kairos.router.health import HealthRules
+from sglang_kairos.router.upstream_flags import heed
+
+logger = logging.getLogger(__name__)
 
 ADMIN_KEY_ENV = "KAIROS_ROUTER_ADMIN_KEY"
 MIB = 1024 * 1024
+_LOG_LEVELS = ("debug", "info", "warn", "warning", "error", "critical", "trace")
+_LABEL = re.compile(r"[A-Za-z0-9._/-]+=[A-Za-z0-9._-]*")
 
 
 class OptionError(ValueError):
@@ -21,19 +28,38 @@ class OptionError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Pods:
+    """Which Kubernetes pods are servers: label selectors by role, HTTP port; no namespace is all."""
+
+    prefill: str
+    decode: str
+    port: int
+    namespace: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class RouterOptions:
     """`prefills`: URL and bootstrap port (None: as that server reports it). Times in seconds,
-    sizes in bytes; 0 for `max_in_flight` is no limit; an empty key or path is none."""
+    sizes in bytes; 0 for `max_in_flight` is no limit; an empty key, path or policy is none;
+    `probes` False: what they fail takes nobody out."""
 
     prefills: tuple[tuple[str, int | None], ...]
     decodes: tuple[str, ...]
     host: str = "127.0.0.1"
     port: int = 30000
     policy: str = "kairos"
+    prefill_policy: str = ""
+    decode_policy: str = ""
+    cache_threshold: float = 0.3
+    balance_abs_threshold: float = 64
+    balance_rel_threshold: float = 1.5
     request_timeout_s: float = 1800.0
     connect_timeout_s: float = 5.0
     poll_s: float = 0.5
     probe_timeout_s: float = 5.0
+    probe_s: float = 2.0
+    probe_successes: int = 1
+    probes: bool = True
     health: HealthRules = field(default_factory=HealthRules)
     max_retries: int = 3
     overload: Overload = Overload.SERVE
@@ -49,9 +75,18 @@ class RouterOptions:
     admin_api_key: str = ""
     tls_cert: str = ""
     tls_key: str = ""
-    ca_cert: str = ""
+    ca_certs: tuple[str, ...] = ()
+    client_cert: str = ""
+    client_key: str = ""
+    cors_origins: tuple[str, ...] = ("*",)
+    id_headers: tuple[str, ...] = ()
     seed: int | None = None
     log_level: str = "info"
+    log_dir: str = ""
+    metrics_host: str = "0.0.0.0"
+    metrics_port: int | None = None
+    ttft_buckets: tuple[float, ...] = ()
+    pods: Pods | None = None
 
     def overload_of(self, slo_class: str) -> Overload:
         """What is done with that class when no pair can keep the SLO."""
@@ -61,31 +96,42 @@ class RouterOptions:
 def parse_options(argv: Sequence[str]) -> RouterOptions:
     """Options of a command line without Kairos' own flags. OptionError names what is wrong."""
     given = build_parser().parse_args(list(argv))
+    warned, refused = heed(getattr(given, "others", ()))
+    if refused:
+        raise OptionError("; ".join(refused))
+    for line in warned:
+        logger.warning("%s", line)
     if not given.pd_disaggregation:
         raise OptionError("--pd-disaggregation: required, this router serves prefill/decode pairs")
-    if not given.prefill or not given.decode:
+    pods = _pods(given)
+    if pods is None and (not given.prefill or not given.decode):
         raise OptionError("--prefill and --decode: at least one server each is required")
     _check_ranges(given)
-    if bool(given.tls_cert_path) != bool(given.tls_key_path):
-        raise OptionError("--tls-cert-path and --tls-key-path: one needs the other")
-    for flag in ("tls_cert_path", "tls_key_path", "ca_cert_path"):
-        path = getattr(given, flag)
-        if path and not os.access(path, os.R_OK):
-            raise OptionError(f"--{flag.replace('_', '-')}: cannot be read: {path}")
+    _check_policies(given)
+    _check_files(given)
+    ejects = 2**31 if given.disable_circuit_breaker else given.cb_failure_threshold
     overload, classes = _overload(given.overload or [])
     return RouterOptions(
-        prefills=tuple(prefill_of(words) for words in given.prefill),
-        decodes=tuple(url_of("--decode", url) for url in given.decode),
+        prefills=tuple(prefill_of(words) for words in given.prefill or ()),
+        decodes=tuple(url_of("--decode", url) for url in given.decode or ()),
         host=given.host,
         port=given.port,
         policy=given.policy,
+        prefill_policy=given.prefill_policy or "",
+        decode_policy=given.decode_policy or "",
+        cache_threshold=given.cache_threshold,
+        balance_abs_threshold=given.balance_abs_threshold,
+        balance_rel_threshold=given.balance_rel_threshold,
         request_timeout_s=given.request_timeout_secs,
         connect_timeout_s=given.connect_timeout_secs,
         poll_s=given.poll_interval_secs,
         probe_timeout_s=given.health_check_timeout_secs,
+        probe_s=given.health_check_interval_secs,
+        probe_successes=given.health_success_threshold,
+        probes=not given.disable_health_check,
         health=HealthRules(
             probe_failures=given.health_failure_threshold,
-            request_failures=given.cb_failure_threshold,
+            request_failures=ejects,
             eject_s=given.cb_timeout_duration_secs,
             longest_eject_s=max(60.0, given.cb_timeout_duration_secs),
         ),
@@ -103,15 +149,89 @@ def parse_options(argv: Sequence[str]) -> RouterOptions:
         admin_api_key=given.admin_api_key or os.environ.get(ADMIN_KEY_ENV, ""),
         tls_cert=given.tls_cert_path,
         tls_key=given.tls_key_path,
-        ca_cert=given.ca_cert_path,
+        ca_certs=tuple(given.ca_cert_path),
+        client_cert=given.client_cert_path,
+        client_key=given.client_key_path,
+        cors_origins=tuple(given.cors_allowed_origins),
+        id_headers=tuple(name.lower() for name in given.request_id_headers),
         seed=given.seed,
-        log_level=given.log_level,
+        log_level={"warn": "warning"}.get(given.log_level, given.log_level),
+        log_dir=given.log_dir,
+        metrics_host=given.prometheus_host,
+        metrics_port=given.prometheus_port,
+        ttft_buckets=tuple(sorted(set(given.prometheus_duration_buckets or ()))),
+        pods=pods,
     )
+
+
+def _check_policies(given: argparse.Namespace) -> None:
+    for flag in ("policy", "prefill_policy", "decode_policy"):
+        name = getattr(given, flag)
+        if name and name not in POLICIES:
+            known = ", ".join(POLICIES)
+            raise OptionError(f"--{flag.replace('_', '-')}: must be one of {known}, got {name!r}")
+
+
+def _check_files(given: argparse.Namespace) -> None:
+    if given.log_level not in _LOG_LEVELS:
+        known = ", ".join(_LOG_LEVELS)
+        raise OptionError(f"--log-level: must be one of {known}, got {given.log_level!r}")
+    if bool(given.tls_cert_path) != bool(given.tls_key_path):
+        raise OptionError("--tls-cert-path and --tls-key-path: one needs the other")
+    if given.client_key_path and not given.client_cert_path:
+        raise OptionError("--client-key-path: needs --client-cert-path")
+    for flag in (
+        "tls_cert_path",
+        "tls_key_path",
+        "ca_cert_path",
+        "client_cert_path",
+        "client_key_path",
+    ):
+        paths = getattr(given, flag)
+        for path in [paths] if isinstance(paths, str) else paths:
+            if path and not os.access(path, os.R_OK):
+                raise OptionError(f"--{flag.replace('_', '-')}: cannot be read: {path}")
+
+
+def _pods(given: argparse.Namespace) -> Pods | None:
+    flags = {role: f"--{role}-selector" for role in ("prefill", "decode")}
+    selectors = {
+        role: _selector(flag, getattr(given, f"{role}_selector") or [])
+        for role, flag in flags.items()
+    }
+    if not given.service_discovery:
+        for role, selector in selectors.items():
+            if selector:
+                raise OptionError(f"{flags[role]}: needs --service-discovery")
+        return None
+    for role, selector in selectors.items():
+        if not selector:
+            raise OptionError(f"--service-discovery: needs {flags[role]} LABEL=VALUE …")
+    if selectors["prefill"] == selectors["decode"]:
+        raise OptionError("--prefill-selector and --decode-selector: must not be the same")
+    port, namespace = given.service_discovery_port, given.service_discovery_namespace
+    return Pods(selectors["prefill"], selectors["decode"], port, namespace)
+
+
+def _selector(flag: str, words: Sequence[str]) -> str:
+    """``a=b c=d`` or ``a=b,c=d``, as Kubernetes takes it."""
+    labels = [label for word in words for label in word.split(",")]
+    for label in labels:
+        if not _LABEL.fullmatch(label):
+            raise OptionError(f"{flag}: must be LABEL=VALUE, got {label!r}")
+    return ",".join(labels)
 
 
 def _check_ranges(given: argparse.Namespace) -> None:
     for name, low, high in (
         ("port", 0, 65535),
+        ("prometheus_port", 0, 65535),
+        ("service_discovery_port", 1, 65535),
+        ("cache_threshold", 0, 1),
+        ("balance_abs_threshold", 0, 1_000_000),
+        ("balance_rel_threshold", 1, 1_000_000),
+        ("health_check_interval_secs", 0.5, 3600),
+        ("health_success_threshold", 1, 1000),
         ("max_retries", 0, 100),
         ("poll_interval_secs", 0.5, 3600),
         ("request_timeout_secs", 0.1, 1_000_000),
@@ -127,6 +247,8 @@ def _check_ranges(given: argparse.Namespace) -> None:
         ("drain_delay_secs", 0, 3600),
     ):
         value = getattr(given, name)
+        if value is None:
+            continue
         if not low <= value <= high:
             flag = "--" + name.replace("_", "-")
             raise OptionError(f"{flag}: must be between {low} and {high}, got {value}")

@@ -167,7 +167,7 @@ class PairProxy:
     async def _try_pairs(
         self, call: Call, attention: Attention, send: Send, verdicts: Verdicts
     ) -> int:
-        reason, last, suspicion = "no server", None, Suspicion()
+        reason, last, suspicion = self._fleet.nobody, None, Suspicion()
         for attempt in range(self._options.max_retries + 1):
             placement = self._choose(call, torn=last is None)
             if placement is None:

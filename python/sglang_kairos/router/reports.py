@@ -13,6 +13,7 @@ from typing import Any
 from sglang_kairos.policy.placement import StepCost
 from sglang_kairos.request_checks import RequestLimits
 
+_MODES = ("prefill", "decode", "null")
 # Below this many observed steps, a predictor is still its first guess.
 ENOUGH_SAMPLES = 5
 
@@ -106,6 +107,34 @@ def step_cost(report: Mapping[str, Any]) -> StepCost | None:
             return None
         knees.append((knee, slope))
     return StepCost(a, b, c, tuple(knees))
+
+
+def roles(info: Mapping[str, Any]) -> frozenset[str]:
+    """The roles a server says it has now: prefill, decode, null (neither); empty if it tells none.
+
+    Its ranks' own word counts (``internal_states``): a role switched while it runs shows there,
+    beside it stands what the server was started with.
+    """
+    states = info.get("internal_states")
+    rows = [row for row in states if isinstance(row, Mapping)] if isinstance(states, list) else []
+    said = [row.get("disaggregation_mode") for row in rows]
+    found = frozenset(mode for mode in said if mode in _MODES)
+    mode = info.get("disaggregation_mode")
+    return found or frozenset([mode] if mode in _MODES else [])
+
+
+def misplaced(role: str, said: frozenset[str]) -> str | None:
+    """Why a server that says that cannot be used as `role`; None if it can, or does not say."""
+    if said <= {role}:
+        return None
+    if len(said) > 1:
+        return f"its ranks say {' and '.join(sorted(said))}, all must be {role} (a role switch?)"
+    (only,) = said
+    if only == "null":
+        return f"it says it is a unified server; start it with --disaggregation-mode {role}"
+    return (
+        f"it says it is a {only} server, and is listed as {role}: exchange --prefill and --decode"
+    )
 
 
 def settled(report: Mapping[str, Any], key: str) -> bool:

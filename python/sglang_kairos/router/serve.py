@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import resource
 import signal
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 import uvicorn
 
 from sglang_kairos.router.app import RouterApp
+from sglang_kairos.router.options import OptionError
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -76,6 +78,20 @@ def raise_descriptor_limit(max_in_flight: int) -> str:
     )
 
 
+def _log_to(folder: str) -> None:
+    """The log into a file as well. OptionError if it cannot be written."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        handler = logging.FileHandler(os.path.join(folder, "router.log"))
+    except OSError as error:
+        raise OptionError(f"--log-dir: {error}") from None
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger("uvicorn").addHandler(handler)
+    own = logging.getLogger("sglang_kairos")
+    own.addHandler(handler)
+    own.addHandler(logging.StreamHandler())
+
+
 def serve(app: RouterApp) -> int:
     """Serve until told to stop; the exit status."""
     options = app.router.options
@@ -98,6 +114,8 @@ def serve(app: RouterApp) -> int:
         server_header=False,
         **settings,
     )
+    if options.log_dir:
+        _log_to(options.log_dir)
     server = DrainingServer(config, app)
     # What was imported stays: the collector need not look through it again and again.
     gc.collect()

@@ -24,9 +24,11 @@ from sglang_kairos.router.reports import (
     ENOUGH_SAMPLES,
     Load,
     kairos_reports,
+    misplaced,
     number,
     prefill_law,
     request_limits,
+    roles,
     settled,
     step_cost,
 )
@@ -63,6 +65,14 @@ class Server:
         self.draining = False
         # Whether streams of the OpenAI endpoints end with their usage unasked; None: not known.
         self.usage_by_default: bool | None = None
+        # Whether a probe has ever been answered: until then nothing is known, its role included.
+        self.looked_at = False
+        # What it says of itself, and when; None before it has said anything.
+        self.info: Mapping[str, Any] | None = None
+        self.info_at_s = float("-inf")
+        # Why it gets no requests although it is there; why the router cannot look at it.
+        self.misplaced: str | None = None
+        self.denied: str | None = None
         self.attempts: set[Attention] = set()
         self.limits: RequestLimits = NO_LIMITS
         self._load: Load | None = None
@@ -71,12 +81,25 @@ class Server:
     @property
     def up(self) -> bool:
         """Whether it gets new requests if there is a choice."""
-        return not self.draining and self.health.takes_requests(time.monotonic())
+        takes = self.health.takes_requests(time.monotonic())
+        return takes and not self.draining and not self.misplaced
+
+    @property
+    def standing(self) -> str:
+        """draining, misplaced, or as its health says."""
+        if self.draining:
+            return "draining"
+        return "misplaced" if self.misplaced else self.health.state(time.monotonic())
+
+    @property
+    def problem(self) -> str | None:
+        """What somebody should mend, in words."""
+        return self.misplaced or self.denied
 
     @property
     def there(self) -> bool:
         """Whether it answers probes and is not being removed."""
-        return not self.draining and not self.health.gone
+        return not self.draining and not self.misplaced and not self.health.gone
 
     def cut(self, cause: Exception) -> None:
         """It is gone: whoever waits for it need not wait any longer."""
@@ -93,6 +116,8 @@ class Server:
         self.kairos = any(True for _ in kairos_reports(info))
         self.limits = request_limits(info)
         self.usage_by_default = bool(info.get("stream_response_default_include_usage"))
+        self.info, self.info_at_s = info, time.monotonic()
+        self.misplaced = misplaced(self.role, roles(info))
 
     def learn_load(self, load: Load | None, now_s: float) -> None:
         """Take what /v1/loads told at `now_s`; None: nothing."""
@@ -107,7 +132,8 @@ class Server:
             "url": self.url,
             "role": self.role,
             "up": self.up,
-            "state": "draining" if self.draining else self.health.state(time.monotonic()),
+            "state": self.standing,
+            "problem": self.problem,
             "kairos": self.kairos,
             "in_flight": len(self.attempts),
         }

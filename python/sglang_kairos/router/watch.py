@@ -45,7 +45,9 @@ class Watch:
         metrics: RouterMetrics,
     ) -> None:
         self._fleet, self._session, self._metrics = fleet, session, metrics
-        self._poll_s = options.poll_s
+        self._poll_s, self._info_every_s = options.poll_s, max(_INFO_EVERY_S, options.probe_s)
+        self._heeded, self._enough = options.probes, options.probe_successes
+        self._answered: dict[AnyServer, int] = {}
         self._timeout = aiohttp.ClientTimeout(total=options.probe_timeout_s)
         key = options.api_key
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
@@ -62,6 +64,7 @@ class Watch:
 
     def drop(self, server: AnyServer) -> None:
         """Look at it no more."""
+        self._answered.pop(server, None)
         task = self._tasks.pop(server, None)
         if task is not None:
             task.cancel()
@@ -75,33 +78,57 @@ class Watch:
         self._tasks.clear()
 
     async def _watch(self, server: AnyServer) -> None:
-        was_up = True
+        was = True, server.misplaced
         info_due_s = 0.0
         took: deque[float] = deque(maxlen=5)
         while True:
             began = time.monotonic()
             try:
-                if began >= info_due_s or server.health.gone:
+                if began >= info_due_s or server.health.gone or server.misplaced:
                     await self._info(server)
                     now = time.monotonic()
                     took.append(now - began)
-                    spacing = max(_INFO_EVERY_S, min(_INFO_SHARE * min(took), _INFO_AT_LEAST_S))
-                    info_due_s = now + spacing
+                    spacing = min(_INFO_SHARE * min(took), _INFO_AT_LEAST_S)
+                    info_due_s = now + max(self._info_every_s, spacing)
                 await self._loads(server)
             except Exception as error:  # this loop must outlive whatever a server answers
                 info_due_s = 0.0
                 self._failed(server, error)
-            if server.up != was_up:
-                was_up = server.up
-                logger.warning("%s %s is %s", server.role, server.url, "up" if was_up else "down")
+            now_is = server.up, server.misplaced
+            if now_is != was:
+                was = now_is
+                why = f": {server.misplaced}" if server.misplaced else ""
+                word = "up" if server.up else "down"
+                logger.warning("%s %s is %s%s", server.role, server.url, word, why)
             await asyncio.sleep(self._poll_s * self._fleet.rng.uniform(0.8, 1.2))
 
     async def _info(self, server: AnyServer) -> None:
         status, info = await self._get(server, "/server_info")
-        server.health.probe_answered()
+        self._answered[server] = self._answered.get(server, 0) + 1
+        if not server.health.gone or self._answered[server] >= self._enough:
+            server.health.probe_answered()
+        self._allowed(server, status)
         if status == 200 and isinstance(info, dict):
+            before = server.misplaced
             server.learn(info)
             self._fleet.learn_limits()
+            if server.misplaced and not before:
+                # What was sent there before its role was known waits for what never comes.
+                server.cut(ServerFailed(server, ServerGone(server.misplaced)))
+        server.looked_at = True
+
+    def _allowed(self, server: AnyServer, status: int) -> None:
+        """Say once that a server refuses the router's key. It may well serve clients with theirs."""
+        denied = None
+        if status in (401, 403):
+            fault = "is not one it takes" if self._headers else "is missing"
+            denied = (
+                f"it answers {status} to the router's probes, its load and speed are unknown: "
+                f"--api-key of the router {fault}"
+            )
+        if denied and not server.denied:
+            logger.warning("%s %s: %s", server.role, server.url, denied)
+        server.denied = denied
 
     async def _loads(self, server: AnyServer) -> None:
         status, answer = await self._get(server, _LOADS)
@@ -123,7 +150,11 @@ class Watch:
         if not isinstance(error, aiohttp.ClientError | OSError):  # TimeoutError is an OSError
             logger.warning("%s %s: odd answer: %r", server.role, server.url, error)
             return
+        self._answered[server] = 0
+        if not self._heeded:
+            return
         if server.health.probe_failed(refused):
+            server.misplaced = None  # whatever comes back there
             reason = "unreachable" if refused else "silent"
             self._metrics.ejections.labels(server.url, reason).inc()
             # A silent one may be compiling a kernel. Where nobody else could take its requests
