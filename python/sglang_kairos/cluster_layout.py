@@ -174,7 +174,7 @@ class Layout:
             # Its clients need the key that they would need at a server, and it asks for it itself:
             # what it answers from its own knowledge is not for everybody either.
             argv += ["--api-key", self.api_key, "--client-api-key", self.api_key]
-        if self.admin_api_key and spec.router == "kairos":
+        if self.admin_api_key and self.spec.router == "kairos":
             argv += ["--admin-api-key", self.admin_api_key]
         return [*argv, *self.spec.router_args]
 

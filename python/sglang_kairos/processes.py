@@ -77,7 +77,8 @@ def kill_descendants(within_s: float = 5.0) -> bool:
 
 def _descendants() -> list[int]:
     table = _table()
-    found, parents = [], {os.getpid()}
+    found: list[int] = []
+    parents = {os.getpid()}
     while parents:
         parents = {pid for pid, (parent, _) in table.items() if parent in parents}
         found += parents
