@@ -152,6 +152,8 @@ class Zygote:
             if self._process.poll() is not None:
                 raise RuntimeError(f"the zygote has ended with status {self._process.poll()}")
             if time.monotonic() > deadline:
+                # Its children go with it; nobody else has to wait as long.
+                self._process.kill()
                 raise RuntimeError(f"the zygote has not answered within {within_s:g} s")
         line = stdout.readline()
         if not line:
