@@ -42,12 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Who starts it under nohup wants it to outlive the terminal.
         if signal.getsignal(number) is not signal.SIG_IGN or number != signal.SIGHUP:
             signal.signal(number, _interrupt)
+    # What a shell had started before it became this process.
+    others = processes.descendants()
     processes.adopt_orphans()
     try:
         return _run(spec, options)
     finally:
         # Whatever a part left behind is a child of this process by now.
-        processes.kill_descendants()
+        processes.kill_descendants(spared=others)
 
 
 def _run(spec: ClusterSpec, options: argparse.Namespace) -> int:

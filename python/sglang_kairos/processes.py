@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -56,31 +57,33 @@ def kill_session(leader: int) -> None:
             _kill(pid)
 
 
-def kill_descendants(within_s: float = 5.0) -> bool:
+def kill_descendants(within_s: float = 5.0, spared: Collection[int] = ()) -> bool:
     """Kills the children of this process, and theirs, until there are none; whether it succeeded.
 
-    Needs `adopt_orphans` to find those whose parents have ended.
+    `spared` are children that it leaves alone, with theirs. Needs `adopt_orphans` to find those
+    whose parents have ended.
     """
     deadline = time.monotonic() + within_s
-    while True:
-        for pid in _descendants():
-            _kill(pid)
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        except ChildProcessError:
-            return True
+    while pids := descendants(spared):
         if time.monotonic() > deadline:
             return False
+        for pid in pids:
+            _kill(pid)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
         time.sleep(0.01)
+    return True
 
 
-def _descendants() -> list[int]:
+def descendants(spared: Collection[int] = ()) -> list[int]:
+    """Children of this process, and theirs, without `spared` and what descends from them."""
     table = _table()
     found: list[int] = []
     parents = {os.getpid()}
     while parents:
-        parents = {pid for pid, (parent, _) in table.items() if parent in parents}
+        parents = {
+            pid for pid, (parent, _) in table.items() if parent in parents and pid not in spared
+        }
         found += parents
     return found
 

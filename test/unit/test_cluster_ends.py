@@ -181,3 +181,30 @@ def test_nothing_outlives_a_start_that_is_broken_off(run: Callable[..., Run], st
     started = run(start, "--prefill-args", "--never-ready")
     started.send_group(signal.SIGTERM)
     assert started.left() == {}
+
+
+ADOPTS = """
+import subprocess, sys
+from sglang_kairos import processes
+sleep = [sys.executable, "-ISc", "import time; time.sleep(120)"]
+older = subprocess.Popen(sleep)
+others = processes.descendants()
+processes.adopt_orphans()
+orphan = "import subprocess, sys; subprocess.Popen(sys.argv[1:], start_new_session=True)"
+subprocess.run([sys.executable, "-ISc", orphan, *sleep], check=True)
+print(len(processes.descendants()), processes.kill_descendants(spared=others))
+print(processes.descendants() == others == [older.pid], older.poll())
+older.kill()
+"""
+
+
+def test_orphans_are_ended_and_what_was_there_before_is_spared() -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", ADOPTS],
+        env={**os.environ, "PYTHONPATH": str(SOURCES)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert found.stdout.split() == ["2", "True", "True", "None"]
