@@ -5,7 +5,8 @@
 
 Every part is a process group of its own with a log file of its own. Entering the context returns
 once a request has gone through the router; leaving it kills every group. Should this process be
-killed outright, a small guard process does the killing.
+killed outright, a small guard process does the killing; should the guard be killed too, the kernel
+does it for parts that the main thread started.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from sglang_kairos import processes
 from sglang_kairos.cluster_layout import (
     ROUTERS,
     ClusterError,
     ClusterSpec,
     Layout,
     PortBook,
+    flag_value,
     port_is_free,
     reachable,
 )
@@ -227,14 +230,16 @@ class Cluster:
                 else:
                     self.decode_urls.append(url)
         self._wait_ready(begun)
-        self._freeze_garbage(layout.api_key)
+        # SGLang wants the administrator's key there as soon as there is one.
+        self._freeze_garbage(layout.admin_api_key or layout.api_key)
         if spec.router != "none":
             port = spec.port or book.take().http
             argv = layout.router_argv(self.prefill_urls, bootstrap, self.decode_urls, port)
             url = f"http://{reachable(spec.host)}:{port}"
             self._spawn("router", "router", url, layout.router_module, argv, {})
             self._wait_ready(begun)
-            self._probe(layout.api_key)
+            client_key = flag_value(spec.router_args, "--client-api-key") or layout.api_key
+            self._probe(client_key)
 
     def _spawn(
         self,
@@ -256,8 +261,13 @@ class Cluster:
                 raise ClusterError(f"{what} {name} cannot be forked: {error}") from None
         else:
             with log.open("wb") as file:
+                words = [spec.python, "-m", module, *argv]
+                # The kernel's word for it counts a thread's end as its process'.
+                if threading.current_thread() is threading.main_thread():
+                    trampoline = ["-ISc", processes.EXEC_WITH_PARENT, str(os.getpid())]
+                    words = [sys.executable, *trampoline, *words]
                 process = subprocess.Popen(
-                    [spec.python, "-m", module, *argv],
+                    words,
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=subprocess.STDOUT,
@@ -333,7 +343,9 @@ class Cluster:
     def _tell_guard(self, group: int) -> None:
         if self._guard is None:
             self._guard = subprocess.Popen(
-                [sys.executable, "-ISc", _GUARD], stdin=subprocess.PIPE, start_new_session=True
+                [sys.executable, "-ISc", _GUARD, str(processes.__file__)],
+                stdin=subprocess.PIPE,
+                start_new_session=True,
             )
         assert self._guard.stdin is not None
         self._guard.stdin.write(f"{group}\n".encode())
@@ -359,9 +371,6 @@ def quiet_zygote(log: Path, router: str = "kairos") -> Iterator[Zygote]:
         "none": [],
     }
     shown = os.dup(2)
-    # Ctrl-C reaches the whole foreground group; the zygote must outlive the servers' shutdown.
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     try:
         with log.open("wb") as file:
             os.dup2(file.fileno(), 2)
@@ -369,8 +378,6 @@ def quiet_zygote(log: Path, router: str = "kairos") -> Iterator[Zygote]:
     finally:
         os.dup2(shown, 2)
         os.close(shown)
-        if main:
-            signal.signal(signal.SIGINT, before)
     try:
         yield zygote
     finally:
@@ -381,15 +388,26 @@ def quiet_zygote(log: Path, router: str = "kairos") -> Iterator[Zygote]:
 
 # Reads process groups line by line; when its parent is gone, ends them.
 _GUARD = """
-import os, signal, sys, time
+import os, runpy, signal, sys, time
+kill_session = runpy.run_path(sys.argv[1])["kill_session"]
 groups = [int(line) for line in sys.stdin]
-for number in (signal.SIGTERM, signal.SIGKILL):
+def alive():
     for group in groups:
         try:
-            os.killpg(group, number)
+            os.killpg(group, 0)
+            return True
         except OSError:
             pass
-    time.sleep(5)
+for group in groups:
+    try:
+        os.killpg(group, signal.SIGTERM)
+    except OSError:
+        pass
+deadline = time.monotonic() + 5
+while alive() and time.monotonic() < deadline:
+    time.sleep(0.05)
+for group in groups:
+    kill_session(group)
 """
 
 
@@ -412,8 +430,7 @@ def _source_path() -> dict[str, str]:
 
 
 def _kill_group(part: Part) -> None:
-    with contextlib.suppress(OSError):
-        os.killpg(part.process.pid, signal.SIGKILL)
+    processes.kill_session(part.process.pid)
     deadline = time.monotonic() + 10.0
     while part.exit_code() is None and time.monotonic() < deadline:
         time.sleep(0.01)

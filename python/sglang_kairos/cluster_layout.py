@@ -133,7 +133,10 @@ class Layout:
         self.cpu = cpu_runtime.decide().active
         self.server_host = spec.host if spec.router == "none" else "127.0.0.1"
         self.router_module = ROUTER_MODULES.get(spec.router, "")
-        self.api_key = flag_value(spec.server_args, "--api-key")
+        self.api_key = _one_key(spec, "--api-key")
+        self.admin_api_key = _one_key(spec, "--admin-api-key")
+        if self.api_key and spec.router == "random":
+            raise ClusterError("--api-key: sglang_router's mini load balancer passes no key on")
         self._model = spec.model_path or self._tiny_model()
         self._version = _sglang_version(spec.python, spec.env) if self.cpu else ""
 
@@ -167,6 +170,12 @@ class Layout:
             argv += ["--decode", url]
         if self.spec.router == "random":
             argv += ["--mini-lb", "--policy", "random"]
+        elif self.api_key:
+            # Its clients need the key that they would need at a server, and it asks for it itself:
+            # what it answers from its own knowledge is not for everybody either.
+            argv += ["--api-key", self.api_key, "--client-api-key", self.api_key]
+        if self.admin_api_key and self.spec.router == "kairos":
+            argv += ["--admin-api-key", self.admin_api_key]
         return [*argv, *self.spec.router_args]
 
     def _tiny_model(self) -> str:
@@ -191,6 +200,23 @@ class Layout:
             self.spec.say(f"{sharing} servers share each GPU; --mem-fraction-static splits it")
             argv += ["--mem-fraction-static", f"{0.8 / sharing:.2f}"]
         return argv
+
+
+def _one_key(spec: ClusterSpec, flag: str) -> str:
+    """The key that the servers are given by that flag; ClusterError if there are two.
+
+    A server that is given none takes any.
+    """
+    keys = {
+        flag_value([*spec.server_args, *args], flag)
+        for args in (spec.prefill_args, spec.decode_args)
+    } - {""}
+    if len(keys) > 1:
+        raise ClusterError(
+            f"{flag}: differs between --prefill-args and --decode-args, but the router calls all "
+            "servers with one key; give it once, outside of both"
+        )
+    return keys.pop() if keys else ""
 
 
 def flag_value(argv: Sequence[str], *names: str) -> str:

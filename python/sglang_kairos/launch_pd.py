@@ -15,11 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from sglang_kairos import processes
 from sglang_kairos.cluster import ROUTERS, Cluster, ClusterError, ClusterSpec, quiet_zygote
 from sglang_kairos.config import ConfigError, KairosConfig, add_flags
 from sglang_kairos.cpu import runtime as cpu_runtime
 from sglang_kairos.other_sglang import NoSuchSglang, use
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ARGS_FLAGS = ("--prefill-args", "--decode-args", "--router-args")
 EPILOG = """\
 Every flag that is not listed here goes to all prefill and decode servers, e.g.
@@ -36,8 +38,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, ClusterError, NoSuchSglang) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    for number in ENDING:
+        # Who starts it under nohup wants it to outlive the terminal.
+        if signal.getsignal(number) is not signal.SIG_IGN or number != signal.SIGHUP:
+            signal.signal(number, _interrupt)
+    # What a shell had started before it became this process.
+    others = processes.descendants()
+    processes.adopt_orphans()
+    try:
+        return _run(spec, options)
+    finally:
+        # Whatever a part left behind is a child of this process by now.
+        processes.kill_descendants(spared=others)
+
+
+def _run(spec: ClusterSpec, options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         try:
             if options.start == "fork":
@@ -158,7 +173,7 @@ def _greeting(cluster: Cluster) -> str:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     # A second signal while stopping must not break off the stopping.
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in ENDING:
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt
 

@@ -19,6 +19,7 @@ from sglang_kairos.cluster import Cluster, ClusterError, ClusterSpec
 from sglang_kairos.cluster_layout import PortBlock, PortBook, flag_value, port_is_free
 from sglang_kairos.launch_pd import parse
 from sglang_kairos.other_sglang import first_on_path
+from sglang_kairos.router.options import parse_options
 
 SOURCES = Path(cluster_layout.__file__).parent.parent
 
@@ -47,7 +48,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers()
     def do_POST(self):
-        print("posted", self.path, flush=True)
+        print("posted", self.path, self.headers.get("authorization"), flush=True)
         self.send_response(500 if "--broken" in argv else 200); self.end_headers()
         self.wfile.write(b"{}")
     def log_message(self, *args):
@@ -256,6 +257,47 @@ def test_a_data_parallel_server_draws_its_own_nccl_ports(make: Any) -> None:
         "prefill", 0, PortBook().take()
     )
     assert "--nccl-port" not in argv
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"server_args": ["--api-key", "sk-test", "--admin-api-key", "sk-admin"]},
+        {"server_args": ["--api-key=sk-test", "--admin-api-key=sk-admin"]},
+        {"prefill_args": ["--api-key=sk-test"], "decode_args": ["--admin-api-key", "sk-admin"]},
+        {
+            "server_args": ["--api-key", "old", "--admin-api-key", "sk-admin"],
+            "prefill_args": ["--api-key", "sk-test"],
+            "decode_args": ["--api-key=sk-test"],
+        },
+    ],
+)
+def test_the_servers_keys_reach_the_router_however_they_are_given(
+    make: Any, keys: dict[str, Any]
+) -> None:
+    layout = cluster_layout.Layout(make(**keys))
+    argv = layout.router_argv(["http://127.0.0.1:1"], [2], ["http://127.0.0.1:3"], 4)
+    options = parse_options(argv)
+    assert (options.api_key, options.client_api_key) == ("sk-test", "sk-test")
+    assert options.admin_api_key == "sk-admin"
+
+
+def test_a_key_that_one_router_cannot_send_is_refused_with_the_flags(make: Any) -> None:
+    args = {"prefill_args": ["--api-key", "a"], "decode_args": ["--api-key", "b"]}
+    with pytest.raises(ClusterError, match=r"--api-key: differs .*--prefill-args.*--decode-args"):
+        cluster_layout.Layout(make(**args))
+    with pytest.raises(ClusterError, match="--api-key: sglang_router"):
+        cluster_layout.Layout(make(router="random", server_args=["--api-key", "a"]))
+
+
+def test_a_cluster_bears_its_keys_where_servers_and_router_ask_for_them(make: Any) -> None:
+    keys = ["--api-key", "sk-test", "--admin-api-key", "sk-admin"]
+    said: list[str] = []
+    with Cluster(make(server_args=keys, say=said.append)) as cluster:
+        assert "posted /freeze_gc Bearer sk-admin" in argv_of(cluster, "p0")
+        assert "posted /generate Bearer sk-test" in argv_of(cluster, "router")
+    with Cluster(make(server_args=keys, router_args=["--client-api-key", "mine"])) as cluster:
+        assert "posted /generate Bearer mine" in argv_of(cluster, "router")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from helpers.trees import sglang_folder
 from sglang_kairos.cpu import adapt, flags, runtime, site, zygote
 from sglang_kairos.cpu.__main__ import main
 
@@ -135,6 +137,58 @@ def test_unknown_kernels_import_but_do_not_run() -> None:
         kernel(1, two=2)
     with pytest.raises(AttributeError):
         _ = standin().__path__
+
+
+TAKEN_AT_IMPORT = (
+    "import torch\n"
+    "first = torch.ops.sgl_kernel.kairos_test_first\n"
+    "class Layer:\n"
+    "    second = torch.ops.sgl_kernel.kairos_test_second.default\n"
+)
+ASKED_FOR = (
+    "import torch\n"
+    "known = hasattr(torch.ops.sgl_kernel, 'kairos_test_third')\n"
+    "got = getattr(torch.ops.sgl_kernel, 'kairos_test_third', None)\n"
+    "try:\n"
+    "    torch.ops.sgl_kernel.kairos_test_third\n"
+    "    tried = True\n"
+    "except AttributeError:\n"
+    "    tried = False\n"
+)
+
+
+def test_operators_that_models_take_at_import_are_there_and_do_not_run() -> None:
+    """None of the names is known: any that a newer SGLang brings is answered."""
+    standin()
+    names: dict[str, Any] = {"__name__": "model"}
+    exec(TAKEN_AT_IMPORT, names)
+    for operator, name in ((names["first"], "first"), (names["Layer"].second, "second")):
+        with pytest.raises(NotImplementedError, match=f"sgl_kernel.kairos_test_{name}"):
+            operator(1, two=2)
+
+
+def test_who_asks_whether_there_is_an_operator_hears_no() -> None:
+    standin()
+    names: dict[str, Any] = {}
+    exec(ASKED_FOR, names)
+    assert (names["known"], names["got"], names["tried"]) == (False, None, False)
+
+
+@pytest.mark.parametrize("version", ["0.5.16", "0.5.23"])
+def test_every_operator_that_this_sglang_takes_at_import_is_answered(version: str) -> None:
+    """The statements themselves, out of the sources: importing all models takes a minute."""
+    standin()
+    taken = []
+    for file in (sglang_folder(version) / "sglang" / "srt").rglob("*.py"):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if "torch.ops.sgl_kernel." not in text:
+            continue
+        for line in re.findall(r"^ {0,4}\w+ = (torch\.ops\.sgl_kernel\.\w+)$", text, re.M):
+            names: dict[str, Any] = {}
+            exec(f"import torch\nfound = {line}", names)
+            taken.append(line)
+            assert callable(names["found"]), (file, line)
+    assert len(taken) >= 3
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -317,6 +371,55 @@ def test_flags_respect_other_spellings() -> None:
 def test_ranks_share_the_cores(argv: list[str], cores: list[int], binding: str | None) -> None:
     expected = {} if binding is None else {"SGLANG_CPU_OMP_THREADS_BIND": binding}
     assert flags.server_env(argv, cores) == expected
+
+
+DRAWS = (
+    "import multiprocessing, random\n"
+    "from sglang_kairos.router import prompt\n"
+    "def draw(pipe):\n"
+    "    body = {}\n"
+    "    prompt.pair_up(body, None, 'h', 1)\n"
+    "    pipe.send([prompt.unique_id(), str(body['bootstrap_room']), str(random.random())])\n"
+    "for _ in range(2):\n"
+    "    ours, theirs = multiprocessing.Pipe()\n"
+    "    child = multiprocessing.get_context('fork').Process(target=draw, args=(theirs,))\n"
+    "    child.start()\n"
+    "    print(*ours.recv())\n"
+    "    child.join()\n"
+)
+
+
+def test_forked_routers_and_their_forks_draw_different_ids_and_rooms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zygote, "PRELOADED", ())
+    monkeypatch.setenv("PYTHONPATH", str(SOURCE) + os.pathsep + str(tmp_path))
+    (tmp_path / "draws.py").write_text(DRAWS)
+    with zygote.Zygote(preload=["sglang_kairos.router.prompt"]) as parent:
+        logs = [tmp_path / "a.log", tmp_path / "b.log"]
+        for draws in [parent.start("draws", [], log=log) for log in logs]:
+            assert draws.wait(30) == 0
+    words = [word for log in logs for word in log.read_text().split()]
+    assert len(set(words)) == len(words) == 12
+
+
+def test_a_zygote_answers_the_order_that_was_asked_after_one_was_broken_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zygote, "PRELOADED", ())
+    monkeypatch.setenv("PYTHONPATH", str(SOURCE) + os.pathsep + str(tmp_path))
+    (tmp_path / "napper.py").write_text("import time; time.sleep(60)")
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with zygote.Zygote() as parent:
+        napper = parent.start("napper", [], log=tmp_path / "log")
+        with monkeypatch.context() as patch:
+            patch.setattr(parent, "_answer", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                napper.send_signal(signal.SIGTERM)
+        assert napper.wait(30) == -signal.SIGTERM
 
 
 def test_a_zygote_starts_polls_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.fake_prefill import Req, build, built, make_scheduler, make_state
+from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import prefill, state
 
 
@@ -394,3 +398,13 @@ def test_no_decision_loses_a_request(
     assert made.counters["urgency_errors"] == 0
     assert len(made.paused) <= max(made.config.max_paused, len(begun))
     assert not begun or gone or slot, "prefills have begun, but nothing runs"
+
+
+def test_a_row_of_the_decision_log_says_which_process_wrote_it(tmp_path: Path) -> None:
+    log = tmp_path / "decisions.jsonl"
+    made = make_state(KairosConfig(decision_log=str(log)))
+    made.scheduler.server_args = SimpleNamespace(port=4321)
+    made.record("prefill", chosen=[1])
+    row = json.loads(log.read_text())
+    assert row.pop("pid") == os.getpid()
+    assert row == {"kind": "prefill", "role": "prefill", "port": 4321, "rank": 0, "chosen": [1]}

@@ -2,14 +2,19 @@
 
 SGLang imports names from it at module level on a CPU but, without AMX, takes its own
 ``forward_native`` paths; the only function that serving text really calls is implemented here.
-Any other name can be imported and raises `NotImplementedError` when called.
+Any other name can be imported and raises `NotImplementedError` when called; so does any operator
+that SGLang's model files take from ``torch.ops.sgl_kernel`` while they are imported.
 
 Loaded under the name ``sgl_kernel``, so it must not import its neighbours relatively.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dis
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -41,14 +46,68 @@ def assign_req_to_token_pool_cpu(
         taken += length
 
 
+class Unavailable:
+    """A kernel that can be looked up, its overloads too, and not be called."""
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = self.__qualname__ = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"sgl_kernel.{self.__name__} is a native kernel; Kairos' CPU stand-in does not "
+            "implement it"
+        )
+
+    def __getattr__(self, name: str) -> Unavailable:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Unavailable(f"{self.__name__}.{name}")
+
+
 def __getattr__(name: str) -> Callable[..., NoReturn]:
     if name.startswith("__"):
         raise AttributeError(name)
+    return Unavailable(name)
 
-    def unavailable(*args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"sgl_kernel.{name} is a GPU kernel; Kairos' CPU stand-in does not implement it"
-        )
 
-    unavailable.__name__ = unavailable.__qualname__ = name
-    return unavailable
+def _is_written_out(frame: FrameType) -> bool:
+    """Whether that module or class body names the attribute itself, as ``ops.sgl_kernel.name``.
+
+    `hasattr`, `getattr` and ``try`` ask whether there is a kernel: they must hear that there is
+    none. So must functions, which run later.
+    """
+    code, at = frame.f_code, frame.f_lasti
+    if code.co_flags & inspect.CO_OPTIMIZED:
+        return False
+    if any(entry.start <= at < entry.end for entry in _guarded(code)):
+        return False
+    return dis.opname[code.co_code[at]] in ("LOAD_ATTR", "LOAD_METHOD")
+
+
+def _guarded(code: CodeType) -> Iterable[Any]:
+    """The stretches of bytecode that stand in a ``try`` (or ``with``)."""
+    return getattr(dis.Bytecode(code), "exception_entries", ())
+
+
+def _answer_for_operators() -> None:
+    """Lets ``torch.ops.sgl_kernel`` answer what modules take from it while they are imported."""
+    import torch
+
+    known = type(torch.ops.sgl_kernel)
+    if known.__name__ == "_Operators":
+        return
+
+    class _Operators(known):  # type: ignore[misc, valid-type]
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if name.startswith("__") or not _is_written_out(sys._getframe(1)):
+                    raise
+                return Unavailable(name)
+
+    # The namespace that others may hold already, with what it has found.
+    torch.ops.sgl_kernel.__class__ = _Operators
+
+
+_answer_for_operators()

@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import random
 import runpy
+import select
 import signal
 import subprocess
 import sys
@@ -33,7 +35,13 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Any, NoReturn
 
+from sglang_kairos import processes
 from sglang_kairos.cpu import adapt
+
+# An order is carried out in no time, the first one once everything is imported.
+ANSWER_WITHIN_S = 30.0
+IMPORTS_WITHIN_S = 600.0
+CLOSE_WITHIN_S = 10.0
 
 # What a server imports on its way up; a module this SGLang lacks is skipped.
 PRELOADED = (
@@ -81,17 +89,21 @@ class Zygote:
     """A process that has imported SGLang and forks servers on request. Thread-safe.
 
     `preload` names modules to import beside `PRELOADED`; `env` is added to its environment.
-    Whatever it started dies with it.
+    Whatever it started dies with it, and it ends with this process. It has a session of its own:
+    signals to this process' group (Ctrl-C, ``timeout``) do not reach it.
     """
 
     def __init__(self, preload: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
         self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._imported = False
         self._process = subprocess.Popen(
             [sys.executable, "-m", "sglang_kairos.cpu.zygote", *PRELOADED, *preload],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, adapt.START_VARIABLE: "fork", **(env or {})},
             text=True,
+            start_new_session=True,
         )
 
     def start(
@@ -110,19 +122,44 @@ class Zygote:
         return ForkedProcess(self.ask({**order, "log": os.path.abspath(log)})["pid"], self)
 
     def ask(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Sends one order and returns the answer. Raises RuntimeError if the zygote has ended."""
-        stdin, stdout = self._process.stdin, self._process.stdout
+        """Sends one order and returns the answer.
+
+        Raises RuntimeError if the zygote has ended, or does not answer in time.
+        """
+        stdin = self._process.stdin
         assert stdin is not None
-        assert stdout is not None
         with self._lock:
+            number = next(self._numbers)
             try:
-                stdin.write(json.dumps(order) + "\n")
+                stdin.write(json.dumps({**order, "number": number}) + "\n")
                 stdin.flush()
-                line = stdout.readline()
+                # A signal may have broken off an earlier order while it waited for its answer.
+                while (answer := self._answer())["number"] != number:
+                    pass
             except (BrokenPipeError, ValueError) as error:
                 raise RuntimeError("the zygote has ended") from error
+            self._imported = True
+        return answer
+
+    def _answer(self) -> dict[str, Any]:
+        stdout = self._process.stdout
+        assert stdout is not None
+        within_s = ANSWER_WITHIN_S if self._imported else IMPORTS_WITHIN_S
+        deadline = time.monotonic() + within_s
+        # One order at a time: nothing is left in the reader's buffer.
+        while not select.select([stdout], [], [], 0.5)[0]:
+            # Whoever inherited the pipe keeps it open: its end alone does not tell.
+            if self._process.poll() is not None:
+                raise RuntimeError(f"the zygote has ended with status {self._process.poll()}")
+            if time.monotonic() > deadline:
+                # Its children go with it; nobody else has to wait as long.
+                self._process.kill()
+                raise RuntimeError(f"the zygote has not answered within {within_s:g} s")
+        line = stdout.readline()
         if not line:
-            raise RuntimeError(f"the zygote has ended with status {self._process.wait()}")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=1.0)
+            raise RuntimeError(f"the zygote has ended with status {self._process.poll()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -132,9 +169,11 @@ class Zygote:
         assert stdin is not None
         assert stdout is not None
         with self._lock:
-            stdin.close()
+            # What was not sent can no longer be: the zygote may have ended.
+            with contextlib.suppress(OSError):
+                stdin.close()
             try:
-                self._process.wait(timeout=30)
+                self._process.wait(timeout=CLOSE_WITHIN_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
@@ -157,20 +196,21 @@ def _serve(orders: IO[str], answers: IO[str]) -> None:
     statuses: dict[int, int | None] = {}
     for line in orders:
         order = json.loads(line)
-        answer: dict[str, Any] = {}
+        answer: dict[str, Any] = {"number": order["number"]}
         if order["do"] == "start":
-            answer["pid"] = pid = _start(order)
+            answer["pid"] = pid = _start(order, (orders.fileno(), answers.fileno()))
             statuses[pid] = None
         elif order["do"] == "poll":
             answer["status"] = _poll(order["pid"], statuses)
         elif order["do"] == "signal" and _poll(order["pid"], statuses) is None:
             os.kill(order["pid"], order["signal"])
         elif order["do"] == "kill_group":
-            _kill_group(order["pid"])
+            processes.kill_session(order["pid"])
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
     for pid in statuses:
-        _kill_group(pid)
+        processes.kill_session(pid)
+    processes.kill_descendants()
 
 
 def _poll(pid: int, statuses: dict[int, int | None]) -> int | None:
@@ -181,33 +221,29 @@ def _poll(pid: int, statuses: dict[int, int | None]) -> int | None:
     return statuses[pid]
 
 
-def _kill_group(group: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
-
-
-def _start(order: dict[str, Any]) -> int:
+def _start(order: dict[str, Any], channels: Sequence[int]) -> int:
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    parent = os.getpid()
     pid = os.fork()
     if pid == 0:
-        _become(order, log)
+        _become(order, log, parent, channels)
     os.close(log)
     return pid
 
 
-def _become(order: dict[str, Any], log: int) -> NoReturn:
+def _become(order: dict[str, Any], log: int, parent: int, channels: Sequence[int]) -> NoReturn:
     """Turns this fork into ``python -m module *argv``; never returns to the zygote's loop."""
     status = 1
     try:
         os.setsid()
+        processes.end_with_parent(parent)
+        # A child that kept them would let whoever waits for the zygote's end wait for its own.
+        for channel in channels:
+            os.close(channel)
         nothing = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(source, target)
         os.environ.update(order["env"])
-        # Or every server would draw the same "random" ports and ids.
-        random.seed()
-        if "numpy" in sys.modules:
-            sys.modules["numpy"].random.seed()
         sys.argv = [order["module"], *order["argv"]]
         runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
         status = 0
@@ -221,8 +257,20 @@ def _become(order: dict[str, Any], log: int) -> NoReturn:
         os._exit(status)
 
 
+def _reseed() -> None:
+    """Or every fork, and every fork of a fork, would draw the same "random" ports, ids and rooms.
+
+    Generators that a module keeps for itself are that module's to seed again.
+    """
+    random.seed()
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+
+
 def main(modules: Sequence[str]) -> None:
     """The zygote process: imports `modules`, then serves orders from stdin."""
+    processes.adopt_orphans()
+    os.register_at_fork(after_in_child=_reseed)
     # stdout is the answer channel; what the imports print must not get into it.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     orders = os.fdopen(os.dup(0), "r", encoding="utf-8")

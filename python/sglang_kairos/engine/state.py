@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from sglang_kairos.engine.latest import LatestSteps
 from sglang_kairos.engine.metrics import SchedulerMetrics
 from sglang_kairos.engine.plugin import INSTALLED, active_config
 from sglang_kairos.engine.profile import Profile
-from sglang_kairos.engine.ranks import Clock, agreement
+from sglang_kairos.engine.ranks import Clock, agreement, rank_of
 from sglang_kairos.engine.roster import Roster
 from sglang_kairos.policy.urgency import LateShare, PrefillPlan
 from sglang_kairos.slo import WIRE_KEY, RequestSlo, Slo, SloError, SloTable, from_wire
@@ -202,10 +203,24 @@ class KairosState:
         self.guarded("metrics", tell, None)  # its files may not be writable
 
     def record(self, kind: str, **facts: Any) -> None:
-        """Append one decision to the decision log, if there is one."""
+        """Append one decision to the decision log, if there is one.
+
+        Every process of every server may append to the same file: a row says whose it is.
+        """
         if self._log is not None:
-            self._log.write(json.dumps({"kind": kind, **facts}) + "\n")
+            row = {"kind": kind, "role": self.mode, **self._origin, **facts}
+            self._log.write(json.dumps(row) + "\n")
             self._log.flush()
+
+    @functools.cached_property
+    def _origin(self) -> dict[str, int | None]:
+        """This process among all that write decisions; `port` is its server's."""
+        arguments = getattr(self.scheduler, "server_args", None)
+        return {
+            "port": getattr(arguments, "port", None),
+            "rank": rank_of(self.scheduler),
+            "pid": os.getpid(),
+        }
 
     def report(self) -> dict[str, Any]:
         """Plain data for /server_info: predictors, their errors, counters."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -42,6 +43,8 @@ class Prompt:
 
 # Seeded by the operating system: routers started with one --seed must not share ids or rooms.
 _IDS = Random()
+# Nor may routers that were forked after this was imported.
+os.register_at_fork(after_in_child=_IDS.seed)
 
 
 def unique_id() -> str:
