@@ -112,7 +112,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--sglang", help="version (0.5.16) or folder of another SGLang than ours")
     parser.add_argument("--policies", help=f"of {', '.join(POLICIES)} (default: all there are)")
-    parser.add_argument("--trace", type=Path, help="Mooncake JSONL or Azure CSV instead of our own")
+    parser.add_argument("--trace", type=Path, help="instead of our own (docs/simulator.md)")
+    traces.add_reading_options(parser)
     parser.add_argument("--requests", type=int, help="how many (default: --load-s worth of them)")
     parser.add_argument("--load-s", type=float, default=55.0, help="seconds of arrivals per run")
     parser.add_argument("--rate", type=float, help="requests/s (default: measured, see below)")
@@ -202,7 +203,7 @@ def base_trace(given: argparse.Namespace) -> list[traces.Request]:
             median_output=MEDIAN_OUTPUT,
             max_output=LONGEST_OUTPUT,
         )
-    rows = traces.window(traces.read_trace(given.trace), n=n)
+    rows = traces.window(traces.read_trace(given.trace, given.block_tokens, given.time_unit), n=n)
     inputs = float(np.mean([row.input_tokens for row in rows]))
     outputs = float(np.mean([row.output_tokens for row in rows]))
     shrink = min(1.0, MEAN_INPUT / inputs), min(1.0, MEAN_OUTPUT / outputs)

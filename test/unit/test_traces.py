@@ -48,7 +48,7 @@ def test_azure_is_read_by_column_name_whatever_the_order(tmp_path: Path) -> None
 
 
 def test_azure_seven_digit_fractions(tmp_path: Path) -> None:
-    rows = traces.read_azure(write(tmp_path / "t", AZURE + "2023-11-16 18:15:50.9951690,396,109"))
+    rows = traces.read_trace(write(tmp_path / "t", AZURE + "2023-11-16 18:15:50.9951690,396,109"))
     assert rows[1].arrival_s == pytest.approx(4.314579, abs=1e-6)
 
 

@@ -47,7 +47,7 @@ class Targets(NamedTuple):
 def add_trace_options(parser: argparse.ArgumentParser) -> None:
     """Where requests come from, at which rate, and what they are promised."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--trace", help="Mooncake JSONL or Azure CSV, told apart by its content")
+    source.add_argument("--trace", help="Mooncake, Bailian or aiperf JSONL, Azure or BurstGPT CSV")
     source.add_argument(
         "--generate",
         metavar="N",
@@ -55,6 +55,7 @@ def add_trace_options(parser: argparse.ArgumentParser) -> None:
         default=2000,
         help="without a trace: this many made requests, long-tailed prompts (default %(default)s)",
     )
+    traces.add_reading_options(parser)
     parser.add_argument(
         "--limit", type=whole("--limit", 1, 10**9), help="only the trace's first LIMIT requests"
     )
@@ -175,7 +176,11 @@ class Source:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
-        given = None if args.trace is None else traces.read_trace(args.trace)
+        given = (
+            None
+            if args.trace is None
+            else traces.read_trace(args.trace, args.block_tokens, args.time_unit)
+        )
         self._given = None if given is None else traces.window(given, n=args.limit)
         self._made: dict[tuple[float | None, int], list[traces.Request]] = {}
 

@@ -159,10 +159,26 @@ class Result:
                 file.write(json.dumps(asdict(outcome)) + "\n")
 
 
+def is_dump(path: Path) -> bool:
+    """Whether `Result.dump` wrote it."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        first = next(file, "")
+    try:
+        row = json.loads(first)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and {"planned_s", "sent_s", "status"} <= row.keys()
+
+
 def load(path: Path) -> Result:
-    """Reads what `Result.dump` wrote."""
+    """Reads what `Result.dump` wrote. ValueError names the line."""
+    outcomes: list[Outcome] = []
     with path.open(encoding="utf-8") as file:
-        outcomes = [Outcome(**json.loads(line)) for line in file]
+        for number, line in enumerate(file, start=1):
+            try:
+                outcomes.append(Outcome(**json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"line {number}: {error}") from None
     return Result(outcomes, max((outcome.ended_s for outcome in outcomes), default=0.0))
 
 
@@ -364,7 +380,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m sglang_kairos.tools.replay", description="Open-loop trace replay."
     )
     parser.add_argument("--url", default="http://127.0.0.1:30000")
-    parser.add_argument("--trace", type=Path, help="Mooncake JSONL or Azure CSV; else a long tail")
+    parser.add_argument("--trace", type=Path, help="see docs/simulator.md; else a long tail")
+    traces.add_reading_options(parser)
     parser.add_argument("--requests", type=int, default=100)
     parser.add_argument("--rate", type=float, help="requests/s (trace's own; 4 for a long tail)")
     parser.add_argument("--max-input", type=int, default=16_000, help="cap, tokens")
@@ -378,7 +395,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     try:
         if given.trace:
-            rows = traces.window(traces.read_trace(given.trace), n=given.requests)
+            rows = traces.window(
+                traces.read_trace(given.trace, given.block_tokens, given.time_unit),
+                n=given.requests,
+            )
             rows = traces.scale_rate(rows, given.rate) if given.rate else rows
         else:
             rows = traces.long_tail(given.requests, given.rate or 4.0, given.seed)

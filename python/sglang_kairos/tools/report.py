@@ -15,7 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from sglang_kairos.tools.replay import OK, Outcome, Result, load
+from sglang_kairos.tools.replay import Outcome, Result, is_dump, load
+from sglang_kairos.tools.result_formats import (
+    Targets,
+    from_bench_record,
+    known_tools,
+    read_results,
+)
+
+__all__ = ["Run", "by_policy", "from_bench_record", "main", "table", "write_json", "write_png"]
 
 # Heading, digits after the point, factor from the metric's unit to the shown one.
 COLUMNS: dict[str, tuple[str, int, float]] = {
@@ -205,60 +213,12 @@ def _tokens(count: int) -> str:
     return str(count) if count < 1000 else f"{count / 1000:.1f}k"
 
 
-def from_bench_record(
-    record: Mapping[str, Any], ttft_ms: float | None = None, tpot_ms: float | None = None
-) -> Result:
-    """A run of ``sglang.benchmark.serving --output-details`` as a `Result`.
-
-    `record` is one line of its output file. Targets default to those of its ``--goodput``. It
-    records no sending times: each request starts at 0 here, which no metric but the plots uses.
-    """
-    slos = record.get("goodput_slos_ms") or {}
-    ttft_slo = ttft_ms if ttft_ms is not None else slos.get("ttft", float("inf"))
-    tpot_slo = tpot_ms if tpot_ms is not None else slos.get("tpot", float("inf"))
-    missing = {"ttfts", "itls", "output_lens", "input_lens", "errors"} - set(record)
-    if missing:
-        raise ValueError(f"no {', '.join(sorted(missing))}: run it with --output-details")
-    outcomes = []
-    for index, (ttft, itls, output, inputs, error) in enumerate(
-        zip(
-            record["ttfts"],
-            record["itls"],
-            record["output_lens"],
-            record["input_lens"],
-            record["errors"],
-            strict=True,
-        )
-    ):
-        end = ttft + sum(itls)
-        # It writes a length of 0 for a request that failed.
-        status = OK if output > 0 and not error else "error"
-        outcomes.append(
-            Outcome(
-                index,
-                planned_s=0.0,
-                sent_s=0.0,
-                input_tokens=inputs,
-                asked_tokens=output,
-                ttft_slo_ms=ttft_slo,
-                tpot_slo_ms=tpot_slo,
-                status=status,
-                error=error,
-                first_token_s=ttft,
-                last_token_s=end,
-                ended_s=end,
-                output_tokens=output,
-                itls_ms=[itl * 1e3 for itl in itls],
-            )
-        )
-    return Result(outcomes, record["duration"])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Reports on files: per-request dumps of the replayer, or records of SGLang's benchmark."""
+    """Reports on files: the replayer's own, or those of another load generator."""
     parser = argparse.ArgumentParser(
         prog="python -m sglang_kairos.tools.report",
-        description="Table of runs; the policy is each file's name, less a leading number.",
+        description="Table of runs; the policy is each file's name, less a leading number. Reads the "
+        "replayer's files and those of " + ", ".join(known_tools()),
     )
     parser.add_argument("files", nargs="+", type=Path, help="POLICY.jsonl")
     parser.add_argument("--ttft-ms", type=float, help="judge by this target instead")
@@ -271,8 +231,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for file in given.files:
             for result in _results(file, given.ttft_ms, given.tpot_ms):
                 runs.append(Run(re.sub(r"^\d+-", "", file.stem), result))
-    except (OSError, ValueError, TypeError) as error:
-        print(f"error: {file}: {error}", file=sys.stderr)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        said = f"no {error}" if isinstance(error, KeyError) else error
+        print(f"error: {file}: {said}", file=sys.stderr)
         return 2
     print(table(runs))
     if given.json:
@@ -283,11 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _results(file: Path, ttft_ms: float | None, tpot_ms: float | None) -> list[Result]:
-    with file.open(encoding="utf-8") as lines:
-        first = json.loads(next(lines, "{}"))
-        if "itls" in first:
-            records = [first, *map(json.loads, lines)]
-            return [from_bench_record(record, ttft_ms, tpot_ms) for record in records]
+    if not is_dump(file):
+        return read_results(file, Targets(ttft_ms, tpot_ms))
     result = load(file)
     for outcome in result.outcomes:
         outcome.ttft_slo_ms = ttft_ms or outcome.ttft_slo_ms

@@ -1,8 +1,7 @@
 """Request traces: read public ones, make one, reshape it, and turn it into prompts.
 
-A trace is a list of `Request` rows in order of arrival, the first at 0 s. Two public formats are
-read by their columns: Mooncake's JSONL (``timestamp`` in ms, ``input_length``, ``output_length``,
-``hash_ids``) and Azure's CSV (``TIMESTAMP``, ``ContextTokens``, ``GeneratedTokens``).
+A trace is a list of `Request` rows in order of arrival, the first at 0 s. `trace_formats` reads the
+public formats: Mooncake, Bailian, Azure, BurstGPT, aiperf's sessions.
 
 Prompts are token ids. Two requests share a prefix exactly as far as their ``hash_ids`` agree, and
 the same seed gives the same prompts on every machine.
@@ -10,103 +9,67 @@ the same seed gives the same prompts on every machine.
 
 from __future__ import annotations
 
-import csv
+import argparse
 import hashlib
-import json
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-MOONCAKE_BLOCK_TOKENS = 512
-# Lengths and times beyond these are unit mistakes or damage, not requests.
-MAX_TOKENS = 10_000_000
-MAX_SECONDS = 1e9
+from sglang_kairos.tools import trace_formats
+from sglang_kairos.tools.trace_rows import (
+    MAX_TOKENS,
+    MOONCAKE_BLOCK_TOKENS,
+    Request,
+    TraceError,
+)
+
+# `Request` and its like are known under this module's name.
+__all__ = [
+    "MAX_TOKENS",
+    "MOONCAKE_BLOCK_TOKENS",
+    "Request",
+    "TraceError",
+    "add_reading_options",
+    "cap_lengths",
+    "long_tail",
+    "prompts",
+    "rate_of",
+    "read_trace",
+    "scale_lengths",
+    "scale_rate",
+    "window",
+]
 
 
-class TraceError(ValueError):
-    """A trace that cannot be used; the text names file, line and column."""
+def read_trace(
+    path: str | Path, block_tokens: int | None = None, time_unit: str | None = None
+) -> list[Request]:
+    """Reads a trace in any of `trace_formats.FORMATS`, told apart by its first line.
 
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One row of a trace.
-
-    `arrival_s` counts seconds from the trace's start, lengths count tokens. `hash_ids` names the
-    prompt's blocks of `block_tokens` tokens each, the last one possibly partial; None means that
-    the prompt shares nothing.
+    `block_tokens`: tokens per block of ``hash_ids``, `time_unit`: s, ms, us or ns; both follow from
+    the rows unless given, and TraceError says so where they do not.
     """
-
-    arrival_s: float
-    input_tokens: int
-    output_tokens: int
-    hash_ids: tuple[int, ...] | None = None
-    block_tokens: int = MOONCAKE_BLOCK_TOKENS
+    return trace_formats.read(path, block_tokens, time_unit)
 
 
-def read_trace(path: str | Path) -> list[Request]:
-    """Reads a trace in either format, told apart by its first character."""
-    for line in _lines(path):
-        if line.strip():
-            return read_mooncake(path) if line.lstrip().startswith("{") else read_azure(path)
-    raise TraceError(f"{path}: no requests in it")
-
-
-def read_mooncake(path: str | Path) -> list[Request]:
-    """Reads Mooncake JSONL. A length of 0 is taken as 1: no request is smaller."""
-    rows: list[Request] = []
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise TraceError(f"{where}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise TraceError(f"{where}: must be a JSON object")
-        rows.append(
-            Request(
-                _number(where, row, "timestamp", MAX_SECONDS * 1e3) / 1e3,
-                _tokens(where, row, "input_length"),
-                _tokens(where, row, "output_length"),
-                _hash_ids(where, row.get("hash_ids")),
-            )
-        )
-    return _from_zero(path, rows)
-
-
-def read_azure(path: str | Path) -> list[Request]:
-    """Reads Azure's CSV. A length of 0 is taken as 1: no request is smaller."""
-    rows: list[Request] = []
-    reader = csv.reader(_lines(path))
-    header = [name.strip() for name in next(reader, [])]
-    for name in ("TIMESTAMP", "ContextTokens", "GeneratedTokens"):
-        if name not in header:
-            raise TraceError(
-                f"{path}:1: no column {name!r}; it has {', '.join(map(repr, header)) or 'none'}"
-            )
-    try:
-        for cells in reader:
-            if not any(cell.strip() for cell in cells):
-                continue
-            where = f"{path}:{reader.line_num}"
-            row = dict(zip(header, cells, strict=False))
-            rows.append(
-                Request(
-                    _timestamp(where, row, "TIMESTAMP"),
-                    _tokens(where, row, "ContextTokens"),
-                    _tokens(where, row, "GeneratedTokens"),
-                )
-            )
-    except csv.Error as error:
-        raise TraceError(f"{path}:{reader.line_num}: not CSV: {error}") from None
-    return _from_zero(path, rows)
+def add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """What a trace itself may leave open: `block_tokens`, `time_unit`."""
+    parser.add_argument(
+        "--block-tokens",
+        type=int,
+        metavar="N",
+        help="tokens per block of a trace's hash_ids (what its rows allow)",
+    )
+    parser.add_argument(
+        "--time-unit",
+        choices=trace_formats.UNITS,
+        help="unit of a trace's times (its format's, if the rate can be right)",
+    )
 
 
 def long_tail(
@@ -230,68 +193,3 @@ def _token_ids(key: str, count: int, low: int, high: int) -> np.ndarray[Any, np.
     # A hash, not a random generator: its stream never changes between library versions.
     data = hashlib.shake_128(key.encode()).digest(4 * count)
     return np.frombuffer(data, dtype="<u4") % np.uint32(high - low) + np.uint32(low)
-
-
-def _lines(path: str | Path) -> Iterator[str]:
-    try:
-        with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            yield from file
-    except OSError as error:
-        raise TraceError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise TraceError(f"{path}: not UTF-8 text") from None
-
-
-def _number(where: str, row: Mapping[str, Any], column: str, high: float) -> float:
-    """The cell as a finite number in [0, high]; JSON numbers and numeric text alike."""
-    value = row.get(column)
-    if value is None:
-        raise TraceError(f"{where}: column {column!r} is missing")
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not 0 <= number <= high:
-        shown = str(value) if len(str(value)) <= 40 else str(value)[:37] + "..."
-        raise TraceError(
-            f"{where}: column {column!r} must be a number from 0 to {high:g}, got {shown!r}"
-        )
-    return number
-
-
-def _tokens(where: str, row: Mapping[str, Any], column: str) -> int:
-    number = _number(where, row, column, MAX_TOKENS)
-    if number != int(number):
-        raise TraceError(f"{where}: column {column!r} must be a whole number, got {number:g}")
-    return max(1, int(number))
-
-
-def _timestamp(where: str, row: Mapping[str, Any], column: str) -> float:
-    """Seconds since the epoch from an ISO date and time, or the seconds themselves."""
-    text = (row.get(column) or "").strip()
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        try:
-            return _number(where, row, column, MAX_SECONDS * 10)
-        except TraceError:
-            raise TraceError(
-                f"{where}: column {column!r} must be a date and time, got {text[:40]!r}"
-            ) from None
-    # Without a zone all rows share one; any will do for differences.
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-
-
-def _hash_ids(where: str, value: Any) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    if not isinstance(value, list) or not all(type(item) is int for item in value):
-        raise TraceError(f"{where}: column 'hash_ids' must be a list of whole numbers")
-    return tuple(value)
-
-
-def _from_zero(path: str | Path, rows: list[Request]) -> list[Request]:
-    if not rows:
-        raise TraceError(f"{path}: no requests in it")
-    rows.sort(key=lambda row: row.arrival_s)
-    return window(rows)
