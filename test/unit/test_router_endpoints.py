@@ -67,6 +67,10 @@ def test_the_table_says_each_thing_once_and_gives_a_reason_for_each_refusal() ->
     assert len(TREES) >= 1
 
 
+# What every endpoint takes, or does not mind.
+BODY = {"text": "x", "rid": "x1"}
+
+
 def concrete(path: str) -> str:
     return (
         path.replace("{model:path}", "org/m").replace("{response_id}", "r").replace("{method}", "m")
@@ -96,7 +100,7 @@ def test_every_endpoint_of_the_table_reaches_whom_it_should() -> None:
                     reached.clear()
                     # A trailing slash is no other endpoint.
                     for spelt in (path, path + "/"):
-                        async with b.client.request(method, spelt, json={"text": "x"}) as response:
+                        async with b.client.request(method, spelt, json=BODY) as response:
                             text = await response.text()
                             status = response.status
                         assert (status == 404) == (one.kind == REFUSED), (method, spelt, text)
@@ -187,7 +191,7 @@ def test_pages_that_are_not_named_are_not_let_in_even_if_the_servers_would() -> 
                     assert response.status == 200
                     found = response.headers.getall("access-control-allow-origin", [])
                     assert found == ([ORIGIN["origin"]] if let_in else [])
-                async with b.client.post(GENERATE, json={"text": "x"}) as response:
+                async with b.client.post(GENERATE, json=BODY) as response:
                     assert "access-control-allow-origin" not in response.headers
 
     asyncio.run(main())

@@ -181,8 +181,10 @@ def test_waiting_is_bounded_and_in_turn() -> None:
 
 def test_in_flight_and_bytes_are_bounded_and_given_back() -> None:
     async def main() -> None:
+        go_on = asyncio.Event()
+        decode = Fake("decode", streaming(b"data: {}\n\n", hold=go_on), told("decode", DECODE))
         async with bench(
-            decode=slow_decode(), max_in_flight=2, max_body_bytes=5000, max_held_bytes=6000
+            decode=decode, max_in_flight=2, max_body_bytes=5000, max_held_bytes=6000
         ) as b:
             assert (await b.post(GENERATE, {"text": "x" * 6000}))[0] == 413
             running = [asyncio.create_task(b.post(GENERATE, {"text": "x" * 100})) for _ in range(2)]
@@ -191,10 +193,14 @@ def test_in_flight_and_bytes_are_bounded_and_given_back() -> None:
                 assert response.status == 429
                 assert response.headers["retry-after"] == "1"
                 assert "--max-concurrent-requests" in (await response.json())["error"]["message"]
+            go_on.set()
             await asyncio.gather(*running, return_exceptions=True)
             limits = b.router.proxy.limits
             assert (limits.in_flight, limits.held_bytes) == (0, 0)
+            go_on.clear()
             big = [asyncio.create_task(b.post(GENERATE, {"text": "x" * 4000})) for _ in range(2)]
+            await asyncio.wait(big, return_when=asyncio.FIRST_COMPLETED)  # the one without room
+            go_on.set()
             found = await asyncio.gather(*big, return_exceptions=True)
             assert any(isinstance(one, tuple) and one[0] == 429 for one in found)
             await until(lambda: (limits.in_flight, limits.held_bytes) == (0, 0))

@@ -97,6 +97,7 @@ class Zygote:
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._imported = False
+        self._read = b""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "sglang_kairos.cpu.zygote", *PRELOADED, *preload],
             stdin=subprocess.PIPE,
@@ -146,8 +147,17 @@ class Zygote:
         assert stdout is not None
         within_s = ANSWER_WITHIN_S if self._imported else IMPORTS_WITHIN_S
         deadline = time.monotonic() + within_s
-        # One order at a time: nothing is left in the reader's buffer.
-        while not select.select([stdout], [], [], 0.5)[0]:
+        # Several answers may be there at once, and a signal may come in the middle of one: what was
+        # read stays here, where `select` does not look.
+        while b"\n" not in self._read:
+            if select.select([stdout], [], [], 0.5)[0]:
+                some = os.read(stdout.fileno(), 65536)
+                if not some:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        self._process.wait(timeout=1.0)
+                    raise RuntimeError(f"the zygote has ended with status {self._process.poll()}")
+                self._read += some
+                continue
             # Whoever inherited the pipe keeps it open: its end alone does not tell.
             if self._process.poll() is not None:
                 raise RuntimeError(f"the zygote has ended with status {self._process.poll()}")
@@ -155,11 +165,7 @@ class Zygote:
                 # Its children go with it; nobody else has to wait as long.
                 self._process.kill()
                 raise RuntimeError(f"the zygote has not answered within {within_s:g} s")
-        line = stdout.readline()
-        if not line:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=1.0)
-            raise RuntimeError(f"the zygote has ended with status {self._process.poll()}")
+        line, _, self._read = self._read.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

@@ -235,9 +235,10 @@ class KairosState:
             "profile_key": dataclasses.asdict(self.profile.key),
             "captured_sizes": self.captured_sizes,
             "steps": self.steps.report(),
-            "vocabulary": self.scheduler.model_config.vocab_size,
-            "context_tokens": self.scheduler.model_config.context_len,
         }
+        model = getattr(self.scheduler, "model_config", None)
+        if model is not None:
+            report |= {"vocabulary": model.vocab_size, "context_tokens": model.context_len}
         if (last := self.last_request) is not None:
             report["last_request"] = {**dataclasses.asdict(last.slo), "age_ms": last.age_ms}
         if self.mode == "decode":

@@ -186,7 +186,8 @@ class PairProxy:
                 self._note(call, placement, error.server, error.cause)
                 if call.seen.started:
                     return await self._end(call, send, 502, reason, "BadGateway")
-                if not never_sent(error.cause):
+                # One that is in the wrong place was cut off by us.
+                if not never_sent(error.cause) and not error.server.misplaced:
                     async with attention:
                         why = await self._suspect(call, suspicion, error)
                     if why:
