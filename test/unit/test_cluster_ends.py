@@ -36,8 +36,11 @@ print("up", flush=True)
 port = int(sys.argv[sys.argv.index("--port") + 1])
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
+# Signals as a terminal leaves them: a test run may be a background job, or under nohup.
 LAUNCHER = """
-import dataclasses, sys
+import dataclasses, signal, sys
+for number in (signal.SIGHUP, signal.SIGINT):
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 from sglang_kairos import cluster_layout, launch_pd
 from sglang_kairos.cpu import zygote
 zygote.PRELOADED = ()
