@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from benchmark.local_http import open_url
 from sglang_kairos.cluster import ROUTERS, Cluster, ClusterError, ClusterSpec
 from sglang_kairos.cpu import runtime as cpu_runtime
 from sglang_kairos.other_sglang import NoSuchSglang, use
@@ -288,7 +289,7 @@ def forget(cluster: Cluster) -> None:
         ask = urllib.request.Request(url + "/flush_cache", method="POST")
         while True:
             try:
-                with urllib.request.urlopen(ask, timeout=10):
+                with open_url(ask, timeout=10):
                     break
             except urllib.error.HTTPError as error:  # 400: busy
                 if error.code != 400 or time.monotonic() > deadline:
@@ -354,7 +355,7 @@ def prefill_busy_s(cluster: Cluster) -> float:
     """
     loads: list[dict[str, Any]] = []
     for base in cluster.prefill_urls:
-        with urllib.request.urlopen(base + "/v1/loads?include=core", timeout=10) as answer:
+        with open_url(base + "/v1/loads?include=core", timeout=10) as answer:
             loads += json.load(answer)["loads"]
     if all("total_prefill_busy_us" in load for load in loads):
         return sum(load["total_prefill_busy_us"] for load in loads) / 1e6
@@ -369,7 +370,7 @@ def kairos_reports(cluster: Cluster) -> dict[str, Any]:
     """What Kairos tells of itself on each server (predictors, their error, counters)."""
     found: dict[str, Any] = {}
     for base in (*cluster.prefill_urls, *cluster.decode_urls):
-        with urllib.request.urlopen(base + "/server_info", timeout=10) as answer:
+        with open_url(base + "/server_info", timeout=10) as answer:
             state = json.load(answer)["internal_states"][0]
         if "kairos" in state:
             found[f"kairos_{state['kairos']['mode']}"] = state["kairos"]

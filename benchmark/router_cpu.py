@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import sys
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ import psutil
 
 from benchmark import demo
 from benchmark.duty import slowed
+from benchmark.local_http import open_url
 from benchmark.router_overhead import router_process
 from sglang_kairos.cluster import Cluster, ClusterSpec
 from sglang_kairos.router.flags import POLICIES
@@ -203,7 +203,7 @@ def accepted(result: Result) -> dict[str, float]:
 
 def spread(url: str, cluster: Cluster) -> dict[str, float]:
     """First tokens of each prefill server, counted by the router."""
-    with urllib.request.urlopen(url + "/metrics", timeout=10) as answer:
+    with open_url(url + "/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     found = [line.split() for line in lines if "ttft_miss_seconds_count" in line]
     return {

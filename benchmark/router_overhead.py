@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ import numpy as np
 import psutil
 
 from benchmark.echo_pd import Load, closed_loop, echo_servers, open_loop
+from benchmark.local_http import open_url
 
 KAIROS, UPSTREAM = "kairos", "sglang_router --mini-lb"
 MODULES = {KAIROS: "sglang_kairos.launch_router", UPSTREAM: "sglang_router.launch_router"}
@@ -201,7 +201,7 @@ def _wait(port: int, child: subprocess.Popen[Any]) -> None:
         if child.poll() is not None:
             raise RuntimeError(f"the router ended with {child.returncode}")
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+            with open_url(f"http://127.0.0.1:{port}/health", timeout=5):
                 return
         except OSError:
             time.sleep(0.1)

@@ -21,7 +21,6 @@ import itertools
 import json
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from benchmark import demo
+from benchmark.local_http import open_url
 from benchmark.step_recorder import FOLDER_VARIABLE, GATE
 from sglang_kairos.cluster import Cluster, ClusterError
 from sglang_kairos.sim import recording
@@ -272,7 +272,7 @@ def sizes(cluster: Cluster) -> dict[str, int]:
 
 def server_info(url: str) -> dict[str, Any]:
     """A server's arguments and state."""
-    with urllib.request.urlopen(url + "/server_info", timeout=10) as answer:
+    with open_url(url + "/server_info", timeout=10) as answer:
         found: dict[str, Any] = json.load(answer)
     return {**found, **found["internal_states"][0]}
 

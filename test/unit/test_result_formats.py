@@ -151,3 +151,86 @@ def test_a_wrong_file_is_told_apart(
     error = capsys.readouterr().err
     assert str(path) in error
     assert re.search(text, error), error
+
+
+def test_guidellm_requests_that_were_never_sent_neither_count_nor_move_the_clock(
+    tmp_path: Path,
+) -> None:
+    answer = {
+        "request_start_time": 1.7e9,
+        "request_end_time": 1.7e9 + 0.7,
+        "time_to_first_token_ms": 500.0,
+        "inter_token_latency_ms": 20.0,
+        "prompt_tokens": 300,
+        "output_tokens": 11,
+    }
+    nothing = dict.fromkeys(answer)
+    requests = {
+        "successful": [answer],
+        "errored": [nothing],
+        "incomplete": [{**answer, "request_start_time": 1.7e9 + 2.0}, nothing],
+    }
+    path = written(tmp_path / "g.json", {"benchmarks": [{"requests": requests}]})
+    (result,) = read_results(path, Targets(600.0, 25.0))
+    assert (result.metrics.sent, result.metrics.failed) == (3, 2)
+    assert result.duration_s == pytest.approx(2.7)
+    assert result.metrics.goodput_rps == pytest.approx(1 / 2.7)
+
+
+def test_aiperfs_warm_up_does_not_count_and_what_was_cancelled_has_failed(tmp_path: Path) -> None:
+    def one(start_ns: int, **more: Any) -> dict[str, Any]:
+        metrics = {
+            "time_to_first_token": {"value": 500.0, "unit": "ms"},
+            "inter_token_latency": {"value": 20.0, "unit": "ms"},
+            "input_sequence_length": {"value": 300, "unit": "tokens"},
+            "output_sequence_length": {"value": 11, "unit": "tokens"},
+        }
+        about = {"request_start_ns": start_ns, "request_end_ns": start_ns + 10**9, **more}
+        return {"metadata": about, "metrics": metrics, "error": None}
+
+    warm_up = one(1, benchmark_phase="warmup")
+    rows = [warm_up, one(5 * 10**9), one(6 * 10**9, was_cancelled=True)]
+    path = written(tmp_path / "a.json", rows)
+    (result,) = read_results(path, Targets(600.0, 25.0))
+    assert [outcome.status for outcome in result.outcomes] == ["ok", "error"]
+    assert result.duration_s == pytest.approx(2.0)
+    written(path, [warm_up])
+    with pytest.raises(ValueError, match="no requests in it but its warm-up's"):
+        read_results(path, Targets())
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"request_throughput": 3, "duration": 2}, "no ttfts, .*: run it with --output-details"),
+        ({"input_config": {}}, "aiperf's summary: give profile_export.jsonl"),
+        ({"load_summary": {}}, "give per_request_lifecycle_metrics.json"),
+        ({"a": 1}, "known tool .*; its fields: a"),
+        (bench(errors=None), "errors must be a list, got None"),
+        (bench(output_lens=["x"] * 10), r"output_lens\[0\] must be a finite number"),
+        (
+            bench(itls=[[float("nan")]] * 10),
+            r"itls\[0\] must be a finite number from 0 on, got nan",
+        ),
+        (bench(duration=float("inf")), "duration must be a finite number"),
+        (
+            {"benchmarks": [{"requests": {"successful": [{"request_start_time": "now"}]}}]},
+            r"successful\[0\].request_start_time must be a finite number from 0 on, got 'now'",
+        ),
+    ],
+)
+def test_a_wrong_or_damaged_file_names_its_field_and_what_to_do(
+    content: Any, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        read_results(written(tmp_path / "f.json", content), Targets())
+
+
+def test_a_file_without_targets_is_said_to_have_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path / "b.json", bench())
+    assert report.main([str(path), "--ttft-ms", "600"]) == 0
+    assert "it names no target; without --tpot-ms every answer meets it" in capsys.readouterr().err
+    assert report.main([str(path), "--ttft-ms", "600", "--tpot-ms", "50"]) == 0
+    assert capsys.readouterr().err == ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import gzip
 import json
 import logging
 import tempfile
@@ -148,3 +150,47 @@ def test_the_cases_that_failed_are_read_right(shared_dir: Path | None) -> None:
     assert traces.read_trace(cases / "mooncake_blksz_64.jsonl")[0].block_tokens == 64
     assert len(traces.read_trace(cases / "burstgpt.csv")) == 35
     assert [r.output_tokens for r in traces.read_trace(cases / "azure2024.csv")] == [5, 6, 15, 1]
+
+
+def test_times_finer_than_assumed_are_asked_for(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "us", plain([600_000.0 * i for i in range(30)]))
+    with pytest.raises(TraceError, match=r"0.001667 requests per second.*--time-unit"):
+        traces.read_trace(path)
+    assert traces.rate_of(traces.read_trace(path, time_unit="us")) == pytest.approx(1 / 0.6)
+
+
+def test_dates_are_never_doubted_however_many_a_second(tmp_path: Path) -> None:
+    text = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+    text += "".join(f"2024-05-10 12:00:00.{n:03d}500+00:00,10,5\n" for n in range(300))
+    (tmp_path / "azure.csv").write_text(text)
+    assert traces.rate_of(traces.read_trace(tmp_path / "azure.csv")) == pytest.approx(1000.0)
+
+
+def test_bursts_are_told_where_a_user_sees_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = jsonl(tmp_path / "m", plain([3000.0 * (i // 10) for i in range(40)]))
+    with caplog.at_level(logging.WARNING):
+        traces.read_trace(path)
+    assert "40 requests arrive at 4 instants, in bursts" in caplog.text
+
+
+def test_packed_traces_are_read_and_damaged_ones_refused(tmp_path: Path) -> None:
+    plain_path = jsonl(tmp_path / "m", plain([1000.0 * i for i in range(5)]))
+    packed = gzip.compress(plain_path.read_bytes())
+    path = tmp_path / "m.jsonl.gz"
+    path.write_bytes(packed)
+    assert traces.read_trace(path) == traces.read_trace(plain_path)
+    for damaged in (b"no gzip", packed[:-9]):
+        path.write_bytes(damaged)
+        with pytest.raises(TraceError, match="damaged gzip file"):
+            traces.read_trace(path)
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "x", "1.5", "100000000"])
+def test_a_block_of_no_tokens_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    traces.add_reading_options(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--block-tokens={text}"])
+    assert "--block-tokens: must be a whole number between 1 and" in capsys.readouterr().err

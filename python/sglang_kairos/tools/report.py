@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -230,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for file in given.files:
             for result in _results(file, given.ttft_ms, given.tpot_ms):
+                _say_without_targets(file, result)
                 runs.append(Run(re.sub(r"^\d+-", "", file.stem), result))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         said = f"no {error}" if isinstance(error, KeyError) else error
@@ -241,6 +243,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.png:
         write_png(given.png, runs, ", ".join(by_policy(runs)))
     return 0
+
+
+def _say_without_targets(file: Path, result: Result) -> None:
+    flags = {"--ttft-ms": "ttft_slo_ms", "--tpot-ms": "tpot_slo_ms"}
+    without = [
+        flag
+        for flag, name in flags.items()
+        if any(math.isinf(getattr(outcome, name)) for outcome in result.outcomes)
+    ]
+    if without:
+        said = f"it names no target; without {' and '.join(without)} every answer meets it"
+        print(f"note: {file}: {said}", file=sys.stderr)
 
 
 def _results(file: Path, ttft_ms: float | None, tpot_ms: float | None) -> list[Result]:

@@ -42,8 +42,23 @@ def read_results(path: Path, targets: Targets) -> list[Result]:
     first = documents[0]
     chosen = next((each for each in FORMATS if each.matches(first)), None)
     if chosen is None:
-        raise ValueError(f"no results of a known tool ({', '.join(known_tools())})")
+        raise ValueError(_unknown(first))
     return chosen.read(documents, targets)
+
+
+# Files that lie beside the right one, by a field that only they have.
+_NEIGHBOURS = {
+    "load_summary": "inference-perf's summary: give per_request_lifecycle_metrics.json",
+    "input_config": "aiperf's summary: give profile_export.jsonl",
+}
+
+
+def _unknown(document: Mapping[str, Any]) -> str:
+    hints = [f" ({text})" for name, text in _NEIGHBOURS.items() if name in document]
+    return (
+        f"no results of a known tool ({', '.join(known_tools())}); its fields: "
+        f"{', '.join(sorted(document)[:8]) or 'none'}{''.join(hints[:1])}"
+    )
 
 
 def known_tools() -> list[str]:
@@ -53,9 +68,11 @@ def known_tools() -> list[str]:
 
 def _documents(path: Path) -> list[Any]:
     """The JSON of a file: one document, or one a line. A list at the top is its entries."""
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if not text.strip():
         raise ValueError("it is empty")
+    if text.lstrip()[0] not in "{[":
+        raise ValueError(f"line 1: not JSON (a CSV?): it starts with {text.lstrip()[:30]!r}")
     try:
         whole = json.loads(text)
     except ValueError:
@@ -110,6 +127,15 @@ def outcome_of(
     )
 
 
+def _checked(value: Any, name: str) -> float | None:
+    """A number from 0 on; None where the tool had nothing to write. ValueError names the field."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number from 0 on, got {value!r:.40}")
+    return float(value)
+
+
 def _positive(value: float | None) -> bool:
     return value is not None and math.isfinite(value) and value > 0.0
 
@@ -127,8 +153,12 @@ def _limits(targets: Targets, ttft_ms: Any = None, tpot_ms: Any = None) -> tuple
 
 def _run(outcomes: list[Outcome]) -> Result:
     """A run whose times start at the first sending."""
-    zero = min(outcome.sent_s for outcome in outcomes)
+    known = [outcome.sent_s for outcome in outcomes if math.isfinite(outcome.sent_s)]
+    zero = min(known, default=0.0)
     for outcome in outcomes:
+        if not math.isfinite(outcome.sent_s):
+            # A failure of unknown time counts, and moves nothing.
+            outcome.planned_s = outcome.sent_s = outcome.ended_s = zero
         outcome.planned_s -= zero
         outcome.sent_s -= zero
         outcome.ended_s -= zero
@@ -153,12 +183,16 @@ def from_bench_record(
     records no sending times: each request starts at 0 here, which no metric but the plots uses. It
     counts a request that the server ended inside a 200 as done, with a TTFT of 0: failed, here.
     """
-    missing = [name for name in _DETAILS if name not in record]
+    missing = [name for name in (*_DETAILS, "duration") if name not in record]
     if missing:
         raise ValueError(
             f"no {', '.join(missing)}: run it with --output-details (SGLang's benchmark wrote this "
             "without)"
         )
+    for name in _DETAILS:
+        if not isinstance(record[name], list):
+            raise ValueError(f"{name} must be a list, got {record[name]!r:.40}")
+    _checked(record["duration"], "duration")
     counts = {name: len(record[name]) for name in _DETAILS}
     if len(set(counts.values())) > 1:
         raise ValueError(f"lists of different lengths: {counts}")
@@ -168,6 +202,14 @@ def from_bench_record(
     for index, (ttft, itls, output, inputs, error) in enumerate(
         zip(*(record[name] for name in _DETAILS), strict=True)
     ):
+        if not isinstance(itls, list):
+            raise ValueError(f"itls[{index}] must be a list, got {itls!r:.40}")
+        for name, value in (("ttfts", ttft), ("output_lens", output), ("input_lens", inputs)):
+            # Numbers that make no sense mark a failed request, as `outcome_of` sees it.
+            if not isinstance(value, int | float):
+                _checked(value, f"{name}[{index}]")
+        for itl in itls:
+            _checked(itl, f"itls[{index}]")
         outcome = outcome_of(
             index,
             sent_s=0.0,
@@ -200,11 +242,16 @@ def _read_guidellm(documents: Sequence[Any], targets: Targets) -> list[Result]:
         requests = benchmark.get("requests") or {}
         outcomes: list[Outcome] = []
         for kind, error in (("successful", ""), ("errored", "errored"), ("incomplete", "cut off")):
-            for one in requests.get(kind) or ():
+            for number, one in enumerate(requests.get(kind) or ()):
+                start = _checked(
+                    one.get("request_start_time"), f"{kind}[{number}].request_start_time"
+                )
+                if not start and kind == "incomplete":
+                    continue  # The run ended before it was sent.
                 outcomes.append(
                     outcome_of(
                         len(outcomes),
-                        sent_s=one.get("request_start_time") or 0.0,
+                        sent_s=start or math.nan,
                         ttft_s=_scaled(one.get("time_to_first_token_ms"), 1e-3),
                         tpot_s=_scaled(one.get("inter_token_latency_ms"), 1e-3),
                         input_tokens=one.get("prompt_tokens"),
@@ -226,6 +273,11 @@ def _read_aiperf(documents: Sequence[Any], targets: Targets) -> list[Result]:
     limits, outcomes = _limits(targets), []
     for index, one in enumerate(documents):
         metrics, about = one.get("metrics") or {}, one["metadata"]
+        if about.get("benchmark_phase") == "warmup":
+            continue
+        error = str(one["error"])[:200] if one.get("error") else ""
+        if not error and about.get("was_cancelled"):
+            error = "cancelled"
 
         def value(name: str, metrics: Any = metrics) -> Any:
             found = metrics.get(name)
@@ -240,10 +292,12 @@ def _read_aiperf(documents: Sequence[Any], targets: Targets) -> list[Result]:
                 input_tokens=value("input_sequence_length"),
                 output_tokens=value("output_sequence_length"),
                 targets=limits,
-                error=str(one["error"])[:200] if one.get("error") else "",
+                error=error,
                 ended_s=_scaled(about.get("request_end_ns"), 1e-9),
             )
         )
+    if not outcomes:
+        raise ValueError("aiperf's file has no requests in it but its warm-up's")
     return [_run(outcomes)]
 
 
@@ -276,7 +330,8 @@ def _read_inference_perf(documents: Sequence[Any], targets: Targets) -> list[Res
 
 
 def _scaled(value: Any, factor: float) -> float | None:
-    return value * factor if isinstance(value, int | float) else None
+    number = _checked(value, "a time or length")
+    return None if number is None else number * factor
 
 
 def _has(*names: str) -> Callable[[Any], bool]:
@@ -286,6 +341,7 @@ def _has(*names: str) -> Callable[[Any], bool]:
 FORMATS = (
     ResultFormat("sglang.benchmark.serving", _has("backend", "request_throughput"), _read_bench),
     ResultFormat("sglang.benchmark.serving", _has("itls"), _read_bench),
+    ResultFormat("sglang.benchmark.serving", _has("request_throughput", "duration"), _read_bench),
     ResultFormat("GuideLLM", _has("benchmarks"), _read_guidellm),
     ResultFormat("aiperf", _has("metadata", "metrics"), _read_aiperf),
     ResultFormat("inference-perf", _has("start_time", "end_time", "info"), _read_inference_perf),

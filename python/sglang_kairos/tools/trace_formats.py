@@ -7,9 +7,11 @@ unit is, and how long a block of ``hash_ids`` is, is decided here from all rows 
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import logging
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 # More than any public trace has: beyond it the unit is a mistake.
 MOST_PER_S = 1000.0
+# Less than any trace has whose unit is not in the file: its times are finer than assumed.
+LEAST_PER_S = 0.01
 # A trace whose times have fractions of its unit hardly counts milliseconds.
 MOST_PER_S_OF_FRACTIONS = 100.0
 # Rows before a rate says anything about the unit.
@@ -56,6 +60,7 @@ class TraceFormat:
     read: Callable[[str, Sequence[str]], list[Row]]
     unit: str
     block_tokens: int = MOONCAKE_BLOCK_TOKENS
+    dated: bool = False  # Its times name their unit.
 
 
 def read(
@@ -93,14 +98,14 @@ def _per_s(path: str | Path, chosen: TraceFormat, rows: Sequence[Row]) -> float:
     """The trace's units in a second: its format's, unless the rate that follows cannot be."""
     per_s = UNITS[chosen.unit]
     span = max(row.at for row in rows) - min(row.at for row in rows)
-    if len(rows) < _ENOUGH_ROWS or span <= 0.0:
+    if chosen.dated or len(rows) < _ENOUGH_ROWS or span <= 0.0:
         return per_s
     rate = (len(rows) - 1) / span * per_s
     fractions = any(not row.at.is_integer() for row in rows)
-    if rate <= (MOST_PER_S_OF_FRACTIONS if fractions else MOST_PER_S):
+    if LEAST_PER_S <= rate <= (MOST_PER_S_OF_FRACTIONS if fractions else MOST_PER_S):
         return per_s
     seconds = (len(rows) - 1) / span
-    if fractions and seconds <= MOST_PER_S_OF_FRACTIONS:
+    if rate > LEAST_PER_S and fractions and seconds <= MOST_PER_S_OF_FRACTIONS:
         return 1.0
     raise TraceError(
         f"{path}: {rate:.4g} requests per second if its times are {chosen.unit} as usual in "
@@ -141,7 +146,9 @@ def _block_tokens(path: str | Path, rows: Sequence[Row], usual: int, given: int 
 def _tell_of_ticks(path: str | Path, rows: Sequence[Request]) -> None:
     instants = len({row.arrival_s for row in rows})
     if len(rows) >= 5 * instants and instants > 1:
-        logger.info("%s: %d requests arrive at %d instants, in bursts", path, len(rows), instants)
+        logger.warning(
+            "%s: %d requests arrive at %d instants, in bursts", path, len(rows), instants
+        )
 
 
 # --- formats
@@ -236,7 +243,9 @@ FORMATS = (
     TraceFormat("Bailian", _json_with("chat_id", "timestamp"), _read_json, "s", 16),
     TraceFormat("aiperf", _json_with("session_id", "input_length"), _read_sessions, "ms"),
     TraceFormat("Mooncake", _json_with(), _read_json, "ms"),
-    TraceFormat("Azure", lambda line: not line.lstrip().startswith("["), _read_azure, "s"),
+    TraceFormat(
+        "Azure", lambda line: not line.lstrip().startswith("["), _read_azure, "s", dated=True
+    ),
 )
 
 
@@ -245,8 +254,14 @@ FORMATS = (
 
 def _lines(path: str | Path) -> Iterator[str]:
     try:
-        with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            yield from file
+        if Path(path).suffix == ".gz":
+            with gzip.open(path, "rt", encoding="utf-8-sig", newline="") as packed:
+                yield from packed
+        else:
+            with Path(path).open(encoding="utf-8-sig", newline="") as file:
+                yield from file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise TraceError(f"{path}: damaged gzip file: {error}") from None
     except OSError as error:
         raise TraceError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

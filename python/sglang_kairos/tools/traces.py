@@ -61,7 +61,7 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
     """What a trace itself may leave open: `block_tokens`, `time_unit`."""
     parser.add_argument(
         "--block-tokens",
-        type=int,
+        type=_block_tokens,
         metavar="N",
         help="tokens per block of a trace's hash_ids (what its rows allow)",
     )
@@ -70,6 +70,14 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
         choices=trace_formats.UNITS,
         help="unit of a trace's times (its format's, if the rate can be right)",
     )
+
+
+def _block_tokens(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_TOKENS:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number between 1 and {MAX_TOKENS}, got {text!r}"
+        )
+    return int(text)
 
 
 def long_tail(
