@@ -200,6 +200,17 @@ def test_who_comes_straight_to_a_server_is_checked_alike(path: str) -> None:
     assert (path == GENERATE) != ("object" in refused.json())
 
 
+def test_what_only_pythons_reader_takes_for_json_is_checked_as_well() -> None:
+    async def main(raw: bytes) -> int:
+        transport = httpx.ASGITransport(app=server())
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return (await client.post(GENERATE, content=raw)).status_code
+
+    assert asyncio.run(main(b'{"text": "", "note": NaN}')) == 400
+    assert asyncio.run(main(b'{"text": "a", "note": NaN}')) == 200
+    assert asyncio.run(main(b'{"text": ')) == 200, "SGLang says what is wrong with it"
+
+
 def test_a_decode_server_wants_the_address_of_prefill() -> None:
     app = server(needs_bootstrap=True)
     refused = post(app, GENERATE, {"text": "a", "bootstrap_room": 1, "bootstrap_host": None})

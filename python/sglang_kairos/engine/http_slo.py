@@ -8,6 +8,7 @@ nothing about SLOs pass through as the bytes they were.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
@@ -89,6 +90,10 @@ class SloMiddleware:
         try:
             body = orjson.loads(raw)
         except orjson.JSONDecodeError:
+            # SGLang's own reader is Python's, which takes NaN as well, and then reads all of it.
+            body = _python_json(raw)
+            if isinstance(body, dict):
+                check_request(body, path, self._facts.limits)
             return raw, scope
         if not isinstance(body, dict):
             return raw, scope
@@ -122,6 +127,14 @@ class SloMiddleware:
             count = self._notes[note]
             if count == 10 ** (len(str(count)) - 1):
                 logger.warning("Kairos: SLO header %s, seen %d times", note, count)
+
+
+def _python_json(raw: bytes) -> Any:
+    """What `json` makes of it; None if nothing."""
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
 
 
 def install(app: HasMiddleware, table: SloTable, facts: ServerFacts = UNKNOWN) -> None:
