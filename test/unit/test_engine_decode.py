@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -289,6 +290,32 @@ def test_with_memory_to_spare_a_request_is_let_in_before_its_first_token_is_late
     popped, _ = decode.pop_preallocated(upstream_pop, Queue([early, pressing]))
     assert [entry.req for entry in popped] == [pressing]
     assert pressing._kairos_kept is False
+
+
+@pytest.mark.parametrize("order", [True, False])
+def test_a_prompt_that_no_kv_can_hold_is_answered_at_once_and_keeps_nobody_waiting(
+    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch, order: bool
+) -> None:
+    said: list[str] = []
+
+    def refuse(req: Req, text: str) -> None:
+        said.append(text)
+        req.finished_reason = "abort"
+
+    monkeypatch.setattr(admission, "_refuse", refuse)
+    kairos.config = dataclasses.replace(kairos.config, order=order)
+    serving(kairos, [])
+    kairos.scheduler.page_size = 16
+    # 10,000 tokens of KV, 512 of them reserved for the output, in pages of 16.
+    fits, never = Req("fits", 50, prompt=9488), Req("never", 50, prompt=9489)
+    never.time_stats.scheduler_recv_time -= 100
+    queue = Queue([never, fits])
+    queue.num_reserved_decode_tokens = 512  # type: ignore[attr-defined]
+    popped, failed = decode.pop_preallocated(upstream_pop, queue)
+    assert [entry.req for entry in popped] == [fits]
+    assert [entry.req for entry in failed] == [never]
+    assert said == ["the prompt has 9489 tokens, this decode server holds at most 9488"]
+    assert kairos.counters["never_fit"] == 1
 
 
 def test_a_starving_request_goes_first_and_pays_for_it(kairos: state.KairosState) -> None:

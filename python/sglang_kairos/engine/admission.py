@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from sglang_kairos.engine.state import KairosState
 from sglang_kairos.policy.admission import PRESSED, Occupancy, Waiting, plan_admission
 from sglang_kairos.policy.packing import horizon_of, pace_s, reserve_of
 from sglang_kairos.predict.stay import BEST
+from sglang_kairos.request_checks import RequestLimits
 
 # Order, kept and count of the plan; the index of the starving one or -1; how many were pressed.
 Agreed = tuple[list[int], int, int, int, int]
@@ -76,6 +78,40 @@ def note_starts(state: KairosState, ready: list[Any]) -> None:
         if since is not None:
             stay.started(len(req.origin_input_ids), now - since)
             req._kairos_reserved_s = None
+
+
+def end_what_never_fits(state: KairosState, queue: Any) -> None:
+    """Whose prompt and reserve exceed all KV there is, upstream never reserves, and never ends either.
+
+    Routers and the server's middleware refuse what they can count; a text is counted only here.
+    Upstream's loop then answers it with the 400 and drops it.
+    """
+    if getattr(state.scheduler, "enable_hisparse", False):
+        return  # its KV may lie on the host
+    longest = None
+    for entry in queue.queue:
+        req = entry.req
+        if req.finished_reason is not None or getattr(req, "_kairos_fits", False):
+            continue
+        if longest is None:
+            longest = RequestLimits(
+                kv_tokens=int(state.scheduler.max_total_num_tokens),
+                reserved_tokens=getattr(queue, "num_reserved_decode_tokens", 0),
+                page_tokens=getattr(state.scheduler, "page_size", 1) or 1,
+            ).longest_prompt
+        tokens = len(req.origin_input_ids)
+        req._kairos_fits = longest is None or tokens <= longest
+        if not req._kairos_fits:
+            _refuse(
+                req, f"the prompt has {tokens} tokens, this decode server holds at most {longest}"
+            )
+            state.counters["never_fit"] += 1
+
+
+def _refuse(req: Any, text: str) -> None:
+    from sglang.srt.disaggregation.utils import prepare_abort
+
+    prepare_abort(req, text, status_code=HTTPStatus.BAD_REQUEST)
 
 
 def _ready(entry: Any) -> bool:

@@ -40,7 +40,10 @@ from sglang_kairos.predict.error import LEARNT_STEPS
 def pop_preallocated(original: Callable[..., Any], queue: Any, *args: Any, **kwargs: Any) -> Any:
     """Seam of DecodePreallocQueue.pop_preallocated: reserve KV for whom it can keep on pace."""
     state = current()
-    if state is None or not state.config.order or not queue.queue:
+    if state is None or not queue.queue:
+        return original(queue, *args, **kwargs)
+    state.guarded("never_fit", functools.partial(admission.end_what_never_fits, state, queue), None)
+    if not state.config.order:
         return original(queue, *args, **kwargs)
 
     def by_deadline() -> Any:
