@@ -33,15 +33,19 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_
         return original(scheduler, running_batch)
     if not state.config.order:
         result = original(scheduler, running_batch)
-        give_way(state, scheduler, result.batch_to_run)
+        _end_standstill(state, scheduler, result.batch_to_run)
         return result
     learn_from_synchronous_step(state)
     drop_released(state)
     result = _planned_batch(original, state, scheduler, running_batch)
     state.launched = result.batch_to_run
-    give_way(state, scheduler, result.batch_to_run)
+    _end_standstill(state, scheduler, result.batch_to_run)
     _account(state, result.batch_to_run)
     return result
+
+
+def _end_standstill(state: KairosState, scheduler: Any, batch: Any) -> None:
+    state.guarded("standstill", functools.partial(give_way, state, scheduler, batch), None)
 
 
 def _planned_batch(
