@@ -96,6 +96,7 @@ SETTINGS = (
         "--disaggregation-decode-allocation-policy prefill_complete",
         prefill="--max-total-tokens 5000",
         decode="--max-total-tokens 4000",
+        pauses=False,  # every prefill may be re-queued by upstream, which looks for it in the slot
     ),
     Setting("inputs polled all the time", env=POLLING),
     Setting(
