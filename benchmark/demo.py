@@ -32,9 +32,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmark.local_http import open_url
 from sglang_kairos.cluster import ROUTERS, Cluster, ClusterError, ClusterSpec
 from sglang_kairos.cpu import runtime as cpu_runtime
+from sglang_kairos.local_http import open_url
 from sglang_kairos.other_sglang import NoSuchSglang, use
 from sglang_kairos.tools import report, traces
 from sglang_kairos.tools.patch import PatchError, find_tree

@@ -25,9 +25,9 @@ import psutil
 
 from benchmark import demo
 from benchmark.duty import slowed
-from benchmark.local_http import open_url
 from benchmark.router_overhead import router_process
 from sglang_kairos.cluster import Cluster, ClusterSpec
+from sglang_kairos.local_http import open_url
 from sglang_kairos.router.flags import POLICIES
 from sglang_kairos.tools import report, traces
 from sglang_kairos.tools.replay import Result, failures, make_jobs, replay, run

@@ -30,9 +30,9 @@ from typing import Any
 import numpy as np
 
 from benchmark import demo
-from benchmark.local_http import open_url
 from benchmark.step_recorder import FOLDER_VARIABLE, GATE
 from sglang_kairos.cluster import Cluster, ClusterError
+from sglang_kairos.local_http import open_url
 from sglang_kairos.sim import recording
 from sglang_kairos.sim.calibrate import Calibration, CalibrationError, calibrate
 from sglang_kairos.sim.policies import POLICIES

@@ -43,6 +43,7 @@ from sglang_kairos.cluster_layout import (
 )
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.cpu.zygote import Zygote
+from sglang_kairos.local_http import open_url
 
 __all__ = ["ROUTERS", "Cluster", "ClusterError", "ClusterSpec", "Part", "quiet_zygote"]
 
@@ -312,7 +313,7 @@ class Cluster:
                 part.url + "/freeze_gc", b"", _authorization(api_key), method="POST"
             )
             try:
-                with _opener().open(request, timeout=PROGRESS_EVERY_S) as response:
+                with open_url(request, timeout=PROGRESS_EVERY_S) as response:
                     response.read()
             except (OSError, http.client.HTTPException) as error:
                 self.spec.say(f"{part.name} keeps collecting garbage of its start: {error}")
@@ -326,7 +327,7 @@ class Cluster:
             {"Content-Type": "application/json"} | _authorization(api_key),
         )
         try:
-            with _opener().open(request, timeout=self.spec.ready_timeout_s) as response:
+            with open_url(request, timeout=self.spec.ready_timeout_s) as response:
                 response.read()
         except OSError as error:
             self.check()
@@ -436,11 +437,6 @@ def _kill_group(part: Part) -> None:
         time.sleep(0.01)
 
 
-def _opener() -> urllib.request.OpenerDirector:
-    # A proxy named in the environment must not see requests to this machine.
-    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
 def _authorization(api_key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
@@ -448,7 +444,7 @@ def _authorization(api_key: str) -> dict[str, str]:
 def _status(url: str) -> int:
     """HTTP status, or 0 when nothing answers."""
     try:
-        with _opener().open(url, timeout=5.0) as response:
+        with open_url(url, timeout=5.0) as response:
             return int(response.status)
     except urllib.error.HTTPError as error:
         return error.code

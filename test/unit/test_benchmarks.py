@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from benchmark import decode_cost, decode_cpu, demo
 
@@ -50,3 +54,11 @@ def test_the_demo_compares_the_policies_that_the_version_has(
     with pytest.raises(SystemExit):
         demo.parse(["--policies", "lpm"])
     assert f"this SGLang has: {', '.join(policies)}" in capsys.readouterr().err
+
+
+def test_the_demo_starts_as_make_starts_it() -> None:
+    root = Path(demo.__file__).parents[1]
+    command = [sys.executable, "benchmark/demo.py", "--help"]
+    found = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 0, found.stderr
+    assert "--utilisation" in found.stdout

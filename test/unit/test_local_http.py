@@ -7,7 +7,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from benchmark.local_http import open_url
+
+from sglang_kairos.local_http import open_url
 
 
 class Hello(BaseHTTPRequestHandler):

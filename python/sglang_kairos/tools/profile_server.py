@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from sglang_kairos.local_http import open_url
 from sglang_kairos.predict.cache import Key
 from sglang_kairos.tools import traces
 from sglang_kairos.tools.profile_fit import DecodeRow, PrefillRow, medians
@@ -49,9 +50,8 @@ class Server:
     def refresh(self) -> dict[str, Any]:
         """Kairos' entry of /server_info; empty on a stock server. ProfileFailed if none answers."""
         request = urllib.request.Request(self.url + "/server_info", headers=self.headers)
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(request, timeout=30) as answer:
+            with open_url(request, timeout=30) as answer:
                 self.info = json.load(answer)
             states = self.info["internal_states"]
         except (OSError, ValueError, KeyError, TypeError) as error:

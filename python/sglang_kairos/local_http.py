@@ -1,4 +1,4 @@
-"""Requests to servers under test, past any proxy that the environment names."""
+"""Requests to servers on this machine: a proxy that the environment names must not see them."""
 
 from __future__ import annotations
 
