@@ -141,12 +141,8 @@ CHOOSERS: dict[str, type[Chooser]] = {
 }
 
 
-class InTurn(Chooser):
+class InTurn(RoundRobin):
     """Each side's servers in turn, whatever the other side does."""
-
-    def __init__(self, rng: Random, rule: CacheRule = _RULE) -> None:
-        super().__init__(rng, rule)
-        self._turn = itertools.count()
 
     def choose(self, servers: Servers, request: PlacedRequest, blocks: Blocks) -> Choice:
         prefills, decodes = servers
