@@ -137,9 +137,13 @@ class Fleet:
         self.prefills = [one for one in self.prefills if one is not server]
         self.decodes = [one for one in self.decodes if one is not server]
 
+    def others(self, server: Server) -> int:
+        """How many other servers of its role are up."""
+        return sum(s.up for s in self.servers if s.role == server.role and s is not server)
+
     def has_other(self, server: Server) -> bool:
         """Whether another server of its role is up."""
-        return any(s.up for s in self.servers if s.role == server.role and s is not server)
+        return self.others(server) > 0
 
     def could_serve(self, without: set[Server]) -> bool:
         """Whether a pair is left without those, of servers that are up."""

@@ -76,14 +76,15 @@ class PairProxy:
     ) -> None:
         self.limits = Limits(options.max_in_flight, options.max_body_bytes, options.max_held_bytes)
         self.later = Later()
+        # The requests that are being served, by their ids.
+        self.calls = CallRegistry()
         self._fleet = fleet
         self._table = table
         self._carries = carries
         self._max_wait = max_wait
         self._metrics = metrics
         self._options = options
-        self._calls = CallRegistry()
-        self._attempts = Attempts(fleet, session, table, metrics, carries, self._calls)
+        self._attempts = Attempts(fleet, session, table, metrics, carries, self.calls)
         self._live: set[Attention] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,7 +104,7 @@ class PairProxy:
             slo_class = call.slo.name
             for note in call.header_notes:
                 self._metrics.odd_headers.labels(*note.split()).inc()
-            with self._calls.holding(call):
+            with self.calls.holding(call):
                 status = await self._serve(call, receive, send)
         except BadRequest as error:
             status = await refuse(send, path, 400, str(error), "BadRequestError", param=error.param)
@@ -116,11 +117,6 @@ class PairProxy:
         finally:
             self.limits.leave(held)
             self._metrics.answered(path, status, slo_class)
-
-    @property
-    def calls(self) -> CallRegistry:
-        """The requests that are being served, by their ids."""
-        return self._calls
 
     def interrupt_all(self) -> None:
         """The router is about to end: whoever is still being served gets an error now."""
@@ -219,11 +215,8 @@ class PairProxy:
     async def _suspect(self, call: Call, suspicion: Suspicion, error: ServerFailed) -> str:
         """A server died under the request or cut it off; why it is not tried again, if it is not."""
         server = error.server
-        others = sum(
-            one.up for one in self._fleet.servers if one.role == server.role and one is not server
-        )
         protect = self._options.protect_last_server
-        why = await suspicion.verdict(server, others, protect)
+        why = await suspicion.verdict(server, self._fleet.others(server), protect)
         self._metrics.cut_off.labels(server.role, "ended" if why else "retried").inc()
         logger.warning(
             "request %s: cut off by %s server %s, %s",
