@@ -15,6 +15,7 @@ from sglang_kairos.engine import prefill as engine_prefill
 from sglang_kairos.engine import running as engine_running
 from sglang_kairos.engine.state import KairosState, Paused, Promise
 from sglang_kairos.policy.urgency import PrefillPlan
+from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
 from sglang_kairos.sim import decode as sim_decode
 from sglang_kairos.sim.cluster import Cluster, Setup
 from sglang_kairos.sim.decode import (
@@ -34,7 +35,7 @@ from sglang_kairos.slo import Slo
 from sglang_kairos.tools.traces import long_tail
 
 SYSTEM = System(
-    LawTimes((5e-3, 1e-4, 1e-9, 0.0), (3.5e-3, 0.22e-3, 0.0, 0.0, 0.65e-6), None),
+    LawTimes(PrefillLaw(5e-3, 1e-4, 1e-9), DecodeLaw(3.5e-3, 0.22e-3, 0.65e-6), None),
     chunk_tokens=512,
     prefill_kv_tokens=60_000,
     kv_bytes=4096,

@@ -18,6 +18,7 @@ import pytest
 
 from sglang_kairos.policy.packing import HORIZON
 from sglang_kairos.policy.urgency import PrefillPlan
+from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
 from sglang_kairos.predict.prefill_time import PrefillTimeModel
 from sglang_kairos.predict.step_time import StepTimeModel
 from sglang_kairos.sim import decode as sim_decode
@@ -39,7 +40,7 @@ KAIROS = POLICIES["kairos"]
 
 def cluster_of(chunk_tokens: int, free_tokens: int, **settings: Any) -> Cluster:
     """An empty cluster at time 0 with these Kairos settings."""
-    times = LawTimes((1.0, 0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0, 0.0), None)
+    times = LawTimes(PrefillLaw(1.0, 0.0, 0.0), DecodeLaw(1.0, 0.0, 0.0), None)
     system = System(times, chunk_tokens=chunk_tokens, prefill_kv_tokens=free_tokens)
     config = replace(KAIROS.config, **settings)
     return Cluster(Setup(system), replace(KAIROS, config=config), [])
