@@ -66,7 +66,7 @@ def test_the_router_predicts_a_prompt_as_the_server_itself_does(
     router = PrefillServer("http://p", 1)
     router.learn(sent({"prefill": model.law.to_json()}, chunked_prefill_size=chunk))
     own = float(model.remaining_s(tokens, prefix, chunk))
-    state = replace(router.state(0.0), cached_tokens=float(prefix))
+    state = router.state(0.0)._replace(cached_tokens=float(prefix))
     placed = prefill_outlook(state, PlacedRequest(tokens + prefix, math.inf))
     assert placed.end_s == pytest.approx(own, rel=1e-12)
     ticket = router.owe(tokens + prefix, math.inf, 0.0, cached=prefix)

@@ -12,6 +12,7 @@ from sglang_kairos.policy.backlog import Backlog
 from sglang_kairos.policy.placement import (
     DRAWN,
     LOOK_AT_ALL,
+    UNTOLD_DECODE,
     DecodeState,
     PlacedRequest,
     PrefillState,
@@ -142,7 +143,9 @@ def test_a_seed_fixes_the_choice_among_equals_and_spreads_it() -> None:
 jobs = st.lists(st.tuples(st.floats(-10, 100), st.floats(0, 10)), max_size=8)
 servers = st.lists(jobs.map(lambda found: owing(*found)), min_size=1, max_size=5)
 decoders = st.lists(
-    st.builds(DecodeState, running=st.integers(0, 500), tokens=st.floats(0, 1e6)),
+    st.tuples(st.integers(0, 500), st.floats(0, 1e6)).map(
+        lambda held: DecodeState(UNTOLD_DECODE, *held)
+    ),
     min_size=1,
     max_size=5,
 )

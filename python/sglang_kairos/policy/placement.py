@@ -22,23 +22,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple
 
 from sglang_kairos.policy.backlog import EMPTY, Backlog
-from sglang_kairos.predict.laws import GENERIC_DECODE, GENERIC_PREFILL, DecodeLaw, PrefillLaw
+from sglang_kairos.predict.laws import GENERIC_PREFILL, DecodeLaw, PrefillLaw
 
 # Predictions closer than this are one: they are not that good, and a tie can be spread.
 TIE_S = 1e-4
+# Of a decode server that has not told its law: steep enough for one request more to be no tie.
+UNTOLD_DECODE = DecodeLaw(3.5e-3, 0.22e-3, 0.65e-6)
 LOOK_AT_ALL = 32  # of one role; 64 servers in all
 DRAWN = 8
 # Of the tokens that a request may make, how many it is expected to.
 OUTPUT_SHARE = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillState:
+class PrefillState(NamedTuple):
     """A prefill server and what it owes: `deadlines_s` ascending, `works_s` beside it.
 
     `progress_s`: done already of that; `extra_s`: work besides, of unknown deadlines;
@@ -59,14 +59,13 @@ class PrefillState:
     backlog: Backlog | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeState:
+class DecodeState(NamedTuple):
     """A decode server: requests and KV tokens it holds or has been promised, and its KV size.
 
     `tpots_s`: TPOT targets of the requests known there, ascending.
     """
 
-    law: DecodeLaw = GENERIC_DECODE
+    law: DecodeLaw = UNTOLD_DECODE
     running: int = 0
     tokens: float = 0.0
     capacity_tokens: float = math.inf
@@ -77,8 +76,7 @@ class DecodeState:
         return self.law.step_s(self.running + more_requests, self.tokens + more_tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class PlacedRequest:
+class PlacedRequest(NamedTuple):
     """`tokens` prompt tokens in all `prompts`; `output_tokens` it is expected to grow by.
 
     `now_s` goes with `deadline_s`; without it nothing counts as late. `margin_s` is kept free
@@ -90,8 +88,8 @@ class PlacedRequest:
     output_tokens: float = 0.0
     prompts: int = 1
     handoff_s: float = 0.0
-    skip_prefills: frozenset[int] = field(default_factory=frozenset)
-    skip_decodes: frozenset[int] = field(default_factory=frozenset)
+    skip_prefills: frozenset[int] = frozenset()
+    skip_decodes: frozenset[int] = frozenset()
     now_s: float = -math.inf
     tpot_s: float = math.inf
     weight: float = 1.0
@@ -193,24 +191,20 @@ def choose_pair(
     """The pair that keeps most promises, or None when either side has no server left."""
     left = [i for i in range(len(prefills)) if i not in request.skip_prefills]
     right = [i for i in range(len(decodes)) if i not in request.skip_decodes]
+    if not left or not right:
+        return None
     ends = {left[i]: prefill_outlook(prefills[left[i]], request) for i in drawn(len(left), rng)}
     steps = {right[i]: decode_outlook(decodes[right[i]], request) for i in drawn(len(right), rng)}
-    if not ends or not steps:
-        return None
-    most = max(found.kept for found in ends.values())
-    soonest = min(found.end_s for found in ends.values() if found.kept == most)
-    prefill = _pick(
-        [i for i, o in ends.items() if o.kept == most and o.end_s <= soonest + TIE_S], rng
-    )
-    full, loss, shortest = min((o.overflow, -o.kept, o.step_s) for o in steps.values())
-    decode = _pick(
-        [
-            i
-            for i, o in steps.items()
-            if o.overflow == full and o.kept == -loss and o.step_s <= shortest + TIE_S
-        ],
-        rng,
-    )
+    loss, soonest = min([(-kept, end_s) for end_s, kept, _ in ends.values()])
+    tied = [i for i, (end_s, kept, _) in ends.items() if kept == -loss and end_s <= soonest + TIE_S]
+    prefill = _pick(tied, rng)
+    full, loss, shortest = min([(over, -kept, step_s) for over, kept, step_s in steps.values()])
+    tied = [
+        i
+        for i, (over, kept, step_s) in steps.items()
+        if over == full and kept == -loss and step_s <= shortest + TIE_S
+    ]
+    decode = _pick(tied, rng)
     first, second = ends[prefill], steps[decode]
     return Pair(
         prefill,

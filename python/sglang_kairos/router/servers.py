@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
+from yarl import URL
+
 from sglang_kairos.policy.backlog import EMPTY, Backlog
-from sglang_kairos.policy.placement import DecodeState, PrefillState
-from sglang_kairos.predict.laws import GENERIC_DECODE, GENERIC_PREFILL, PrefillLaw
+from sglang_kairos.policy.placement import UNTOLD_DECODE, DecodeState, PrefillState
+from sglang_kairos.predict.laws import GENERIC_PREFILL, PrefillLaw
 from sglang_kairos.request_checks import NO_LIMITS, RequestLimits
 from sglang_kairos.router.attention import Attention
 from sglang_kairos.router.health import Health, HealthRules
@@ -62,6 +64,7 @@ class Server:
 
     def __init__(self, url: str, rules: HealthRules | None = None) -> None:
         self.url = url
+        self._urls: dict[str, URL] = {}
         self.health = Health(rules or HealthRules())
         self.kairos = False
         self.draining = False
@@ -79,6 +82,13 @@ class Server:
         self.limits: RequestLimits = NO_LIMITS
         self._load: Load | None = None
         self._load_at_s = float("-inf")
+
+    def at(self, path: str) -> URL:
+        """Where it serves that path; parsed once."""
+        found = self._urls.get(path)
+        if found is None:
+            found = self._urls[path] = URL(self.url + path)
+        return found
 
     @property
     def up(self) -> bool:
@@ -324,7 +334,7 @@ class DecodeServer(Server):
         self.running = 0
         self.tokens = 0.0
         self.known = False
-        self._law = GENERIC_DECODE
+        self._law = UNTOLD_DECODE
         self._capacity = math.inf
         self._tpots: list[float] = []
         self._foreign = (0, 0.0)
