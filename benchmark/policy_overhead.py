@@ -31,7 +31,7 @@ import numpy as np
 
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import prefill, state
-from sglang_kairos.policy.urgency import PrefillQueue, plan_prefill
+from sglang_kairos.policy.prefill_step import PrefillQueue, plan_prefill
 from sglang_kairos.predict.prefill_time import PrefillTimeModel
 
 SIZES = (100, 1_000, 10_000)

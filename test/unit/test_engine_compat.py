@@ -12,7 +12,7 @@ import pytest
 from helpers.fake_prefill import Req, built, make_scheduler, make_state
 from helpers.trees import sglang_folder
 from sglang_kairos.engine import compat, prefill, state, steps
-from sglang_kairos.policy.urgency import PrefillPlan
+from sglang_kairos.policy.prefill_step import PrefillPlan
 
 NEW, OLD = "0.5.23", "0.5.16"
 

@@ -256,7 +256,7 @@ def test_a_request_held_back_still_counts_as_pending_while_the_batch_is_built(
     kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waiting = [Req("a", 10, 100), Req("b", 33, 100)]
-    monkeypatch.setattr(prefill, "_decide", lambda *a: ([0], -1, None, [1]))
+    monkeypatch.setattr(prefill, "_decide", lambda *a: ([0], -1, None, [1], -1))
     pending: list[int] = []
 
     def upstream(scheduler: Any, running: Any) -> Any:

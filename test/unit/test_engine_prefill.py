@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from helpers.fake_prefill import Req, build, built, make_scheduler, make_state
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import prefill, state
+from sglang_kairos.policy import prefill_planner
+from sglang_kairos.policy.prefill_step import PrefillPlan
 
 
 @pytest.fixture
@@ -93,7 +95,7 @@ def test_requests_held_back_return_to_the_queue_even_when_upstream_fails(
 ) -> None:
     waiting = [Req("a", 10, 100), Req("b", 10, 100)]
     scheduler = make_scheduler(waiting, None)
-    monkeypatch.setattr(prefill, "_decide", lambda *a: ([0], -1, None, [1]))
+    monkeypatch.setattr(prefill, "_decide", lambda *a: ([0], -1, None, [1], -1))
 
     def upstream(scheduler: Any, running: Any) -> Any:
         assert scheduler.waiting_queue == [waiting[0]]
@@ -243,7 +245,7 @@ def test_a_failing_policy_leaves_stock_behaviour_and_a_counter(
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError("a bug of ours")
 
-    monkeypatch.setattr(prefill, "plan_prefill", broken)
+    monkeypatch.setattr(prefill_planner, "plan_prefill", broken)
     long, waiting = Req("long", 8000, 60_000, done=512), [Req("a", 9, 200), Req("b", 9, 100)]
     scheduler, upstream = make_scheduler(waiting, long), build()
     prefill.get_new_batch_prefill(upstream, scheduler, "running")
@@ -285,8 +287,8 @@ def test_a_crumb_for_a_short_partial_is_not_judged_by_a_long_prompt_in_the_queue
 def test_a_policy_that_loses_a_request_leaves_stock_behaviour(
     kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = SimpleNamespace(order=[0], slot=-1, chunk_limit=None, hold=[], on_time=1)
-    monkeypatch.setattr(prefill, "plan_prefill", lambda *a, **k: plan)
+    plan = PrefillPlan(order=[0], slot=-1, chunk_limit=None, hold=[], on_time=1)
+    monkeypatch.setattr(prefill_planner, "plan_prefill", lambda *a, **k: plan)
     waiting = [Req("a", 9, 200), Req("b", 9, 100)]
     upstream = build()
     prefill.get_new_batch_prefill(upstream, make_scheduler(waiting, None), "r")
@@ -313,16 +315,15 @@ def test_the_order_of_the_plan_survives_upstreams_own_sort(kairos: state.KairosS
 def test_a_starving_request_goes_first_and_pays_from_the_late_share(
     kairos: state.KairosState,
 ) -> None:
-    kairos.config = dataclasses.replace(kairos.config, max_wait=2.0)
-    kairos.roster._max_wait = 2.0
+    kairos.planner.config = dataclasses.replace(kairos.config, max_wait=2.0)
     old = Req("old", 400, ttft_ms=100, age_ms=300_000)
     fresh = [Req(f"f{i}", 300, ttft_ms=700) for i in range(3)]
-    kairos.late_share.earn(20_000)
-    before = kairos.late_share._balance
+    kairos.planner.ran(20_000, 0)
+    before = kairos.planner.late_share._balance
     upstream = build(built([400], reqs=[old]))
     prefill.get_new_batch_prefill(upstream, make_scheduler([*fresh, old], None), "r")
     assert upstream.calls[0][1][0] is old
-    assert kairos.late_share._balance < before - 300
+    assert kairos.planner.late_share._balance < before - 300
 
 
 @pytest.mark.parametrize("reason", ["enable_lora", "is_hybrid_swa", "require_mlp_sync"])

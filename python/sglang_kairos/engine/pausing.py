@@ -54,19 +54,12 @@ def _released(req: Any) -> bool:
     return bool(req.finished()) or not compat.holds_kv(req)
 
 
-def overdue(state: KairosState, now: float, slot_req: Any) -> int:
-    """Which partial has sat out for `max_pause_ms` in all and runs to its end now.
-
-    0 is the one in the slot, if there is one, the paused follow in the order of `state.paused`;
-    -1: none has.
-    """
-    limit_s = state.config.max_pause_ms / 1e3
-    if slot_req is not None and state.promise(slot_req).paused_s > limit_s:
-        return 0
-    for place, entry in enumerate(state.paused, start=int(slot_req is not None)):
-        if state.promise(entry.req).paused_s + now - entry.since_s > limit_s:
-            return place
-    return -1
+def paused_s(state: KairosState, begun: list[Any], now: float) -> list[float]:
+    """How long each of `begun`, of whom all but the chunk slot's are paused, has sat out in all."""
+    total = {id(req): state.promise(req).paused_s for req in begun}
+    for entry in state.paused:
+        total[id(entry.req)] += now - entry.since_s
+    return list(total.values())
 
 
 def process_pending_chunked_abort(original: Callable[..., Any], scheduler: Any) -> None:

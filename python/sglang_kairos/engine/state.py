@@ -22,7 +22,9 @@ from sglang_kairos.engine.plugin import INSTALLED, active_config
 from sglang_kairos.engine.profile import Profile
 from sglang_kairos.engine.ranks import Clock, agreement, rank_of
 from sglang_kairos.engine.roster import Roster
-from sglang_kairos.policy.urgency import LateShare, PrefillPlan
+from sglang_kairos.policy.prefill_planner import prefill_planner
+from sglang_kairos.policy.prefill_step import PrefillPlan
+from sglang_kairos.policy.urgency import LateShare
 from sglang_kairos.slo import WIRE_KEY, RequestSlo, Slo, SloError, SloTable, from_wire
 
 logger = logging.getLogger("sglang_kairos")
@@ -74,6 +76,16 @@ def tokens_left(req: Any) -> int:
     return max(1, len(req.origin_input_ids) - done)
 
 
+def plain(record: Any) -> dict[str, Any]:
+    """A dataclass of arrays and numbers, ready for JSON."""
+    return {
+        item.name: value.tolist()
+        if hasattr(value := getattr(record, item.name), "tolist")
+        else value
+        for item in dataclasses.fields(record)
+    }
+
+
 class KairosState:
     """The state of one scheduler."""
 
@@ -90,8 +102,8 @@ class KairosState:
         self.held: list[Any] = []
         self.plan: PrefillPlan | None = None
         self.plan_order: list[Any] = []
-        self.plans = 0
-        self.roster = Roster(self.promise, config.max_wait)
+        self.planner = prefill_planner(config)
+        self.roster = Roster(self.promise)
         self.starving: Any = None
         self.cannot_pause = _cannot_pause(scheduler)
         # A CPU runs the forward inside the launch; a GPU's launch returns at once.
