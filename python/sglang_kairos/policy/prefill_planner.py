@@ -202,9 +202,12 @@ def prefill_planner(config: KairosConfig) -> PrefillPlanner:
 
 def names_all(plan: PrefillPlan, waiting: int) -> bool:
     """Whether every waiting index is either ordered or held back, once."""
-    named = {*plan.order, *plan.hold}
-    whole = len(named) == len(plan.order) + len(plan.hold) == waiting
-    return whole and (not waiting or (min(named) >= 0 and max(named) < waiting))
+    named = [*plan.order, *plan.hold]
+    # So many different ones below `waiting` add up to this only if none is negative.
+    whole = len(named) == len(set(named)) == waiting
+    return whole and (
+        not waiting or (max(named) < waiting and 2 * sum(named) == waiting * (waiting - 1))
+    )
 
 
 def _due_s(view: PrefillView) -> Floats:

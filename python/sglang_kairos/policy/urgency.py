@@ -39,40 +39,11 @@ def moore_hodgson(
 ) -> NDArray[np.bool_]:
     """Mask of the jobs that end on time when run in deadline order and all others dropped."""
     work, deadline = np.asarray(work_s, float), np.asarray(deadline_s, float)
-    on_time = work <= deadline  # a job that cannot make it alone must not push others out
-    jobs = np.flatnonzero(on_time)
-    jobs = jobs[np.argsort(deadline[jobs], kind="stable")]
-    end, due = np.cumsum(work[jobs]), deadline[jobs]
-    overflow = np.flatnonzero(end > due)
-    if overflow.size == 0:
-        return on_time
-    key = -work if weight is None else np.asarray(weight, float) / np.maximum(work, 1e-12)
-    # Ranks stand for (key, later deadline first): a heap of ints is several times faster.
-    by_rank = np.lexsort((-np.arange(jobs.size), key[jobs]))
-    rank = np.empty_like(by_rank)
-    rank[by_rank] = np.arange(jobs.size)
-    ranks, work_of = rank.tolist(), work[jobs[by_rank]].tolist()
-    first = int(overflow[0])
-    heap = ranks[:first]
-    heapq.heapify(heap)
-    push, push_pop = heapq.heappush, heapq.heappushpop  # a look-up each in a loop of thousands
-    dropped: list[int] = []
-    total = float(end[first - 1]) if first else 0.0
-    steps = zip(ranks[first:], work[jobs[first:]].tolist(), due[first:].tolist(), strict=True)
-    for place, seconds, latest in steps:
-        total += seconds
-        if total <= latest:
-            push(heap, place)
-            continue
-        worst = push_pop(heap, place)
-        total -= work_of[worst]
-        dropped.append(worst)
-        while total > latest and heap:
-            worst = heapq.heappop(heap)
-            total -= work_of[worst]
-            dropped.append(worst)
-    on_time[jobs[by_rank[dropped]]] = False
-    return on_time
+    order = np.argsort(deadline, kind="stable")
+    weights = None if weight is None else np.asarray(weight, float)[order]
+    keeps = np.empty(work.size, bool)
+    keeps[order] = _kept(work[order], deadline[order], weights)[0]
+    return keeps
 
 
 def urgency_order(
@@ -83,19 +54,70 @@ def urgency_order(
 ) -> UrgencyOrder:
     """All indices in the order to run them; see the module's text for the rule."""
     work, deadline = np.asarray(work_s, float), np.asarray(deadline_s, float)
-    first = np.zeros(len(work), bool) if starving is None else np.asarray(starving, bool)
-    head = np.flatnonzero(first)
-    head = head[np.argsort(deadline[head], kind="stable")]
-    end = np.cumsum(work[head])
-    rest = np.flatnonzero(~first)
-    ahead = float(end[-1]) if head.size else 0.0
-    weights = None if weight is None else np.asarray(weight, float)[rest]
-    keeps = moore_hodgson(work[rest], deadline[rest] - ahead, weights)
-    good, late = rest[keeps], rest[~keeps]
-    good = good[np.lexsort((work[good], deadline[good]))]
-    late = late[np.lexsort((deadline[late], work[late]))]
-    met = int(np.count_nonzero(end <= deadline[head])) + good.size
-    return UrgencyOrder([*head.tolist(), *good.tolist(), *late.tolist()], met)
+    order = np.argsort(deadline)  # not a stable sort, which takes twice as long
+    due = deadline[order]
+    if (due[1:] == due[:-1]).any():
+        order = np.lexsort((work, deadline))
+    head: list[int] = []
+    ahead, met = 0.0, 0
+    if starving is not None and np.any(starving):
+        first = np.asarray(starving, bool)[order]
+        ends = np.cumsum(work[order[first]])
+        met = int(np.count_nonzero(ends <= deadline[order[first]]))
+        head, ahead, order = order[first].tolist(), float(ends[-1]), order[~first]
+    weights = None if weight is None else np.asarray(weight, float)[order]
+    keeps, by_work = _kept(work[order], deadline[order] - ahead, weights)
+    good, late = order[keeps], order[by_work[~keeps[by_work]]]
+    return UrgencyOrder([*head, *good.tolist(), *late.tolist()], met + good.size)
+
+
+def _kept(
+    work: NDArray[np.float64], due: NDArray[np.float64], weight: NDArray[np.float64] | None
+) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
+    """`moore_hodgson` of jobs in the order of their deadlines; and if it drops any, all by work."""
+    keeps = work <= due  # a job that cannot make it alone must not push others out
+    ends = np.cumsum(np.where(keeps, work, 0.0))
+    spare = np.where(keeps, due - ends, np.inf)
+    # What is dropped makes everybody behind earlier, so the next to be late has less to spare than
+    # everybody before: only these are looked at.
+    least = np.minimum.accumulate(spare)
+    tight = np.flatnonzero((spare < 0.0) & np.append(True, spare[1:] < least[:-1]))
+    if tight.size == 0 and keeps.all():
+        return keeps, np.zeros(0, np.intp)
+    by_work = np.argsort(work, kind="stable")
+    if tight.size == 0:
+        return keeps, by_work
+    worth = (
+        by_work if weight is None else np.argsort(-weight / np.maximum(work, 1e-12), kind="stable")
+    )
+    # Ranks stand for (longest or least worth, later deadline first): a heap of ints is faster.
+    by_rank = worth[::-1]
+    rank = np.empty_like(by_rank)
+    rank[by_rank] = np.arange(by_rank.size)
+    jobs = np.flatnonzero(keeps)
+    ranks, seen = rank[jobs].tolist(), 0
+    push, pop = heapq.heappush, heapq.heappop  # a look-up each in a loop of thousands
+    heap: list[int] = []
+    dropped: list[int] = []
+    saved = 0.0
+    upto = np.searchsorted(jobs, tight, side="right").tolist()
+    ends_at, due_at = ends[tight].tolist(), due[tight].tolist()
+    for end, latest, known in zip(ends_at, due_at, upto, strict=True):
+        if end - saved <= latest:
+            continue
+        if heap:
+            for job in ranks[seen:known]:
+                push(heap, job)
+        else:
+            heap = ranks[seen:known]
+            heapq.heapify(heap)
+        seen = known
+        while end - saved > latest and heap:
+            worst = by_rank.item(pop(heap))
+            saved += work.item(worst)
+            dropped.append(worst)
+    keeps[dropped] = False
+    return keeps, by_work
 
 
 class LateShare:
