@@ -13,7 +13,7 @@ from sglang_kairos.engine import admission as engine_admission
 from sglang_kairos.engine import decode as engine_decode
 from sglang_kairos.engine import prefill as engine_prefill
 from sglang_kairos.engine import running as engine_running
-from sglang_kairos.engine.state import KairosState, Paused, Promise
+from sglang_kairos.engine.state import KairosState, Promise
 from sglang_kairos.policy.urgency import PrefillPlan
 from sglang_kairos.sim import decode as sim_decode
 from sglang_kairos.sim.cluster import Cluster, Setup
@@ -64,11 +64,11 @@ class Fake(SimpleNamespace):
     __hash__ = object.__hash__  # type: ignore[assignment]
 
 
-def promised(req: SimRequest, **more: Any) -> Any:
+def promised(req: SimRequest, kept: bool = True, **more: Any) -> Any:
     slo = Slo(req.ttft_s * 1e3, req.tpot_s * 1e3)
     facts = {
         "index": req.index,
-        "_kairos": Promise(slo, req.arrival_s),
+        "_kairos": Promise(slo, req.arrival_s, kept=kept),
         "origin_input_ids": range(req.prompt),
         "beam_group": None,
         "sampling_params": SimpleNamespace(max_new_tokens=req.output),
@@ -93,9 +93,9 @@ def test_every_prefill_plan_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> N
             for req in (*slot, *server.paused)
         ]
         since = [req.paused_since_s for req in server.paused]
-        state.paused = [
-            Paused(req, at) for req, at in zip(partials[len(slot) :], since, strict=True)
-        ]
+        state.paused = partials[len(slot) :]
+        for req, at in zip(state.paused, since, strict=True):
+            req._kairos.pause(at)
         free = server.free_tokens
         scheduler = SimpleNamespace(
             chunked_prefill_size=SYSTEM.chunk_tokens,
@@ -123,9 +123,7 @@ def test_every_decode_choice_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> 
 
     def joined(req: SimRequest, first_token_s: float, kept: bool) -> Any:
         stats = SimpleNamespace(last_decode_finish_time=first_token_s)
-        fake = promised(
-            req, output_ids=[0], time_stats=stats, _kairos_kept=kept, finished=lambda: True
-        )
+        fake = promised(req, output_ids=[0], time_stats=stats, kept=kept, finished=lambda: True)
         fake._kairos.first_token_s = first_token_s
         return fake
 
@@ -191,7 +189,7 @@ def test_every_reservation_is_the_engines(
         columns[:5] = table[rows, : len(running)]
         memory.table._reqs, memory.table.columns = running, columns
         joining = [
-            promised(req, _kairos_kept=req not in server._unkept)
+            promised(req, kept=req not in server._unkept)
             for req in (*server._coming, *server.ready)
         ]
         context, free = table[CONTEXT, : len(running)], system.decode_kv_tokens - server.kv_tokens

@@ -59,10 +59,10 @@ def _planned_batch(
         result = original(scheduler, running_batch)
         # Nothing could be admitted (no memory, say): prefills that have begun are the way forward.
         state.plan = None
-        for entry in sorted(state.paused, key=lambda entry: entry.tokens_left):
+        for req in sorted(state.paused, key=tokens_left):
             if result.batch_to_run is not None or _pinned(scheduler.chunked_req):
                 break
-            give_slot(state, scheduler, entry.req)
+            give_slot(state, scheduler, req)
             state.counters["forced_resumes"] += 1
             result = original(scheduler, running_batch)
     finally:
@@ -158,7 +158,7 @@ def add_one_req(
 def _leaves_enough(state: KairosState, adder: Any, req: Any) -> bool:
     """Whether the prefills that have begun can still be taken to their end when `req` begins too."""
     begins = getattr(adder, "new_chunked_req", None)
-    begun = [entry.req for entry in state.paused]
+    begun = list(state.paused)
     begun += [one for one in (state.scheduler.chunked_req, begins) if one is not None]
     if not begun:
         return True
@@ -189,7 +189,7 @@ def _apply_plan(state: KairosState, scheduler: Any) -> list[Any]:
     state.plans += 1
     waiting, slot_req = scheduler.waiting_queue, scheduler.chunked_req
     partials = [] if slot_req is None else [slot_req]
-    partials += [entry.req for entry in state.paused]
+    partials += state.paused
     at = len(waiting) if slot_req is not None else -1
     # As stock would: the queue as it stands behind the chunk in progress.
     first = len(waiting) if partials else -1
