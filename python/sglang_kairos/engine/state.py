@@ -24,7 +24,7 @@ from sglang_kairos.engine.request_state import RequestState, kv_tokens
 from sglang_kairos.engine.request_state import tokens_left as tokens_left
 from sglang_kairos.engine.roster import Roster
 from sglang_kairos.policy.urgency import LateShare, PrefillPlan
-from sglang_kairos.slo import WIRE_KEY, RequestSlo, SloError, SloTable, from_wire
+from sglang_kairos.slo import WIRE_KEY, RequestSlo, SloError, SloTable
 
 logger = logging.getLogger("sglang_kairos")
 
@@ -105,14 +105,12 @@ class KairosState:
         if found is None:
             wire = getattr(req.sampling_params, "custom_params", None)
             try:
-                asked = from_wire(
-                    wire.get(WIRE_KEY) if isinstance(wire, dict) else None, self.table
-                )
+                asked = self.table.read(wire.get(WIRE_KEY) if isinstance(wire, dict) else None)
             except SloError as error:
                 self.log_once(
                     f"slo:{error.field}", f"ignored an SLO that came unvalidated: {error}"
                 )
-                asked = from_wire(None, self.table)
+                asked = RequestSlo(self.table.default)
             arrival = req.time_stats.scheduler_recv_time or self.now()
             found = RequestState(asked.slo, arrival - asked.age_ms / 1e3)
             req._kairos = found
