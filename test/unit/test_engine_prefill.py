@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.fake_prefill import Req, build, built, make_scheduler, make_state
+from helpers.fake_prefill import Req, build, built, make_scheduler, make_state, pause
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import prefill, state
 from sglang_kairos.policy import prefill_planner
@@ -39,7 +39,7 @@ def test_a_long_chunk_is_paused_for_urgent_prompts_that_fill_the_budget(
     scheduler, upstream = make_scheduler(urgent, long), build()
     prefill.get_new_batch_prefill(upstream, scheduler, "running")
     assert upstream.calls == [(None, urgent)]
-    assert [entry.req for entry in kairos.paused] == [long]
+    assert kairos.paused == [long]
     assert kairos.counters["pauses"] == 1
 
 
@@ -47,7 +47,7 @@ def test_the_paused_prefill_comes_back_when_nothing_is_more_urgent(
     kairos: state.KairosState,
 ) -> None:
     long = Req("long", 8000, ttft_ms=60_000, done=512)
-    kairos.paused.append(state.Paused(long, kairos.now()))
+    pause(kairos, long)
     scheduler, upstream = make_scheduler([], None), build()
     prefill.get_new_batch_prefill(upstream, scheduler, "running")
     assert upstream.calls == [(long, [])]
@@ -125,7 +125,7 @@ def test_pausing_can_be_switched_off(kairos: state.KairosState) -> None:
 
 def test_a_request_paused_too_long_runs_next(kairos: state.KairosState) -> None:
     old = Req("old", 8000, ttft_ms=60_000, done=512)
-    kairos.paused.append(state.Paused(old, kairos.now() - 61.0))
+    pause(kairos, old, since_s=kairos.now() - 61.0)
     scheduler = make_scheduler([Req(f"u{i}", 256, ttft_ms=200) for i in range(4)], None)
     prefill.get_new_batch_prefill(build(), scheduler, "running")
     assert scheduler.chunked_req is old
@@ -214,7 +214,7 @@ def test_nobody_is_admitted_into_kv_that_a_begun_prefill_needs(
     long = Req("long", 1012, 60_000, done=512)  # 500 tokens left
     scheduler = kairos.scheduler
     if begun == "paused":
-        kairos.paused.append(state.Paused(long, 0.0))
+        pause(kairos, long)
     scheduler.chunked_req = long if begun == "slot" else None
     adder.new_chunked_req = long if begun == "new" else None
     before = adder.rem_total_tokens
@@ -376,7 +376,7 @@ def test_no_decision_loses_a_request(
     queue = [Req(f"w{i}", n, ttft) for i, (n, ttft) in enumerate(waiting)]
     begun = [Req(f"p{i}", n + 1, ttft, done=1) for i, (n, ttft) in enumerate(partials)]
     made = make_state()
-    made.paused = [state.Paused(req, made.now()) for req in begun[1:]]
+    pause(made, *begun[1:])
     scheduler = make_scheduler(queue, begun[0] if begun else None)
     scheduler.token_to_kv_pool_allocator.available_size = lambda: free
     gone: list[Req] = []
@@ -394,7 +394,7 @@ def test_no_decision_loses_a_request(
     finally:
         state.CURRENT = None
     slot = [scheduler.chunked_req] if scheduler.chunked_req else []
-    after = [*gone, *scheduler.waiting_queue, *slot, *(entry.req for entry in made.paused)]
+    after = [*gone, *scheduler.waiting_queue, *slot, *made.paused]
     assert sorted(map(repr, after)) == sorted(map(repr, [*queue, *begun]))
     assert made.counters["urgency_errors"] == 0
     assert len(made.paused) <= max(made.config.max_paused, len(begun))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sglang_kairos.engine import compat
-from sglang_kairos.engine.pausing import drop_released, give_slot, paused_s
+from sglang_kairos.engine.pausing import drop_released, give_slot
 from sglang_kairos.engine.roster import Rows
 from sglang_kairos.engine.standstill import give_way
 from sglang_kairos.engine.state import KairosState, current, plain, tokens_left
@@ -55,10 +55,10 @@ def _planned_batch(
         result = original(scheduler, running_batch)
         # Nothing could be admitted (no memory, say): prefills that have begun are the way forward.
         state.plan = None
-        for entry in sorted(state.paused, key=lambda entry: entry.tokens_left):
+        for req in sorted(state.paused, key=tokens_left):
             if result.batch_to_run is not None or _pinned(scheduler.chunked_req):
                 break
-            give_slot(state, scheduler, entry.req)
+            give_slot(state, scheduler, req)
             state.counters["forced_resumes"] += 1
             result = original(scheduler, running_batch)
     finally:
@@ -154,7 +154,7 @@ def add_one_req(
 def _leaves_enough(state: KairosState, adder: Any, req: Any) -> bool:
     """Whether the prefills that have begun can still be taken to their end when `req` begins too."""
     begins = getattr(adder, "new_chunked_req", None)
-    begun = [entry.req for entry in state.paused]
+    begun = list(state.paused)
     begun += [one for one in (state.scheduler.chunked_req, begins) if one is not None]
     if not begun:
         return True
@@ -183,7 +183,7 @@ def _apply_plan(state: KairosState, scheduler: Any) -> list[Any]:
     """Plan the step, move requests in and out of the chunk slot; returns the requests held back."""
     waiting, slot_req = scheduler.waiting_queue, scheduler.chunked_req
     begun = [] if slot_req is None else [slot_req]
-    begun += [entry.req for entry in state.paused]
+    begun += state.paused
     # As stock would: the queue as it stands behind the chunk in progress.
     first = len(waiting) if begun else -1
     as_it_stands: Step = (list(range(len(waiting))), first, None, [], -1)
@@ -237,7 +237,7 @@ def _view(state: KairosState, scheduler: Any, waiting: Rows, begun: list[Any]) -
         weight=roster.weight[rows],
         tokens=tokens,
         prefix=total - tokens,
-        paused_s=paused_s(state, begun, now),
+        paused_s=[state.promise(req).sat_out_s(now) for req in begun],
         in_slot=in_slot,
         pinned=in_slot and _pinned(scheduler.chunked_req),
         chunk_tokens=_chunk_tokens(scheduler),

@@ -9,7 +9,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TextIO, TypeVar
 
 from sglang_kairos.config import KairosConfig
@@ -21,11 +20,13 @@ from sglang_kairos.engine.metrics import SchedulerMetrics
 from sglang_kairos.engine.plugin import INSTALLED, active_config
 from sglang_kairos.engine.profile import Profile
 from sglang_kairos.engine.ranks import Clock, agreement, rank_of
+from sglang_kairos.engine.request_state import RequestState, kv_tokens
+from sglang_kairos.engine.request_state import tokens_left as tokens_left
 from sglang_kairos.engine.roster import Roster
 from sglang_kairos.policy.prefill_planner import prefill_planner
 from sglang_kairos.policy.prefill_step import PrefillPlan
 from sglang_kairos.policy.urgency import LateShare
-from sglang_kairos.slo import WIRE_KEY, RequestSlo, Slo, SloError, SloTable, from_wire
+from sglang_kairos.slo import WIRE_KEY, RequestSlo, SloError, SloTable
 
 logger = logging.getLogger("sglang_kairos")
 
@@ -33,47 +34,7 @@ Decision = TypeVar("Decision")
 LOGGED_ERRORS = 5  # the rest is only counted, or a broken step would fill the disk
 
 
-@dataclass(slots=True)
-class Promise:
-    """What Kairos keeps for one request. Times are `time.perf_counter` seconds of this process.
-
-    `paused_s` is how long its prefill sat out in all, the pause it may be in excepted.
-    """
-
-    slo: Slo
-    arrival_s: float
-    first_token_s: float | None = None
-    paused_s: float = 0.0
-
-    @property
-    def ttft_due_s(self) -> float:
-        return self.arrival_s + self.slo.ttft_ms / 1e3
-
-
-@dataclass(slots=True)
-class Paused:
-    """A half-done chunked prefill that sits out; its KV stays where it is."""
-
-    req: Any
-    since_s: float
-    aborted: bool = False
-
-    @property
-    def kv_tokens(self) -> int:
-        """Prompt tokens computed, whose KV it keeps."""
-        return int(compat.extend_end(self.req) or compat.prefix_len(self.req))
-
-    @property
-    def tokens_left(self) -> int:
-        """Prompt tokens that no launched chunk covers yet."""
-        return tokens_left(self.req)
-
-
-def tokens_left(req: Any) -> int:
-    """Prompt tokens of a started chunked prefill that no launched chunk covers yet."""
-    end = compat.extend_end(req)
-    done = compat.prefix_len(req) if end is None else end
-    return max(1, len(req.origin_input_ids) - done)
+Promise = RequestState  # its name before
 
 
 def plain(record: Any) -> dict[str, Any]:
@@ -98,7 +59,7 @@ class KairosState:
         self.prefill_time, self.step_time = self.profile.start(self.captured_sizes)
         self.steps = LatestSteps()
         self.late_share = LateShare(config.late_share)
-        self.paused: list[Paused] = []
+        self.paused: list[Any] = []
         self.held: list[Any] = []
         self.plan: PrefillPlan | None = None
         self.plan_order: list[Any] = []
@@ -150,22 +111,20 @@ class KairosState:
         """
         return self._agree(decision)
 
-    def promise(self, req: Any) -> Promise:
-        """The SLO and arrival of a request; a malformed SLO falls back to the server's default."""
-        found: Promise | None = getattr(req, "_kairos", None)
+    def promise(self, req: Any) -> RequestState:
+        """What is kept of a request; a malformed SLO falls back to the server's default."""
+        found: RequestState | None = getattr(req, "_kairos", None)
         if found is None:
             wire = getattr(req.sampling_params, "custom_params", None)
             try:
-                asked = from_wire(
-                    wire.get(WIRE_KEY) if isinstance(wire, dict) else None, self.table
-                )
+                asked = self.table.read(wire.get(WIRE_KEY) if isinstance(wire, dict) else None)
             except SloError as error:
                 self.log_once(
                     f"slo:{error.field}", f"ignored an SLO that came unvalidated: {error}"
                 )
-                asked = from_wire(None, self.table)
+                asked = RequestSlo(self.table.default)
             arrival = req.time_stats.scheduler_recv_time or self.now()
-            found = Promise(asked.slo, arrival - asked.age_ms / 1e3)
+            found = RequestState(asked.slo, arrival - asked.age_ms / 1e3)
             req._kairos = found
             if not req.rid.startswith("HEALTH_CHECK"):
                 self.counters["requests"] += 1
@@ -260,7 +219,7 @@ class KairosState:
             report["prefill"] = self.prefill_time.coefficients
             report["prefill_error"] = dataclasses.asdict(self.prefill_time.error)
             report["paused"] = len(self.paused)
-            report["paused_tokens"] = sum(entry.kv_tokens for entry in self.paused)
+            report["paused_tokens"] = sum(map(kv_tokens, self.paused))
             report["cannot_pause"] = self.cannot_pause
         return report
 
