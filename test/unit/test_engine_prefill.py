@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from helpers.fake_prefill import Req, build, built, make_scheduler, make_state
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.engine import prefill, state
+from sglang_kairos.engine import features, prefill, state
 
 
 @pytest.fixture
@@ -333,7 +333,7 @@ def test_where_pausing_is_not_proven_the_chunk_runs_through(
     scheduler = make_scheduler([Req(f"u{i}", 256, ttft_ms=200) for i in range(2)], long)
     setattr(scheduler, reason, True)
     made = make_state()
-    made.cannot_pause = state._cannot_pause(scheduler)
+    made.cannot_pause = features.why_not("pause", scheduler)
     monkeypatch.setattr(state, "CURRENT", made)
     prefill.get_new_batch_prefill(build(), scheduler, "r")
     assert made.cannot_pause and scheduler.chunked_req is long and not made.paused

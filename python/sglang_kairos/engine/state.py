@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO, TypeVar
 
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.engine import compat
+from sglang_kairos.engine import compat, features
 from sglang_kairos.engine.chaos import Chaos
 from sglang_kairos.engine.graphs import captured_sizes
 from sglang_kairos.engine.latest import LatestSteps
@@ -93,7 +93,7 @@ class KairosState:
         self.plans = 0
         self.roster = Roster(self.promise, config.max_wait)
         self.starving: Any = None
-        self.cannot_pause = _cannot_pause(scheduler)
+        self.cannot_pause = ", ".join(features.reasons("pause", scheduler))
         # A CPU runs the forward inside the launch; a GPU's launch returns at once.
         self.synchronous: bool = scheduler.device == "cpu"
         self.launched: Any = None
@@ -265,7 +265,7 @@ def run_event_loop(original: Callable[..., Any], scheduler: Any) -> Any:
     """Seam of Scheduler.run_event_loop: set Kairos up, then serve."""
     global CURRENT
     config = active_config()
-    refuse_unsupported()
+    features.refuse_unsupported(scheduler)
     CURRENT = KairosState(scheduler, config)
     logger.info(
         "Kairos is on: mode=%s, default SLO ttft=%g ms tpot=%g ms, order=%s pause=%s park=%s%s",
@@ -277,8 +277,10 @@ def run_event_loop(original: Callable[..., Any], scheduler: Any) -> Any:
         config.park,
         "" if config.chaos_seed < 0 else f", CHAOS seed {config.chaos_seed}",
     )
-    if CURRENT.mode == "prefill" and config.pause and CURRENT.cannot_pause:
-        logger.warning("Kairos: chunked prefills are not paused: %s", CURRENT.cannot_pause)
+    wanted: list[features.Action] = ["pause"] if config.pause else []
+    wanted += ["park", "reserve"] if config.park else []
+    for line in features.lost(CURRENT.mode, scheduler, wanted):
+        logger.warning("Kairos: %s", line)
     if config.order and getattr(scheduler, "enable_priority_scheduling", False):
         logger.warning(
             "Kairos: urgency comes before SGLang's request priorities; use weights of SLO classes"
@@ -293,7 +295,9 @@ def run_event_loop(original: Callable[..., Any], scheduler: Any) -> Any:
 
 def get_init_info(original: Callable[..., Any], scheduler: Any) -> Any:
     """Seam of Scheduler.get_init_info: tell the launcher that this scheduler has Kairos."""
-    refuse_unsupported()  # before the hand-shake: the server must not come up and die then
+    features.refuse_unsupported(
+        scheduler
+    )  # before the hand-shake: the server must not come up and die then
     return {**original(scheduler), "kairos": dict(INSTALLED)}
 
 
@@ -303,37 +307,3 @@ def get_internal_state(original: Callable[..., Any], controller: Any, recv_req: 
     if CURRENT is not None:
         output.internal_state["kairos"] = CURRENT.report()
     return output
-
-
-# Pausing is proven where the identity tests run. Elsewhere a prefill may carry state beside its KV,
-# or be counted somewhere that does not know of pauses: there the chunk in progress runs through.
-_NO_PAUSE = {
-    "is_hybrid_swa": "the model has a sliding-window KV pool",
-    "is_hybrid_ssm": "the model has state-space layers",
-    "enable_lora": "LoRA is on",
-    "enable_hisparse": "hisparse is on",
-    "enable_hierarchical_cache": "the hierarchical cache is on",
-    "enable_lmcache": "LMCache is on",
-    "enable_staging": "KV transfer is staged",
-    "require_mlp_sync": "DP attention synchronises batches",
-    "dllm_config": "the model is a diffusion LLM",
-}
-
-
-def _cannot_pause(scheduler: Any) -> str:
-    """Why this server's chunked prefills must not be paused, in words; empty when they may."""
-    reasons = [text for name, text in _NO_PAUSE.items() if compat.feature(scheduler, name)]
-    speculative = getattr(scheduler, "spec_algorithm", None)
-    if speculative is not None and not speculative.is_none():
-        reasons.append("speculative decoding is on")
-    return ", ".join(reasons)
-
-
-def refuse_unsupported() -> None:
-    """RuntimeError where Kairos cannot schedule correctly at all."""
-    from sglang.srt.runtime_context import get_parallel
-
-    if get_parallel().pp_size > 1:
-        raise RuntimeError(
-            "Kairos does not support pipeline parallelism (--pp-size > 1); start with --kairos off"
-        )
