@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import compat, features
 from sglang_kairos.engine.chaos import Chaos
+from sglang_kairos.engine.decision_log import DecisionLog
 from sglang_kairos.engine.graphs import captured_sizes
 from sglang_kairos.engine.latest import LatestSteps
 from sglang_kairos.engine.metrics import SchedulerMetrics
 from sglang_kairos.engine.plugin import INSTALLED, active_config
 from sglang_kairos.engine.profile import Profile
-from sglang_kairos.engine.ranks import Clock, agreement, rank_of
+from sglang_kairos.engine.ranks import Clock, agreement
 from sglang_kairos.engine.roster import Roster
 from sglang_kairos.policy.urgency import LateShare, PrefillPlan
 from sglang_kairos.slo import WIRE_KEY, RequestSlo, Slo, SloError, SloTable, from_wire
@@ -105,7 +104,8 @@ class KairosState:
         self.logged: set[str] = set()
         self.last_request: RequestSlo | None = None
         self.chaos = Chaos(config.chaos_seed) if config.chaos_seed >= 0 else None
-        self._log: TextIO | None = open(config.decision_log, "a") if config.decision_log else None  # noqa: SIM115
+        log = config.decision_log
+        self._log = DecisionLog(log, scheduler, self.mode) if log else None
         self.clock = Clock(scheduler)
         self.metrics = self.guarded(
             "metrics", lambda: SchedulerMetrics.of(scheduler, self.mode), None
@@ -203,24 +203,9 @@ class KairosState:
         self.guarded("metrics", tell, None)  # its files may not be writable
 
     def record(self, kind: str, **facts: Any) -> None:
-        """Append one decision to the decision log, if there is one.
-
-        Every process of every server may append to the same file: a row says whose it is.
-        """
+        """Append one decision to this process' decision log, if there is one."""
         if self._log is not None:
-            row = {"kind": kind, "role": self.mode, **self._origin, **facts}
-            self._log.write(json.dumps(row) + "\n")
-            self._log.flush()
-
-    @functools.cached_property
-    def _origin(self) -> dict[str, int | None]:
-        """This process among all that write decisions; `port` is its server's."""
-        arguments = getattr(self.scheduler, "server_args", None)
-        return {
-            "port": getattr(arguments, "port", None),
-            "rank": rank_of(self.scheduler),
-            "pid": os.getpid(),
-        }
+            self._log.write(kind, self.mode, facts)
 
     def report(self) -> dict[str, Any]:
         """Plain data for /server_info: predictors, their errors, counters."""
