@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import time
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from helpers.fake_prefill import Req, build, built, make_scheduler, make_state, pause
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.engine import prefill, state
+from sglang_kairos.engine import decision_log, features, prefill, state
 from sglang_kairos.policy import prefill_planner
 from sglang_kairos.policy.prefill_step import PrefillPlan
 
@@ -334,7 +335,7 @@ def test_where_pausing_is_not_proven_the_chunk_runs_through(
     scheduler = make_scheduler([Req(f"u{i}", 256, ttft_ms=200) for i in range(2)], long)
     setattr(scheduler, reason, True)
     made = make_state()
-    made.cannot_pause = state._cannot_pause(scheduler)
+    made.cannot_pause = features.why_not("pause", scheduler)
     monkeypatch.setattr(state, "CURRENT", made)
     prefill.get_new_batch_prefill(build(), scheduler, "r")
     assert made.cannot_pause and scheduler.chunked_req is long and not made.paused
@@ -401,11 +402,43 @@ def test_no_decision_loses_a_request(
     assert not begun or gone or slot, "prefills have begun, but nothing runs"
 
 
-def test_a_row_of_the_decision_log_says_which_process_wrote_it(tmp_path: Path) -> None:
+def test_every_process_has_a_decision_log_of_its_own_whose_rows_say_whose_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = tmp_path / "decisions.jsonl"
-    made = make_state(KairosConfig(decision_log=str(log)))
-    made.scheduler.server_args = SimpleNamespace(port=4321)
-    made.record("prefill", chosen=[1])
-    row = json.loads(log.read_text())
-    assert row.pop("pid") == os.getpid()
-    assert row == {"kind": "prefill", "role": "prefill", "port": 4321, "rank": 0, "chosen": [1]}
+    config = KairosConfig(decision_log=str(log))
+
+    def server(mode: str, port: int, rank: int) -> state.KairosState:
+        scheduler = make_scheduler([], None, mode)
+        scheduler.server_args = SimpleNamespace(port=port)
+        monkeypatch.setattr(decision_log, "rank_of", lambda scheduler: rank)
+        return state.KairosState(scheduler, config)
+
+    # Two servers, two ranks, and two replicas behind one port.
+    places = [("prefill", 30000, 0), ("decode", 30001, 0), ("decode", 30001, 1)] + [
+        ("decode", 30002, 0)
+    ] * 2
+    servers = [server(*place) for place in places]
+    for turn in range(2):
+        for chosen, one in enumerate(servers):
+            one.record("prefill", chosen=[chosen], turn=turn)
+    names = ["decode-30001-0", "decode-30001-1", "decode-30002-0", "decode-30002-0-2"]
+    files = {path.name: path.read_text().splitlines() for path in decision_log.files_of(log)}
+    assert set(files) == {f"decisions.{n}.jsonl" for n in (*names, "prefill-30000-0")}
+    assert len(decision_log.files_of(log, "prefill")) == 1 and not log.exists()
+    rows = [json.loads(line) for line in files["decisions.decode-30001-1.jsonl"]]
+    assert [row["chosen"] for row in rows] == [[2], [2]]
+    assert rows[1].pop("server").endswith(":30001") and rows[1].pop("pid") == os.getpid()
+    expected = {"kind": "prefill", "role": "decode", "rank": 1, "chosen": [2], "turn": 1}
+    assert rows[1] == expected
+
+
+def test_a_server_that_comes_back_goes_on_with_its_log(tmp_path: Path) -> None:
+    config = KairosConfig(decision_log=str(tmp_path / "log"))
+    for turn in range(2):
+        made = make_state(config)
+        made.record("prefill", turn=turn)
+        del made  # its file closes, as when the process ends
+        gc.collect()
+    (file,) = tmp_path.iterdir()
+    assert [json.loads(line)["turn"] for line in file.read_text().splitlines()] == [0, 1]
