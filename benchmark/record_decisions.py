@@ -92,8 +92,10 @@ def thinned(log: Path, keep: int) -> list[dict[str, Any]]:
 def has_choice(record: dict[str, Any]) -> bool:
     """Prefill: something was changed about the queue as it stood. Decode: there was a choice."""
     if record["kind"] == "prefill":
+        waiting = len(record["order"]) + len(record["hold"])
         moved = record["order"] != list(range(len(record["order"])))
-        return moved or bool(record["hold"]) or record["slot"] != record["current"]
+        in_slot = waiting if record["view"]["in_slot"] else -1
+        return moved or bool(record["hold"]) or record["slot"] != in_slot
     return record["kind"] == "decode" and len(record["slack_s"]) >= SHORTEST_QUEUE
 
 

@@ -93,16 +93,29 @@ def test_the_recording_is_worth_replaying() -> None:
     assert any(len(record["run"]) == len(record["slack_s"]) for record in DECODE)
 
 
+def settings_of(record: dict[str, Any]) -> dict[str, float]:
+    return record.get("settings") or {"margin": record["margin"], "handoff_ms": 0.0}
+
+
 @pytest.mark.parametrize("record", PREFILL, ids=range(len(PREFILL)))
 def test_prefill_is_planned_as_recorded(record: dict[str, Any]) -> None:
-    config = replace(KAIROS.config, handoff_ms=0.0, margin=record["margin"])
-    planner = PrefillPlanner(config)
-    starving = record["starving"].index(True) if any(record["starving"]) else -1
-    planner._starving = lambda view: starving  # type: ignore[method-assign]
-    plan = planner.plan(view_of(record), PrefillTimeModel(*record["law"]))
-    told = (plan.order, plan.slot, plan.chunk_limit, plan.on_time, plan.hold)
+    planner = PrefillPlanner(replace(KAIROS.config, **settings_of(record)))
+    law = record["law"]
+    times = PrefillTimeModel(**law) if isinstance(law, dict) else PrefillTimeModel(*law)
+    if "view" in record:
+        columns = {
+            name: np.array(value, np.int64 if name in ("tokens", "prefix") else float)
+            for name, value in record["view"].items()
+            if isinstance(value, list) and name != "paused_s"
+        }
+        view = PrefillView(**{**record["view"], **columns})
+    else:
+        view = view_of(record)
+        starving = record["starving"].index(True) if any(record["starving"]) else -1
+        planner._starving = lambda view: starving  # type: ignore[method-assign]
+    plan = planner.plan(view, times)
     names = ("order", "slot", "chunk_limit", "on_time", "hold")
-    assert told == tuple(record[name] for name in names)
+    assert {name: getattr(plan, name) for name in names} == {name: record[name] for name in names}
 
 
 @pytest.mark.parametrize("record", PREFILL, ids=range(len(PREFILL)))

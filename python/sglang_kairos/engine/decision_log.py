@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import itertools
 import json
@@ -10,6 +11,8 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
+
+import numpy as np
 
 from sglang_kairos.engine.ranks import rank_of
 
@@ -39,6 +42,15 @@ class DecisionLog:
         row = {"kind": kind, "role": role, **self._origin, **facts}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+
+
+def plain(record: Any) -> dict[str, Any]:
+    """A dataclass of arrays and numbers, ready for JSON."""
+    values = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
+    return {
+        name: value.tolist() if isinstance(value, np.ndarray) else value
+        for name, value in values.items()
+    }
 
 
 def _own(path: Path, whose: str) -> TextIO:

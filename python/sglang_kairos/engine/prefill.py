@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from sglang_kairos.engine import compat
+from sglang_kairos.engine.decision_log import plain
 from sglang_kairos.engine.pausing import drop_released, give_slot
 from sglang_kairos.engine.roster import Rows
 from sglang_kairos.engine.standstill import give_way
-from sglang_kairos.engine.state import KairosState, current, plain, tokens_left
+from sglang_kairos.engine.state import KairosState, current, tokens_left
 from sglang_kairos.engine.steps import learn_from_synchronous_step
 from sglang_kairos.policy.prefill_planner import PrefillView
 from sglang_kairos.policy.prefill_step import PrefillPlan
@@ -205,14 +206,9 @@ def _decide(state: KairosState, scheduler: Any, waiting: list[Any], begun: list[
     view = _view(state, scheduler, rows, begun)
     plan = state.planner.plan(view, state.prefill_time)
     if state.logging:
-        settings = ("margin", "handoff_ms", "max_wait", "max_pause_ms")
-        state.record(
-            "prefill",
-            view=plain(view),
-            settings={name: getattr(state.config, name) for name in settings},
-            law=state.prefill_time.coefficients,
-            plan=plain(plan),
-        )
+        law = state.prefill_time.coefficients
+        settings = state.planner.settings()
+        state.record("prefill", view=plain(view), settings=settings, law=law, **plain(plan))
     return plan.order, plan.slot, plan.chunk_limit, plan.hold, plan.starving
 
 

@@ -36,16 +36,6 @@ LOGGED_ERRORS = 5  # the rest is only counted, or a broken step would fill the d
 Promise = RequestState  # its name before
 
 
-def plain(record: Any) -> dict[str, Any]:
-    """A dataclass of arrays and numbers, ready for JSON."""
-    return {
-        item.name: value.tolist()
-        if hasattr(value := getattr(record, item.name), "tolist")
-        else value
-        for item in dataclasses.fields(record)
-    }
-
-
 class KairosState:
     """The state of one scheduler."""
 

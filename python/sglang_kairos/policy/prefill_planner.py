@@ -137,6 +137,17 @@ class PrefillPlanner:
         if of_starving:
             self.late_share.spend(of_starving)
 
+    def settings(self) -> dict[str, float]:
+        """What a plan depends on beside view and times: a planner of these plans the same."""
+        config = self.config
+        return {
+            "margin": config.margin,
+            "handoff_ms": config.handoff_ms,
+            "max_wait": config.max_wait,
+            "late_share": config.late_share if self.late_share.may_spend() else 0.0,
+            "max_pause_ms": config.max_pause_ms,
+        }
+
     def _work_s(self, view: PrefillView, times: PrefillTimeModel) -> Floats:
         work = times.remaining_s(view.tokens, view.prefix, view.chunk_tokens)
         work *= 1 + self.config.margin
