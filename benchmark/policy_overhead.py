@@ -148,7 +148,9 @@ def measure(count: int, repeat: int, seed: int) -> dict[str, list[float]]:
         scheduler.waiting_queue += new
         clock("glue_arrivals", glue)
         rows = kairos.roster.rows(queue)
-        tokens, slack = kairos.roster.tokens[rows], kairos.roster.due_s[rows] - kairos.now()
+        roster = kairos.roster
+        tokens = roster.tokens[rows]
+        slack = roster.arrival_s[rows] + roster.ttft_s[rows] - kairos.now()
         work, none = tokens * 1e-4, np.zeros(count, bool)
         clock("policy", policy)
         clock("hrrn", calc_priority)
