@@ -18,6 +18,7 @@ import pytest
 
 from sglang_kairos.policy.packing import HORIZON
 from sglang_kairos.policy.prefill_planner import PrefillPlanner, PrefillView
+from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
 from sglang_kairos.predict.prefill_time import PrefillTimeModel
 from sglang_kairos.predict.step_time import StepTimeModel
 from sglang_kairos.sim import decode as sim_decode
@@ -39,7 +40,7 @@ KAIROS = POLICIES["kairos"]
 
 def cluster_of(chunk_tokens: int, free_tokens: int, **settings: Any) -> Cluster:
     """An empty cluster at time 0 with these Kairos settings."""
-    times = LawTimes((1.0, 0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0, 0.0), None)
+    times = LawTimes(PrefillLaw(1.0, 0.0, 0.0), DecodeLaw(1.0, 0.0, 0.0), None)
     system = System(times, chunk_tokens=chunk_tokens, prefill_kv_tokens=free_tokens)
     config = replace(KAIROS.config, **settings)
     return Cluster(Setup(system), replace(KAIROS, config=config), [])
@@ -93,6 +94,11 @@ def test_the_recording_is_worth_replaying() -> None:
     assert any(len(record["run"]) == len(record["slack_s"]) for record in DECODE)
 
 
+def law_of(record: dict[str, Any]) -> PrefillLaw:
+    law = record["law"]
+    return PrefillLaw.from_json(law) if isinstance(law, dict) else PrefillLaw(*law)
+
+
 def settings_of(record: dict[str, Any]) -> dict[str, float]:
     return record.get("settings") or {"margin": record["margin"], "handoff_ms": 0.0}
 
@@ -100,8 +106,7 @@ def settings_of(record: dict[str, Any]) -> dict[str, float]:
 @pytest.mark.parametrize("record", PREFILL, ids=range(len(PREFILL)))
 def test_prefill_is_planned_as_recorded(record: dict[str, Any]) -> None:
     planner = PrefillPlanner(replace(KAIROS.config, **settings_of(record)))
-    law = record["law"]
-    times = PrefillTimeModel(**law) if isinstance(law, dict) else PrefillTimeModel(*law)
+    times = PrefillTimeModel(*law_of(record))
     if "view" in record:
         columns = {
             name: np.array(value, np.int64 if name in ("tokens", "prefix") else float)
@@ -120,7 +125,7 @@ def test_prefill_is_planned_as_recorded(record: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("record", PREFILL, ids=range(len(PREFILL)))
 def test_remaining_work_is_predicted_as_recorded(record: dict[str, Any]) -> None:
-    law = PrefillTimeModel(*record["law"])
+    law = PrefillTimeModel(*law_of(record))
     work = law.remaining_s(record["tokens"], record["prefix"], record["chunk_tokens"])
     assert (work * (1 + record["margin"])).tolist() == record["work_s"]
 

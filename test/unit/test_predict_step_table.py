@@ -209,14 +209,14 @@ def test_held_out_cells_of_the_h200_decode_table(start: str) -> None:
     captured = sorted({b for b, _, _ in rows})
     shipped = seed_for("MiniMax-M2.5", "NVIDIA H200", 4)
     assert shipped is not None and shipped.decode is not None
-    a, b, c, knees = shipped.decode
+    a, b, *slopes, c = shipped.decode.terms
     cells, law = [], []
     for seed in range(3):
         model = {
             "generic": StepTimeModel.generic(captured),
             "profile": shipped.decode_model(captured),
             "wrong profile": StepTimeModel(
-                2 * a, b / 2, 2 * c, captured, [knee / 2 for knee in knees]
+                2 * a, b / 2, 2 * c, captured, [slope / 2 for slope in slopes]
             ),
         }[start]
         order = np.random.default_rng(seed).permutation(len(rows))
@@ -257,8 +257,8 @@ def test_the_knee_takes_what_bends_and_nothing_where_nothing_does() -> None:
     new = np.array([16, 64, 128, 256, 512, 1024, 4096.0])
     straight = [(0.0, n, 1e-2 + 2e-5 * n) for n in new]
     bent = [(0.0, n, 1e-2 + 2e-5 * n + 4e-5 * min(n, 256)) for n in new]
-    assert PrefillTimeModel.fit(straight).coefficients["e_s"] < 1e-9
-    assert PrefillTimeModel.fit(bent).coefficients["e_s"] == pytest.approx(4e-5, rel=1e-3)
+    assert PrefillTimeModel.fit(straight).law.e_s < 1e-9
+    assert PrefillTimeModel.fit(bent).law.e_s == pytest.approx(4e-5, rel=1e-3)
 
 
 @given(st.integers(0, 5000), st.integers(0, 5000), st.sampled_from([-1, 100, 256, 300, 4096]))

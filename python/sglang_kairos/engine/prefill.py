@@ -206,7 +206,7 @@ def _decide(state: KairosState, scheduler: Any, waiting: list[Any], begun: list[
     view = _view(state, scheduler, rows, begun)
     plan = state.planner.plan(view, state.prefill_time)
     if state.logging:
-        law = state.prefill_time.coefficients
+        law = state.prefill_time.law.to_json()
         settings = state.planner.settings()
         state.record("prefill", view=plain(view), settings=settings, law=law, **plain(plan))
     return plan.order, plan.slot, plan.chunk_limit, plan.hold, plan.starving

@@ -188,10 +188,10 @@ class KairosState:
         if (last := self.last_request) is not None:
             report["last_request"] = {**dataclasses.asdict(last.slo), "age_ms": last.age_ms}
         if self.mode == "decode":
-            report["decode"] = self.step_time.coefficients
+            report["decode"] = self.step_time.law.to_json()
             report["decode_error"] = dataclasses.asdict(self.step_time.error)
         else:
-            report["prefill"] = self.prefill_time.coefficients
+            report["prefill"] = self.prefill_time.law.to_json()
             report["prefill_error"] = dataclasses.asdict(self.prefill_time.error)
             report["paused"] = len(self.paused)
             report["paused_tokens"] = sum(map(kv_tokens, self.paused))

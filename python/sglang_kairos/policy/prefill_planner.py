@@ -93,7 +93,7 @@ class PrefillPlanner:
 
     def plan(self, view: PrefillView, times: PrefillTimeModel) -> PrefillPlan:
         """The next step. ValueError if somebody who waits would be lost by it."""
-        fixed_s = times.coefficients["a_s"] * (1 + self.config.margin)
+        fixed_s = times.law.a_s * (1 + self.config.margin)
         least_tokens = 0
         if view.paused_s:
             # What a crumb of a chunk costs depends on the prefix it rereads: that of the begun.

@@ -159,8 +159,10 @@ class Attempts:
                 call.aborting = self._spawn(_abort(first, exchange, named))
         if seen.whole:
             self._observe_end(call, placement, seen)
-        if not (first.done() and passage.exhausted):
+        if not passage.exhausted:
             self._spawn(self._finish(call, placement, passage, first, exchange))
+        elif not first.done():
+            self._let_finish(first, exchange)
         return status
 
     async def finish(self) -> None:
@@ -219,6 +221,18 @@ class Attempts:
         finally:
             prefill.cancel()
             exchange.close()
+
+    def _let_finish(self, prefill: asyncio.Task[Any], exchange: Exchange) -> None:
+        """As `_finish`, where decode has: without a task that waits for the task."""
+        timer = asyncio.get_running_loop().call_later(_DRAIN_S, prefill.cancel)
+
+        def over(_: asyncio.Task[Any]) -> None:
+            timer.cancel()
+            exchange.close()
+            self._background.discard(prefill)
+
+        self._background.add(prefill)
+        prefill.add_done_callback(over)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
