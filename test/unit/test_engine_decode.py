@@ -289,7 +289,7 @@ def test_with_memory_to_spare_a_request_is_let_in_before_its_first_token_is_late
     pressing.time_stats.scheduler_recv_time -= 8
     popped, _ = decode.pop_preallocated(upstream_pop, Queue([early, pressing]))
     assert [entry.req for entry in popped] == [pressing]
-    assert pressing._kairos_kept is False
+    assert kairos.promise(pressing).kept is False
 
 
 @pytest.mark.parametrize("order", [True, False])

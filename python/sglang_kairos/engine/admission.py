@@ -63,7 +63,8 @@ def reserve(
     now = state.now()
     for entry in result[0]:
         req, tokens = entry.req, len(entry.req.origin_input_ids)
-        req._kairos_kept, req._kairos_reserved_s = id(entry) in first, now
+        promise = state.promise(req)
+        promise.kept, promise.reserved_s = id(entry) in first, now
         state.late_share.earn(tokens)
         if req is urgent:
             state.late_share.spend(tokens)
@@ -74,10 +75,10 @@ def note_starts(state: KairosState, ready: list[Any]) -> None:
     """The KV of these has arrived; their first tokens go out as soon as they get a slot."""
     stay, now = memory_of(state).stay, state.now()
     for req in ready:
-        since = getattr(req, "_kairos_reserved_s", None)
-        if since is not None:
-            stay.started(len(req.origin_input_ids), now - since)
-            req._kairos_reserved_s = None
+        promise = state.promise(req)
+        if promise.reserved_s is not None:
+            stay.started(len(req.origin_input_ids), now - promise.reserved_s)
+        promise.reserved_s = promise.ready_s = None
 
 
 def end_what_never_fits(state: KairosState, queue: Any) -> None:
@@ -91,7 +92,7 @@ def end_what_never_fits(state: KairosState, queue: Any) -> None:
     longest = None
     for entry in queue.queue:
         req = entry.req
-        if req.finished_reason is not None or getattr(req, "_kairos_fits", False):
+        if req.finished_reason is not None or state.promise(req).fits:
             continue
         if longest is None:
             longest = RequestLimits(
@@ -100,8 +101,8 @@ def end_what_never_fits(state: KairosState, queue: Any) -> None:
                 page_tokens=getattr(state.scheduler, "page_size", 1) or 1,
             ).longest_prompt
         tokens = len(req.origin_input_ids)
-        req._kairos_fits = longest is None or tokens <= longest
-        if not req._kairos_fits:
+        fits = state.promise(req).fits = longest is None or tokens <= longest
+        if not fits:
             _refuse(
                 req, f"the prompt has {tokens} tokens, this decode server holds at most {longest}"
             )
@@ -182,9 +183,8 @@ def clock_left(state: KairosState, queue: Any, now: float) -> NDArray[np.float64
         if not deferred:
             since[place] = entry.req.time_stats.scheduler_recv_time or now
         elif _ready(entry):
-            if not hasattr(entry, "_kairos_ready_s"):
-                entry._kairos_ready_s = now
-            since[place] = entry._kairos_ready_s
+            promise = state.promise(entry.req)
+            since[place] = promise.ready_s = now if promise.ready_s is None else promise.ready_s
     return np.clip(1.0 - (now - since) / limit_s, 0.0, 1.0)
 
 
@@ -192,7 +192,7 @@ def _occupancy(state: KairosState, queue: Any, now: float) -> Occupancy:
     scheduler, columns = state.scheduler, memory_of(state).table.columns
     coming = [entry.req for entry in queue.transfer_queue.queue]
     joining = [*coming, *scheduler.waiting_queue]
-    kept = [req for req in joining if getattr(req, "_kairos_kept", True)]
+    kept = [req for req in joining if state.promise(req).kept]
     batch = scheduler.running_batch
     context = batch.seq_lens_cpu.numpy() if batch.reqs else np.zeros(0)
     served = columns[SERVED] > 0.0

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_kairos.engine import admission, compat
+from sglang_kairos.engine import admission, features
 from sglang_kairos.engine.running import (
     EMITTED,
     FIRST_S,
@@ -54,7 +54,8 @@ def pop_preallocated(original: Callable[..., Any], queue: Any, *args: Any, **kwa
         return original(queue, *args, **kwargs)
 
     whole = not args and not any(kwargs.values())
-    if whole and state.config.park and state.chaos is None and not _speculates(state.scheduler):
+    limited = state.config.park and not features.why_not("reserve", state.scheduler)
+    if whole and limited and state.chaos is None:
         trusted = functools.partial(_trusted, state)
         return admission.reserve(state, original, queue, trusted, by_deadline)
     return by_deadline()
@@ -158,7 +159,7 @@ def _choose(state: KairosState, batch: Any) -> list[int]:
     table.now(now)
     if count < 2:
         return everyone
-    blocker = _unsupported(state.scheduler, batch)
+    blocker = features.why_not("park", state.scheduler, batch)
     if blocker:
         state.log_once(f"park:{blocker}", f"decode packing is off while {blocker}: full batch")
         state.counters["fallback_steps"] += 1
@@ -257,31 +258,6 @@ def _pack(
             reason=choice.reason,
         )
     return choice.run
-
-
-def _speculates(scheduler: Any) -> bool:
-    """A step then yields several tokens: step times say nothing about TPOT."""
-    algorithm = getattr(scheduler, "spec_algorithm", None)
-    return algorithm is not None and not algorithm.is_none()
-
-
-def _unsupported(scheduler: Any, batch: Any) -> str:
-    """Why this batch cannot run in part, in words; empty when it can."""
-    if not batch.spec_algorithm.is_none():
-        return "speculative decoding is on"
-    if batch.sampling_info.penalizer_orchestrator.is_required:
-        return "a request uses penalties"
-    if any(map(compat.in_beam_search, batch.reqs)):
-        return "a request uses beam search"
-    if batch.hisparse_coordinator is not None:
-        return "hisparse is on"
-    if batch.model_config.is_encoder_decoder:
-        return "the model is an encoder-decoder"
-    if getattr(scheduler.req_to_token_pool, "mamba_allocator", None) is not None:
-        return "the model has mamba state"
-    if scheduler.require_mlp_sync:
-        return "DP attention synchronises batches"
-    return ""
 
 
 def _remember_step(state: KairosState, batch: Any) -> None:

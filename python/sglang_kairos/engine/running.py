@@ -94,5 +94,5 @@ def _entry(state: KairosState, req: Any) -> Entry:
     if promise.first_token_s is None:
         promise.first_token_s = req.time_stats.decode_prebuilt_finish_time or state.now()
     last = req.time_stats.last_decode_finish_time or promise.first_token_s
-    kept = bool(getattr(req, "_kairos_kept", True))
-    return promise.first_token_s, promise.slo.tpot_ms / 1e3, float(len(req.output_ids)), last, kept
+    emitted = float(len(req.output_ids))
+    return promise.first_token_s, promise.slo.tpot_ms / 1e3, emitted, last, promise.kept

@@ -29,7 +29,6 @@ from sglang_kairos.router.prompt import name_requests, pair_up
 from sglang_kairos.router.relay import Passage, Relayed
 from sglang_kairos.router.servers import Server
 from sglang_kairos.router.tokens import Meter, ask_for_counts
-from sglang_kairos.slo import SloTable
 from sglang_kairos.slo_http import GENERATE, error_body
 
 _DRAIN_S = 30.0
@@ -51,14 +50,11 @@ class Attempts:
         self,
         fleet: Fleet,
         session: aiohttp.ClientSession,
-        table: SloTable,
         metrics: RouterMetrics,
-        carries: bool,
         calls: CallRegistry,
     ) -> None:
         self._calls = calls
         self._fleet, self._session, self._metrics = fleet, session, metrics
-        self._table, self._carries = table, carries
         self._background: set[asyncio.Task[Any]] = set()
 
     async def serve(
@@ -80,7 +76,7 @@ class Attempts:
             prefill,
             decode,
             call.path,
-            call.payload(self._table, self._carries),
+            call.payload(),
             call.headers,
             rids,
             KEEP_LOGPROBS if merge else KEEP_BYTES,
