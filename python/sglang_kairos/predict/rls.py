@@ -66,8 +66,8 @@ class Rls:
             self._information += (1.0 - DOUBT) * (self._prior - self._information)
         u = x / max(seconds, SHORTEST_S)
         seen = self._information @ u
-        forgotten = (1.0 - KEEP) / float(u @ seen) * np.outer(seen, seen)
-        information = self._information - forgotten + np.outer(u, u)
+        forgotten = (1.0 - KEEP) / float(u @ seen) * (seen[:, None] * seen)
+        information = self._information - forgotten + u[:, None] * u
         gain = np.linalg.solve(information, u)
         theta = self._theta + gain * (1.0 - float(u @ self._theta))
         if np.isfinite(theta).all():

@@ -86,7 +86,7 @@ class Exchange:
         try:
             response = await self._post(self.prefill)
             kept = bytearray()
-            async for chunk in response.content.iter_any():
+            while chunk := await response.content.readany():
                 room = self._keep_bytes - len(kept)
                 self.prefill_cut |= len(chunk) > room
                 kept += chunk[:room]

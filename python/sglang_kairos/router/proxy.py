@@ -170,7 +170,8 @@ class PairProxy:
                 break
             if attempt == 0:
                 placement = await self._admit(call, placement, attention)
-            self._metrics.retries.inc(1 if attempt else 0)
+            if attempt:
+                self._metrics.retries.inc()
             try:
                 status = await self._attempts.serve(call, placement, attention, send)
                 verdicts.served()
