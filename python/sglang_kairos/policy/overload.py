@@ -15,8 +15,8 @@ predicted TTFT - TTFT target, in whole seconds.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 LONGEST_RETRY_S = 60
 
@@ -29,8 +29,7 @@ class Overload(StrEnum):
     SHED = "shed"
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What was predicted for a request on the best pair. Seconds."""
 
     ttft_s: float

@@ -6,8 +6,6 @@ id it names (Kairos servers take it exactly); and whoever was told to abort is n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from sglang_kairos.router.call import BadRequest, Call
@@ -24,21 +22,20 @@ class CallRegistry:
         self._by_id: dict[str, Call] = {}
         self._calls: dict[int, Call] = {}
 
-    @contextmanager
-    def holding(self, call: Call) -> Iterator[None]:
-        """`call` is served meanwhile. BadRequest if it names an id that another one has."""
+    def hold(self, call: Call) -> None:
+        """`call` is served until `release`. BadRequest if it names an id that another one has."""
         chosen = _ids(call.body.get("rid"))
         for name in chosen:
             if name in self._by_id:
                 raise BadRequest(f"rid: a request with the id {name[:128]!r} is running", "rid")
         self._by_id.update(dict.fromkeys(chosen, call))
         self._calls[id(call)] = call
-        try:
-            yield
-        finally:
-            del self._calls[id(call)]
-            for name in {*chosen, *call.server_ids}:
-                self._by_id.pop(name, None)
+
+    def release(self, call: Call) -> None:
+        """It is over."""
+        del self._calls[id(call)]
+        for name in call.server_ids if call.own_rid else _ids(call.body.get("rid")):
+            self._by_id.pop(name, None)
 
     def name(self, call: Call, ids: list[str]) -> None:
         """The ids of its present attempt, made up by the router."""

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 import orjson
@@ -45,8 +45,7 @@ class Refusal:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeHead:
+class DecodeHead(NamedTuple):
     """Decode's status and headers, and the first bytes of its body (empty: the body is)."""
 
     response: aiohttp.ClientResponse
@@ -76,7 +75,8 @@ class Exchange:
         self._keep_bytes = keep_bytes
         self._session = session
         self._path = path
-        self._payload = payload
+        # For both legs: aiohttp would look up how to send bytes, and wrap them, for each.
+        self._payload = aiohttp.BytesPayload(payload)
         self._headers = headers
         self._rids = rids
         self._responses: dict[str, aiohttp.ClientResponse] = {}
@@ -128,7 +128,7 @@ class Exchange:
 
     async def _post(self, server: PrefillServer | DecodeServer) -> aiohttp.ClientResponse:
         response = await self._session.post(
-            server.at(self._path),
+            server.url + self._path,
             data=self._payload,
             headers=self._headers,
             allow_redirects=False,

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 BLOCK_TOKENS = 64
 BLOCK_BYTES = 256
@@ -20,8 +19,7 @@ MOST_BLOCKS = 200_000
 _LONGEST = 4_096  # blocks of one prompt that are looked at
 
 
-@dataclass(frozen=True, slots=True)
-class Blocks:
+class Blocks(NamedTuple):
     """A prompt's blocks, each of them and all before it as one hash; empty for a short prompt."""
 
     hashes: tuple[int, ...] = ()

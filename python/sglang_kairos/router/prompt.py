@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -21,8 +20,7 @@ _DEFAULT_OUTPUT = {GENERATE: 128, COMPLETIONS: 16}
 _UNBOUNDED_OUTPUT = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(NamedTuple):
     """One request. `batch`: number of prompts when they come as a list, None for a single one.
 
     Its length is `tokens` tokens counted plus `text_bytes` bytes of text not yet tokenised.

@@ -104,8 +104,11 @@ class PairProxy:
             slo_class = call.slo.name
             for note in call.header_notes:
                 self._metrics.odd_headers.labels(*note.split()).inc()
-            with self.calls.holding(call):
+            self.calls.hold(call)
+            try:
                 status = await self._serve(call, receive, send)
+            finally:
+                self.calls.release(call)
         except BadRequest as error:
             status = await refuse(send, path, 400, str(error), "BadRequestError", param=error.param)
         except TooLarge as error:

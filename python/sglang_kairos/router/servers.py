@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
-from yarl import URL
-
 from sglang_kairos.policy.backlog import EMPTY, Backlog
 from sglang_kairos.policy.placement import UNTOLD_DECODE, DecodeState, PrefillState
 from sglang_kairos.predict.laws import GENERIC_PREFILL, PrefillLaw
@@ -64,7 +62,6 @@ class Server:
 
     def __init__(self, url: str, rules: HealthRules | None = None) -> None:
         self.url = url
-        self._urls: dict[str, URL] = {}
         self.health = Health(rules or HealthRules())
         self.kairos = False
         self.draining = False
@@ -82,13 +79,6 @@ class Server:
         self.limits: RequestLimits = NO_LIMITS
         self._load: Load | None = None
         self._load_at_s = float("-inf")
-
-    def at(self, path: str) -> URL:
-        """Where it serves that path; parsed once."""
-        found = self._urls.get(path)
-        if found is None:
-            found = self._urls[path] = URL(self.url + path)
-        return found
 
     @property
     def up(self) -> bool:
