@@ -28,8 +28,11 @@ from statistics import mean
 from typing import Any
 
 from benchmark import decode_cpu, demo
+from sglang_kairos.policy.decode_planner import DecodePlanner
+from sglang_kairos.predict.error import PredictError
 from sglang_kairos.sim.cluster import Setup
-from sglang_kairos.sim.learnt import GuardedDecodeServer, LearntCluster
+from sglang_kairos.sim.decode import DecodeServer
+from sglang_kairos.sim.learnt import LearntCluster
 from sglang_kairos.sim.policies import POLICIES, Policy
 from sglang_kairos.sim.times import LawTimes, System
 from sglang_kairos.tools import traces
@@ -54,12 +57,15 @@ NO_LIMIT = 100.0
 Disturb = Callable[[float], float]
 
 
-class ErrorOnlyServer(GuardedDecodeServer):
+class ErrorOnlyPlanner(DecodePlanner):
     """Its breaker opens wherever the mean error is above the limit."""
 
-    def _trusted(self) -> bool:
-        error, limit = self._predictor.decode.error, self._policy.config.max_step_error
-        return error.trusted(NO_LIMIT) and error.mape <= limit
+    def trusted(self, error: PredictError) -> bool:
+        return error.trusted(NO_LIMIT) and error.mape <= self.config.max_step_error
+
+
+class ErrorOnlyServer(DecodeServer):
+    planner_kind = ErrorOnlyPlanner
 
 
 class ErrorOnlyCluster(LearntCluster):

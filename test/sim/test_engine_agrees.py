@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
-from sglang_kairos.engine import admission as engine_admission
-from sglang_kairos.engine import decode as engine_decode
 from sglang_kairos.engine import prefill as engine_prefill
-from sglang_kairos.engine import running as engine_running
 from sglang_kairos.engine.state import KairosState, Paused, Promise
 from sglang_kairos.policy.urgency import PrefillPlan
-from sglang_kairos.sim import decode as sim_decode
 from sglang_kairos.sim.cluster import Cluster, Setup
-from sglang_kairos.sim.decode import (
-    CONTEXT,
-    EMITTED,
-    FIRST_S,
-    LAST_S,
-    SERVED,
-    TPOT_S,
-    DecodeServer,
-)
 from sglang_kairos.sim.policies import POLICIES
 from sglang_kairos.sim.prefill import PrefillServer
 from sglang_kairos.sim.request import SimRequest
@@ -112,114 +97,6 @@ def test_every_prefill_plan_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> N
     cluster.prefills[0].watch = compare
     cluster.run()
     assert compared > 50 and paused > 0
-
-
-def test_every_decode_choice_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = engine_state("decode")
-    # The server's circuit breaker judges a model by what it has seen; the simulator's is given.
-    monkeypatch.setattr(engine_decode, "_trusted", lambda _: True)
-    parked = 0
-    fakes: dict[SimRequest, Any] = {}
-
-    def joined(req: SimRequest, first_token_s: float, kept: bool) -> Any:
-        stats = SimpleNamespace(last_decode_finish_time=first_token_s)
-        fake = promised(
-            req, output_ids=[0], time_stats=stats, _kairos_kept=kept, finished=lambda: True
-        )
-        fake._kairos.first_token_s = first_token_s
-        return fake
-
-    def compare(server: DecodeServer, keep: list[int] | None) -> None:
-        nonlocal parked
-        now, table = server._clock.now_s, server._table
-        monkeypatch.setattr(state, "now", lambda: now)
-        state.step_time = server._predictor.decode
-        reqs = []
-        for column, req in enumerate(server.running):
-            if req not in fakes:
-                fakes[req] = joined(req, float(table[FIRST_S, column]), req not in server._unkept)
-            reqs.append(fakes[req])
-        context = table[CONTEXT, : len(reqs)].copy()
-        batch = SimpleNamespace(
-            reqs=reqs,
-            seq_lens_cpu=SimpleNamespace(numpy=lambda: context),
-            spec_algorithm=SimpleNamespace(is_none=lambda: True),
-            sampling_info=SimpleNamespace(
-                penalizer_orchestrator=SimpleNamespace(is_required=False)
-            ),
-            hisparse_coordinator=None,
-            model_config=SimpleNamespace(is_encoder_decoder=False),
-        )
-        # The engine learns from requests' ends, which these copies do not have.
-        stay = SimpleNamespace(output_tokens=server._stay.output_tokens, ended=lambda _: None)
-        engine_running.memory_of(state).stay = stay
-        everybody = list(range(len(reqs)))
-        assert engine_decode._choose(state, batch) == (everybody if keep is None else keep)
-        engine_running.memory_of(state).table.ran(keep)
-        parked += 0 if keep is None else len(reqs) - len(keep)
-
-    cluster = Cluster(SETUP, POLICIES["kairos-decode"], ROWS)
-    cluster.decodes[0].watch = compare
-    cluster.run()
-    assert parked > 0
-
-
-@pytest.mark.parametrize("give_up_s", [300.0, 0.5])
-def test_every_reservation_is_the_engines(
-    give_up_s: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sim_decode, "GIVE_UP_S", give_up_s)
-    state = engine_state("decode")
-    engine_running.memory_of(state).clock_s = give_up_s
-    system = replace(SYSTEM, max_running=24)
-    cluster = Cluster(replace(SETUP, system=system), POLICIES["kairos"], ROWS)
-    server = cluster.decodes[0]
-    planned = server._plan
-    held = pressed = 0
-
-    def compared(used_slots: int) -> tuple[int, int]:
-        nonlocal held, pressed
-        now, queue, table = cluster.clock.now_s, list(server.asking), server._table
-        kept, count = planned(used_slots)
-        monkeypatch.setattr(state, "now", lambda: now)
-        memory = engine_running.memory_of(state)
-        memory.stay, state.step_time = server._stay, server._predictor.decode
-        monkeypatch.setattr(state, "late_share", server._share)
-        running = [promised(req, output_ids=[]) for req in server.running]
-        columns = np.zeros((6, len(running)))
-        rows = [FIRST_S, TPOT_S, EMITTED, LAST_S, SERVED]
-        columns[:5] = table[rows, : len(running)]
-        memory.table._reqs, memory.table.columns = running, columns
-        joining = [
-            promised(req, _kairos_kept=req not in server._unkept)
-            for req in (*server._coming, *server.ready)
-        ]
-        context, free = table[CONTEXT, : len(running)], system.decode_kv_tokens - server.kv_tokens
-        state.scheduler = SimpleNamespace(
-            running_batch=SimpleNamespace(
-                reqs=running, seq_lens_cpu=SimpleNamespace(numpy=lambda: context)
-            ),
-            waiting_queue=joining[len(server._coming) :],
-            max_total_num_tokens=system.decode_kv_tokens,
-            max_running_requests=24,
-            req_to_token_pool=SimpleNamespace(size=24),
-            token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: free),
-        )
-        fakes = SimpleNamespace(
-            queue=[SimpleNamespace(req=promised(req)) for req in queue],
-            transfer_queue=SimpleNamespace(
-                queue=[SimpleNamespace(req=req) for req in joining[: len(server._coming)]]
-            ),
-        )
-        order, *counts, _, pressing = engine_admission._plan(state, fakes)
-        pressed += pressing
-        assert ([queue[i] for i in order], counts) == (server.asking, [kept, count])
-        held += len(queue) - count
-        return kept, count
-
-    server._plan = compared  # type: ignore[method-assign]
-    cluster.run()
-    assert held > 50 and (pressed > 0) == (give_up_s < 300.0)
 
 
 def test_steps_run_what_the_plan_puts_first() -> None:

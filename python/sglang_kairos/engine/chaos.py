@@ -54,10 +54,3 @@ class Chaos:
         return PrefillPlan(
             order=order, slot=slot, chunk_limit=limit, on_time=0, hold=sorted(set(hold))
         )
-
-    def decode(self, batch_size: int) -> list[int]:
-        """A random non-empty subset of the running requests; often all of them."""
-        if batch_size == 1 or self._random.random() < 0.4:
-            return list(range(batch_size))
-        keep = [i for i in range(batch_size) if self._random.random() < 0.6]
-        return keep or [self._random.randrange(batch_size)]
