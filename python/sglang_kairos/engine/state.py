@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import features
-from sglang_kairos.engine.chaos import Chaos
 from sglang_kairos.engine.decision_log import DecisionLog
 from sglang_kairos.engine.graphs import captured_sizes
 from sglang_kairos.engine.latest import LatestSteps
@@ -24,7 +23,6 @@ from sglang_kairos.engine.request_state import tokens_left as tokens_left
 from sglang_kairos.engine.roster import Roster
 from sglang_kairos.policy.prefill_planner import prefill_planner
 from sglang_kairos.policy.prefill_step import PrefillPlan
-from sglang_kairos.policy.urgency import LateShare
 from sglang_kairos.slo import WIRE_KEY, RequestSlo, SloError, SloTable
 
 logger = logging.getLogger("sglang_kairos")
@@ -32,8 +30,6 @@ logger = logging.getLogger("sglang_kairos")
 Decision = TypeVar("Decision")
 LOGGED_ERRORS = 5  # the rest is only counted, or a broken step would fill the disk
 
-
-Promise = RequestState  # its name before
 
 
 class KairosState:
@@ -47,7 +43,6 @@ class KairosState:
         self.captured_sizes = captured_sizes(scheduler)
         self.prefill_time, self.step_time = self.profile.start(self.captured_sizes)
         self.steps = LatestSteps()
-        self.late_share = LateShare(config.late_share)
         self.paused: list[Any] = []
         self.held: list[Any] = []
         self.plan: PrefillPlan | None = None
@@ -66,7 +61,6 @@ class KairosState:
         self.counters: Counter[str] = Counter()
         self.logged: set[str] = set()
         self.last_request: RequestSlo | None = None
-        self.chaos = Chaos(config.chaos_seed) if config.chaos_seed >= 0 else None
         log = config.decision_log
         self._log = DecisionLog(log, scheduler, self.mode) if log else None
         self.clock = Clock(scheduler)

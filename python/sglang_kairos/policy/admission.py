@@ -92,11 +92,13 @@ class Occupancy:
 @dataclass(frozen=True, slots=True)
 class AdmissionPlan:
     """`order`: all indices, first come first. The first `count` may come in now, and the first
-    `kept` of these can be kept on pace."""
+    `kept` of these can be kept on pace. `starving`: who goes first as it has waited too long, -1:
+    nobody."""
 
     order: list[int]
     kept: int
     count: int
+    starving: int = -1
 
 
 def plan_admission(

@@ -1,9 +1,8 @@
 """A cluster whose servers have run for a while, for comparison with real ones on a CPU.
 
 What `cluster` leaves out and a measurement has in it: predictors that start calibrated and go on
-learning from noisy steps, the circuit breaker that watches their error (`engine/decode.py`,
-`_trusted`), and SGLang's overlap loop where the forward runs inside the launch, as on a CPU: there
-a prefill step's result is looked at, and its KV sent, only after the next step.
+learning from noisy steps, and SGLang's overlap loop where the forward runs inside the launch, as on
+a CPU: there a prefill step's result is looked at, and its KV sent, only after the next step.
 """
 
 from __future__ import annotations
@@ -21,29 +20,10 @@ from sglang_kairos.sim.times import StepTimes
 from sglang_kairos.tools.traces import Request
 
 
-class GuardedDecodeServer(DecodeServer):
-    """Parks and holds back nobody while its breaker is open, as `engine/decode.py`."""
-
-    def _plan(self, used_slots: int) -> tuple[int, int]:
-        if self._trusted():
-            return super()._plan(used_slots)
-        self._sort(self.asking)
-        return len(self.asking), len(self.asking)
-
-    def _choose(self) -> list[int] | None:
-        if self._trusted():
-            return super()._choose()
-        self.counters["breaker_steps"] += 1
-        return None
-
-    def _trusted(self) -> bool:
-        return self._predictor.decode.error.trusted(self._policy.config.max_step_error)
-
-
 class LearntCluster(Cluster):
-    """A `Cluster` of the servers below. `late_results`: prefill results wait for the next step."""
+    """Whose servers learn. `late_results`: prefill results wait for the next step."""
 
-    decode_kind: type[DecodeServer] = GuardedDecodeServer
+    decode_kind: type[DecodeServer] = DecodeServer
 
     def __init__(
         self, setup: Setup, policy: Policy, rows: Sequence[Request], late_results: bool
