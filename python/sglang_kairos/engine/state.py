@@ -25,6 +25,7 @@ from sglang_kairos.engine.request_state import tokens_left as tokens_left
 from sglang_kairos.engine.roster import Roster
 from sglang_kairos.policy.urgency import LateShare, PrefillPlan
 from sglang_kairos.slo import WIRE_KEY, RequestSlo, SloError, SloTable
+from sglang_kairos.slo_attainment import Attainment, Recent, Silences
 
 logger = logging.getLogger("sglang_kairos")
 
@@ -67,6 +68,10 @@ class KairosState:
         self.last_request: RequestSlo | None = None
         self.chaos = Chaos(config.chaos_seed) if config.chaos_seed >= 0 else None
         self._log: TextIO | None = open(config.decision_log, "a") if config.decision_log else None  # noqa: SIM115
+        self.attainment = Attainment(self.table.classes)
+        self.silences = Silences()
+        self.talking: list[Any] = []
+        self.prefilled = Recent()
         self.clock = Clock(scheduler)
         self.metrics = self.guarded(
             "metrics", lambda: SchedulerMetrics.of(scheduler, self.mode), None
@@ -114,7 +119,8 @@ class KairosState:
             arrival = req.time_stats.scheduler_recv_time or self.now()
             found = RequestState(asked.slo, arrival - asked.age_ms / 1e3)
             req._kairos = found
-            if not req.rid.startswith("HEALTH_CHECK"):
+            found.counted = req.rid.startswith("HEALTH_CHECK")
+            if not found.counted:
                 self.counters["requests"] += 1
                 self.last_request = asked
         return found
@@ -194,6 +200,7 @@ class KairosState:
             "profile_key": dataclasses.asdict(self.profile.key),
             "captured_sizes": self.captured_sizes,
             "steps": self.steps.report(),
+            "attainment": self.attainment.report(),
         }
         model = getattr(self.scheduler, "model_config", None)
         if model is not None:
