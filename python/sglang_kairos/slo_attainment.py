@@ -187,6 +187,9 @@ class Stream(Protocol):
     silent_s: float
 
 
+MANY_STEPS = 64
+
+
 class Silences:
     """The longest wait of each request for its next token, without touching it at every token.
 
@@ -195,7 +198,7 @@ class Silences:
     """
 
     def __init__(self) -> None:
-        self._talking: Sequence[Stream] = ()
+        self._talking: set[Stream] = set()
         self._last_s = 0.0
         # Steps that were longer than all after them: when they ended, how long they took.
         self._ends: list[float] = []
@@ -206,22 +209,20 @@ class Silences:
         if streams is None:
             self._add(now_s)
             return
-        stay = set(map(id, streams))
-        for stream in self._talking:
-            if id(stream) not in stay:
-                self.settle(stream)
-        before = set(map(id, self._talking))
+        talking = set(streams)
+        for stream in self._talking - talking:
+            self.settle(stream)
         self._add(now_s)
-        for stream in streams:
-            if id(stream) not in before:
-                if stream.first_token_s is None:
-                    stream.first_token_s = now_s
-                if stream.last_token_s is not None:
-                    stream.silent_s = max(stream.silent_s, now_s - stream.last_token_s)
-                stream.last_token_s = now_s
-        self._talking = streams
-        joined = [stream.last_token_s for stream in streams if stream.last_token_s is not None]
-        self._forget(min(joined, default=now_s))
+        for stream in talking - self._talking:
+            if stream.first_token_s is None:
+                stream.first_token_s = now_s
+            if stream.last_token_s is not None:
+                stream.silent_s = max(stream.silent_s, now_s - stream.last_token_s)
+            stream.last_token_s = now_s
+        self._talking = talking
+        if len(self._ends) > MANY_STEPS:
+            joined = [one.last_token_s for one in talking if one.last_token_s is not None]
+            self._forget(min(joined, default=now_s))
 
     def settle(self, stream: Stream) -> None:
         """Brings the times of one that got a token at the last step up to date."""

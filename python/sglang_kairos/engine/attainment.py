@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from sglang_kairos.slo_attainment import (
     judge,
     tpot_of,
 )
+
+_KEPT = operator.attrgetter("_kairos")
 
 
 def stream_output(
@@ -62,7 +65,11 @@ def _note_tokens(state: KairosState, reqs: Sequence[Any], skip_req: Any, now_s: 
     talking = [req for req in reqs if req.output_ids and req is not skip_req]
     if talking:
         state.talking = talking
-        state.silences.step(now_s, [state.promise(req) for req in talking])
+        try:
+            streams = list(map(_KEPT, talking))
+        except AttributeError:  # somebody is new
+            streams = list(map(state.promise, talking))
+        state.silences.step(now_s, streams)
 
 
 def _outcome(state: KairosState, req: Any) -> str:
