@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from sglang_kairos.engine.metrics import EVERY_S, SchedulerMetrics
 from sglang_kairos.predict.error import PredictError
-from sglang_kairos.slo_attainment import Verdict
+from sglang_kairos.slo_attainment import OUTCOMES, Verdict
 
 
 def scheduler(**args: Any) -> Any:
@@ -108,6 +110,18 @@ def test_it_is_told_once_in_a_while(metrics: SchedulerMetrics) -> None:
         True,
         False,
     ]
+
+
+def test_the_page_for_3_a_m_names_what_there_is(metrics: SchedulerMetrics, repo_root: Path) -> None:
+    from prometheus_client import REGISTRY
+
+    page = (repo_root / "docs" / "attainment.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`?(kairos_[a-z_]+)", page)) - {"kairos_router_slo_total"}
+    there = {family.name for family in REGISTRY.collect()}
+    assert {re.sub(r"_(total|bucket)$", "", name) for name in named} <= there
+    assert all(f"`{outcome}`" in page for outcome in OUTCOMES)
+    rows = [line for line in page.splitlines() if line.startswith("| `kairos_")]
+    assert len(rows) == 7
 
 
 def test_nothing_is_told_where_sglang_exports_nothing() -> None:
