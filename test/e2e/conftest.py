@@ -14,11 +14,16 @@ STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
 
 
 @pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
-    """Forks stock SGLang servers with the strict memory check on; this folder's launchers are known."""
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """Forks stock SGLang servers with the strict memory check on; this folder's launchers are known.
+
+    prometheus-client asks once, when it is imported, whether processes share their metrics. Servers
+    that export any name a folder of their own.
+    """
     here = str(Path(__file__).parent)
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    env = {**STRICT, "PYTHONPATH": path}
+    shared = str(tmp_path_factory.mktemp("metrics"))
+    env = {**STRICT, "PYTHONPATH": path, "PROMETHEUS_MULTIPROC_DIR": shared}
     with Zygote(preload=["sglang_kairos.launch_router"], env=env) as started:
         yield started
 

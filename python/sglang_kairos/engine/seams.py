@@ -280,6 +280,17 @@ SEAMS: tuple[Seam, ...] = (
         absent={"0.5.23": "SchedulerInternalStateController.get_internal_state is the seam there"},
     ),
     Seam(
+        target="sglang.srt.managers.scheduler_components.output_streamer:"
+        "SchedulerOutputStreamer.stream_output",
+        handler="sglang_kairos.engine.attainment:stream_output",
+        process="scheduler",
+        why="whether a request got what it was promised is known where its tokens leave, and nowhere "
+        "else do all of them pass that end: finished, failed, aborted while they run",
+        how="notes when each got its first and last token, judges who has ended",
+        gone_when="SGLang's request schema has targets, and its metrics say whether they were met",
+        fingerprints={"0.5.23": "ea8674f3306daab3", "0.5.16": "ea8674f3306daab3"},
+    ),
+    Seam(
         target="sglang.srt.disaggregation.decode:DecodePreallocQueue.pop_preallocated",
         handler="sglang_kairos.engine.decode:pop_preallocated",
         process="scheduler",

@@ -24,6 +24,7 @@ from sglang_kairos.engine.roster import Roster
 from sglang_kairos.policy.prefill_planner import prefill_planner
 from sglang_kairos.policy.prefill_step import PrefillPlan
 from sglang_kairos.slo import WIRE_KEY, RequestSlo, SloError, SloTable
+from sglang_kairos.slo_attainment import Attainment, Recent, Silences
 
 logger = logging.getLogger("sglang_kairos")
 
@@ -63,6 +64,10 @@ class KairosState:
         self.last_request: RequestSlo | None = None
         log = config.decision_log
         self._log = DecisionLog(log, scheduler, self.mode) if log else None
+        self.attainment = Attainment(self.table.classes)
+        self.silences = Silences()
+        self.talking: list[Any] = []
+        self.prefilled = Recent()
         self.clock = Clock(scheduler)
         self.metrics = self.guarded(
             "metrics", lambda: SchedulerMetrics.of(scheduler, self.mode), None
@@ -110,7 +115,8 @@ class KairosState:
             arrival = req.time_stats.scheduler_recv_time or self.now()
             found = RequestState(asked.slo, arrival - asked.age_ms / 1e3)
             req._kairos = found
-            if not req.rid.startswith("HEALTH_CHECK"):
+            found.counted = req.rid.startswith("HEALTH_CHECK")
+            if not found.counted:
                 self.counters["requests"] += 1
                 self.last_request = asked
         return found
@@ -175,6 +181,7 @@ class KairosState:
             "profile_key": dataclasses.asdict(self.profile.key),
             "captured_sizes": self.captured_sizes,
             "steps": self.steps.report(),
+            "attainment": self.attainment.report(),
         }
         model = getattr(self.scheduler, "model_config", None)
         if model is not None:
