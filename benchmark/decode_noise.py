@@ -200,7 +200,8 @@ def one_run(
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A line per host, rate and case."""
     lines = [
-        "| host | requests/s | | TTFT met | TPOT met | both met (range) | tokens/s | run whole, breaker |",
+        "| host | requests/s | | TTFT met | TPOT met | both met (range) | tokens/s "
+        "| run whole by the breaker |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

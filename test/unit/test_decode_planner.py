@@ -95,7 +95,7 @@ FULL = 40  # requests of 1,000 tokens: 90 ms a step
         ("the oldest has", queue([1.0, 20.1, 20.2]), 2),
         ("not one that cannot be reserved yet", queue([30.0, 20.1], ready=np.array([False, True])), 1),
         ("nor one that no server of this size can hold",
-         queue([30.0, 20.1], least_kv=np.array([KV + 1, KV])), 1),
+         queue([30.0, 20.1], growth_tokens=np.array([KV - 999, KV - 1000])), 1),
         ("nobody can be reserved", queue([30.0], ready=np.array([False])), -1),
     ],
 )  # fmt: skip

@@ -124,11 +124,12 @@ def _hear(queue: Any) -> None:
 
 
 def _plan(state: KairosState, queue: Any) -> AdmissionPlan:
-    memory, now = memory_of(state), state.now()
-    asking, running = _asking(state, queue, now), memory.view(state.scheduler.running_batch, now)
+    memory, now, batch = memory_of(state), state.now(), state.scheduler.running_batch
+    memory.follow(batch.reqs)
+    asking, running = _asking(state, queue, now), memory.view(batch, now)
     server = _server_view(state, queue)
     plan = memory.planner.admit(asking, running, server, state.step_time)
-    tell_breaker(state)
+    tell_breaker(state, memory.planner.breaker)
     if state.logging:
         views = {"queue": asking, "running": running, "server": server}
         state.record("admit", **{name: plain(view) for name, view in views.items()}, **asdict(plan))
@@ -152,14 +153,13 @@ def _asking(state: KairosState, queue: Any, now: float) -> QueueView:
     """The pre-allocation queue."""
     entries = queue.queue
     reqs = [entry.req for entry in entries]
-    least_kv = [len(req.origin_input_ids) + compat.least_growth(queue, req) for req in reqs]
     return _queue_view(
         state,
         reqs,
         now,
         clock_s=clock_s(state, queue, now),
         ready=np.array([_ready(entry) for entry in entries], bool),
-        least_kv=np.array(least_kv, float),
+        growth_tokens=np.array([compat.least_growth(queue, req) for req in reqs], float),
     )
 
 
@@ -172,16 +172,20 @@ def clock_s(state: KairosState, queue: Any, now: float) -> NDArray[np.float64]:
     no clock before its reservation.
     """
     deferred = compat.reserves_after_prefill(queue)
-    since = np.full(len(queue.queue), now)
-    for place, entry in enumerate(queue.queue):
+
+    def began_s(entry: Any) -> float:
         if getattr(entry, "is_rebootstrap", False):
-            continue
+            return now
         if not deferred:
-            since[place] = entry.req.time_stats.scheduler_recv_time or now
-        elif _ready(entry):
-            promise = state.promise(entry.req)
-            since[place] = promise.ready_s = now if promise.ready_s is None else promise.ready_s
-    return since
+            return entry.req.time_stats.scheduler_recv_time or now
+        if not _ready(entry):
+            return now
+        promise = state.promise(entry.req)
+        if promise.ready_s is None:
+            promise.ready_s = now
+        return promise.ready_s
+
+    return np.array([began_s(entry) for entry in queue.queue])
 
 
 def _server_view(state: KairosState, queue: Any) -> ServerView:

@@ -74,9 +74,11 @@ def retract_decode(original: Callable[..., Any], batch: Any, *args: Any) -> Any:
         return original(batch, *args)  # the operator chose one; "length" is SGLang's default
 
     def decide() -> list[int]:
-        view = memory_of(state).view(batch, state.now())
+        memory = memory_of(state)
+        memory.follow(batch.reqs)
         weight = np.array([state.promise(req).slo.weight for req in batch.reqs])
-        return memory_of(state).planner.retract(dataclasses.replace(view, weight=weight))
+        view = dataclasses.replace(memory.view(batch, state.now()), weight=weight)
+        return memory.planner.retract(view)
 
     order = state.agree(state.guarded("retraction", decide, None))
     if order is None:
@@ -98,7 +100,7 @@ def prepare_for_decode(original: Callable[..., Any], batch: Any) -> None:
         return
     memory = memory_of(state)
     keep = _choose(state, batch)
-    if len(keep) == len(batch.reqs):
+    if keep is None or len(keep) == len(batch.reqs):
         memory.table.ran(None)
         original(batch)
         return
@@ -112,25 +114,23 @@ def prepare_for_decode(original: Callable[..., Any], batch: Any) -> None:
     state.counters["parked"] += len(batch.reqs) - len(keep)
 
 
-def _choose(state: KairosState, batch: Any) -> list[int]:
-    """Indices of the running requests that decode in this step, ascending."""
-    count = len(batch.reqs)
-    everyone = list(range(count))
+def _choose(state: KairosState, batch: Any) -> list[int] | None:
+    """Indices of the running requests that decode in this step, ascending; None: everybody."""
     memory, now = memory_of(state), state.now()
     memory.follow(batch.reqs)
     memory.table.now(now)
-    if count < 2:
-        return everyone
+    if len(batch.reqs) < 2:
+        return None
     blocker = features.why_not("park", state.scheduler, batch)
     if blocker:
         state.log_once(f"park:{blocker}", f"decode packing is off while {blocker}: full batch")
         state.counters["fallback_steps"] += 1
-        return everyone
+        return None
 
     def decide() -> list[int] | None:
         view = memory.view(batch, now)
         choice = memory.planner.choose(view, state.step_time)
-        tell_breaker(state)
+        tell_breaker(state, memory.planner.breaker)
         if choice is None:
             return None
         memory.table.columns[SERVED] = choice.served
@@ -138,8 +138,8 @@ def _choose(state: KairosState, batch: Any) -> list[int]:
             _record(state, view, choice)
         return choice.run
 
-    run = state.agree(state.guarded("packing", decide, None))
-    return everyone if run is None else list(run)
+    agreed: list[int] | None = state.agree(state.guarded("packing", decide, None))
+    return agreed
 
 
 def _record(state: KairosState, view: RunningView, choice: StepChoice) -> None:

@@ -17,7 +17,7 @@ from sglang_kairos.engine.state import KairosState
 from sglang_kairos.engine.subset import SubsetView
 from sglang_kairos.policy.chaos_decode import ChaosDecodePlanner
 from sglang_kairos.policy.decode_planner import DecodePlanner, RunningView
-from sglang_kairos.predict.error import LEARNT_STEPS
+from sglang_kairos.predict.error import LEARNT_STEPS, PredictError
 
 FIRST_S, TPOT_S, EMITTED, LAST_S, SERVED, RAN = range(6)
 Entry = tuple[float, float, float, float, bool]
@@ -90,8 +90,7 @@ class DecodeMemory:
                 self.planner.stay.ended(len(gone.output_ids))
 
     def view(self, batch: Any, now_s: float) -> RunningView:
-        """The requests in `batch`."""
-        self.follow(batch.reqs)
+        """The requests in `batch`, who must be those followed last."""
         table, columns = self.table, self.table.columns
         return RunningView(
             now_s,
@@ -126,9 +125,8 @@ def _entry(state: KairosState, req: Any) -> Entry:
     return promise.first_token_s, promise.slo.tpot_ms / 1e3, emitted, last, promise.kept
 
 
-def tell_breaker(state: KairosState) -> None:
+def tell_breaker(state: KairosState, error: PredictError | None) -> None:
     """Says once that the planner's breaker is open, and why, unless it is only a start."""
-    error = memory_of(state).planner.breaker
     if error is not None and error.samples >= LEARNT_STEPS:
         state.log_once(
             "breaker",

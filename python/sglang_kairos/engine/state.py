@@ -32,7 +32,6 @@ Decision = TypeVar("Decision")
 LOGGED_ERRORS = 5  # the rest is only counted, or a broken step would fill the disk
 
 
-
 class KairosState:
     """The state of one scheduler."""
 

@@ -57,7 +57,7 @@ class StepTimes(Protocol):
     def error(self) -> PredictError: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # one a step: freezing it would cost a microsecond
 class RunningView:
     """Who decodes. Columns (n,), seconds of any one clock, KV tokens.
 
@@ -97,8 +97,8 @@ class QueueView:
     """Who waits, for KV or for a slot. Columns (n,), seconds of the same clock, tokens.
 
     `clock_s`: when SGLang's time-out of it began, `now_s` if it has not; None: it has none here.
-    `ready`: who can be reserved now, None for all. `least_kv`: tokens without which not even an
-    empty server takes it, None for `prompt_tokens`.
+    `ready`: who can be reserved now, None for all. `growth_tokens`: that must be free beside its
+    prompt before an empty server takes it, None for none.
     """
 
     now_s: float
@@ -109,7 +109,7 @@ class QueueView:
     clock_s: Floats | None = None
     weight: Floats | None = None
     ready: Mask | None = None
-    least_kv: Floats | None = None
+    growth_tokens: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,9 @@ class DecodePlanner:
             return AdmissionPlan(order, len(order), len(order))
         count = len(queue.prompt_tokens)
         ready = np.ones(count, bool) if queue.ready is None else queue.ready
-        least_kv = queue.prompt_tokens if queue.least_kv is None else queue.least_kv
+        least_kv = queue.prompt_tokens
+        if queue.growth_tokens is not None:
+            least_kv = least_kv + queue.growth_tokens
         starving = self._starving(queue, ready & (least_kv <= server.kv_tokens))
         clock = self.clock_left(queue)
         pressed = 0 if clock is None else int(np.count_nonzero(clock[ready] <= PRESSED))
@@ -181,7 +183,7 @@ class DecodePlanner:
         )
         if pressed:
             self.counters["pressed"] += pressed
-        return replace(plan, starving=starving)
+        return plan if starving < 0 else replace(plan, starving=starving)
 
     def order(self, queue: QueueView) -> list[int]:
         """All who wait, by deadline, where nobody is held back."""

@@ -129,7 +129,7 @@ def choose_step(
         count, predicted = largest_fitting(
             lambda size: float(step_s(size, tokens.item(size - 1))), limit, (0, base), (n, full)
         )
-    fitting, count = count, max(1, count, 0 if due is None else np.count_nonzero(due))
+    fitting, count = count, max(1, count, 0 if due is None else int(np.count_nonzero(due)))
     if min_throughput > 0.0:
         sizes = np.arange(count, n + 1)
         enough = sizes / step_s(sizes, tokens[count - 1 :]) >= min_throughput * n / full
@@ -196,10 +196,12 @@ def _served(
         lightest = lightest[alive[lightest]]
     paces, loads = pace[lightest], load[lightest]
     slowest = np.sort(paces)
-    limits = slowest[(np.arange(LIMITS) * (paces.size - 1)) // (LIMITS - 1)].tolist()
-    count = int(loads.cumsum().searchsorted(1.0 - base / limits[0], "right"))
+    last = paces.size - 1
+    limits = {float(slowest[at * last // (LIMITS - 1)]) for at in range(LIMITS)}
+    lowest, *higher = sorted(limits)
+    count = int(loads.cumsum().searchsorted(1.0 - base / lowest, "right"))
     chosen = lightest[:count]
-    for limit in sorted(set(limits[1:]) - {limits[0]}):
+    for limit in higher:
         members = (paces >= limit).nonzero()[0]
         if members.size < count:
             break  # nor has any higher limit enough of them
@@ -221,10 +223,10 @@ def _due(
     """Who must run now lest somebody is silent for longer than `max_itl_s`: mask (n,); None: nobody."""
     latest_s = max_itl_s - (SPARE - 1.0) * limit
     longest_s, longest_turn_s = float(silent.max()), limit + float(cost.max())
-    if longest_s + max(1, np.count_nonzero(~served)) * longest_turn_s < latest_s:
+    queue = np.flatnonzero(~served)
+    if longest_s + max(1, queue.size) * longest_turn_s < latest_s:
         return None
     turn = limit + cost
-    queue = np.flatnonzero(~served)
     if longest_s + max(longest_turn_s, float(turn[queue].sum())) < latest_s:
         return None
     wait = silent + turn

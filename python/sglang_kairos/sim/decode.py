@@ -188,15 +188,14 @@ class DecodeServer:
         arrival = np.array([req.arrival_s for req in queue])
         system, asking = self._system, queue is self.asking
         growth = [max(system.reserved_tokens, min(req.output, CLIP_TOKENS)) for req in queue]
-        prompt = np.array([req.prompt for req in queue], float)
         return QueueView(
             self._clock.now_s,
             arrival,
             np.array([req.ttft_s for req in queue]),
             np.array([req.tpot_s for req in queue]),
-            prompt,
+            np.array([req.prompt for req in queue], float),
             clock_s=arrival if asking else None,
-            least_kv=prompt + np.array(growth, float),
+            growth_tokens=np.array(growth, float),
         )
 
     def _running(self) -> RunningView:

@@ -11,56 +11,29 @@ from collections.abc import Sequence
 from typing import Any
 
 from sglang_kairos.sim.cluster import Cluster, Setup
-from sglang_kairos.sim.decode import DecodeServer
 from sglang_kairos.sim.policies import Policy
 from sglang_kairos.sim.predictions import PredictionError, Predictor
 from sglang_kairos.sim.prefill import PrefillServer
 from sglang_kairos.sim.request import SimRequest
-from sglang_kairos.sim.times import StepTimes
 from sglang_kairos.tools.traces import Request
 
 
 class LearntCluster(Cluster):
     """Whose servers learn. `late_results`: prefill results wait for the next step."""
 
-    decode_kind: type[DecodeServer] = DecodeServer
-
     def __init__(
         self, setup: Setup, policy: Policy, rows: Sequence[Request], late_results: bool
     ) -> None:
+        if late_results:
+            self.prefill_kind = LatePrefillServer
         super().__init__(setup, policy, rows)
-        system, seed = setup.system, setup.seed
-        kind = LatePrefillServer if late_results else PrefillServer
-        self.prefills = [
-            kind(
-                self.clock,
-                system,
-                policy,
-                learning(system.times, f"{seed}/p{index}"),
-                server.cache.block_tokens,
-                self._prefilled,
-                self._arrived,
-            )
-            for index, server in enumerate(self.prefills)
-        ]
-        self.decodes = [
-            self.decode_kind(
-                self.clock,
-                system,
-                policy,
-                learning(system.times, f"{seed}/d{index}"),
-                self._reserved,
-                self.router.finished,
-            )
-            for index in range(setup.decodes)
-        ]
 
-
-def learning(times: StepTimes, seed: str) -> Predictor:
-    """Predictors that start from the hardware's laws and observe every step."""
-    predictor = Predictor(times, PredictionError(learn=True), seed)
-    predictor.prefill, predictor.decode = times.prefill_model(), times.decode_model()
-    return predictor
+    def predictor(self, server: str) -> Predictor:
+        """Starts from the hardware's laws and observes every step."""
+        times = self.setup.system.times
+        predictor = Predictor(times, PredictionError(learn=True), f"{self.setup.seed}/{server}")
+        predictor.prefill, predictor.decode = times.prefill_model(), times.decode_model()
+        return predictor
 
 
 class LatePrefillServer(PrefillServer):
