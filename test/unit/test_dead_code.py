@@ -15,8 +15,6 @@ EXCUSED = {
     "assign_req_to_token_pool_cpu": "SGLang calls it: it stands in for a kernel",
     "handle_exit": "uvicorn calls it",
     "metrics_address": "tests ask which port the router's metrics got",
-    "upper_s": "a quantile of the predicted time",
-    "could_serve": "going with the router's reservations",
     "MINIMAX_M25_H200_TP4": "a shipped system by its short name",
 }
 

@@ -19,7 +19,6 @@ from sglang_kairos.policy.placement import (
     choose_pair,
     decode_outlook,
     drawn,
-    prefill_end_s,
     prefill_outlook,
 )
 from sglang_kairos.policy.urgency import moore_hodgson
@@ -27,6 +26,11 @@ from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
 
 FAST, SLOW, CHUNK = PrefillLaw(0.0, 1e-3, 0.0), PrefillLaw(0.0, 2e-3, 0.0), 100
 IDLE = DecodeState()
+
+
+def prefill_end_s(server: PrefillState, tokens: float, deadline_s: float) -> float:
+    """Seconds from now until `server` has prefilled `tokens` more for a request due then."""
+    return prefill_outlook(server, PlacedRequest(tokens, deadline_s)).end_s
 
 
 def owing(*jobs: tuple[float, float], law: PrefillLaw = FAST, **rest: object) -> PrefillState:

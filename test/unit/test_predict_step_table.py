@@ -150,18 +150,6 @@ def test_a_request_costs_only_its_kv_where_the_padded_batch_has_room() -> None:
     assert model.marginal_s(2, 100.0, np.array([0.0, 50.0])) == pytest.approx([0, 50e-6])
 
 
-def test_the_upper_bound_covers_nine_steps_of_ten() -> None:
-    model, rng, covered = StepTimeModel.generic(SIZES), np.random.default_rng(0), []
-    for step in range(1500):
-        batch = int(rng.integers(1, 65))
-        kv = batch * float(rng.integers(200, 8000))
-        seconds = bumpy_s(model.padded(batch), kv) * float(np.exp(0.1 * rng.standard_normal()))
-        if step > 300:
-            covered.append(seconds <= model.upper_s(batch, kv))
-        model.observe(batch, kv, seconds)
-    assert np.mean(covered) == pytest.approx(0.9, abs=0.03)
-
-
 def test_the_published_error_is_of_the_corrected_prediction_and_signed() -> None:
     model = StepTimeModel(4e-3, 0.2e-3, 5e-8, SIZES)
     model.observe(8, 0.0, 2 * 5.6e-3)
@@ -270,17 +258,6 @@ def test_the_knee_is_paid_once_a_chunk(tokens: int, prefix: int, chunk: int) -> 
         total += model.step_s(step, prefix + done)
         done += step
     assert float(model.remaining_s(tokens, prefix, chunk)) == pytest.approx(total)
-
-
-def test_prefill_upper_bound_is_the_point_times_what_steps_exceeded_it() -> None:
-    model, rng = PrefillTimeModel(1e-2, 2e-5, 0.0), np.random.default_rng(0)
-    assert model.upper_s(512, 0) == model.step_s(512, 0)
-    for _ in range(300):
-        new = int(rng.integers(16, 4096))
-        model.observe(new, 0, (1e-2 + 2e-5 * new) * float(np.exp(0.1 * rng.standard_normal())))
-    ratio = model.upper_s(512, 0) / model.step_s(512, 0)
-    assert ratio == pytest.approx(np.exp(0.128), abs=0.04)
-    assert model.upper_s(512, 0, 0.99) > model.upper_s(512, 0, 0.9)
 
 
 def test_least_squares_is_exact_where_the_law_is() -> None:

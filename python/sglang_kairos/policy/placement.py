@@ -159,11 +159,6 @@ def prefill_outlook(server: PrefillState, request: PlacedRequest) -> PrefillOutl
     return PrefillOutlook(late, 0.0, False)
 
 
-def prefill_end_s(server: PrefillState, tokens: float, deadline_s: float) -> float:
-    """Seconds from now until `server` has prefilled `tokens` more for a request due then."""
-    return prefill_outlook(server, PlacedRequest(tokens, deadline_s)).end_s
-
-
 def decode_outlook(server: DecodeState, request: PlacedRequest) -> DecodeOutlook:
     """What a step on `server` takes with the request in it, and whose TPOT target that breaks."""
     grown = request.tokens + request.output_tokens

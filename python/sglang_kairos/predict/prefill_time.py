@@ -56,14 +56,6 @@ class PrefillTimeModel:
         """Seconds of one step over these requests."""
         return self.law.step_s(new_tokens, prefix_tokens)
 
-    def upper_s(self, new_tokens: Tokens, prefix_tokens: Tokens, quantile: float = 0.9) -> float:
-        """Seconds that the step stays below with this probability: `step_s` times `upper_ratio`."""
-        return self.step_s(new_tokens, prefix_tokens) * self.upper_ratio(quantile)
-
-    def upper_ratio(self, quantile: float = 0.9) -> float:
-        """By how much the latest steps exceeded their predictions, see `error.ErrorWindow`."""
-        return self._rls.upper_ratio(quantile)
-
     def remaining_s(
         self, tokens: ArrayLike, prefix: ArrayLike, chunk_tokens: int
     ) -> NDArray[np.float64]:
@@ -97,11 +89,6 @@ class PrefillTimeModel:
     def error(self) -> PredictError:
         """How wrong the latest predictions were."""
         return self._rls.error
-
-    @property
-    def coefficients(self) -> dict[str, float]:
-        """See `PrefillLaw.to_json`."""
-        return self.law.to_json()
 
     def snapshot(self) -> dict[str, Any]:
         """What was learnt, ready for JSON."""

@@ -103,14 +103,6 @@ class StepTimeModel:
             return self._cells.along(self._table, batch, kv_tokens)
         return self._cells.at(self._table, batch, kv_tokens)
 
-    def upper_s(self, batch: Any, kv_tokens: Any, quantile: float = 0.9) -> Any:
-        """Seconds that a step stays below with this probability: `step_s` times one factor.
-
-        The factor is how far the latest steps exceeded their predictions
-        (`error.ErrorWindow.upper_ratio`), so the bound holds over the load, not cell by cell.
-        """
-        return self.step_s(batch, kv_tokens) * self._rls.upper_ratio(quantile)
-
     def marginal_s(self, batch: int, kv_tokens: float, context: Any) -> Any:
         """Seconds that one more request of `context` tokens (number or array) adds to a step.
 

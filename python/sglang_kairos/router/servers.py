@@ -238,8 +238,9 @@ class PrefillServer(Server):
             if self._said is not None:
                 work = ticket.work_s / ticket.pace
                 self._pace.observe(now_s - self._busy_since_s, work)
+            if not self._said_settled:
+                self._estimate.finished(ticket.tokens, ticket.sent_s, now_s)
             self._busy_since_s = now_s
-            self._estimate.finished(ticket.tokens, ticket.sent_s, now_s)
             self._set_law()
 
     def state(
