@@ -15,6 +15,7 @@ from sglang_kairos.engine import features
 from sglang_kairos.engine.seams import SEAMS, Seam
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+MIXIN = "SchedulerDisaggregationPrefillMixin."
 UPSTREAM = "https://github.com/sgl-project/sglang/issues/"  # leads to pull requests as well
 
 
@@ -28,7 +29,8 @@ def seams_table() -> str:
 
 
 def _row(seam: Seam) -> str:
-    relied_on = ", ".join(f"`{callee.qualname.split('.')[-1]}`" for callee in seam.relies_on)
+    names = [callee.qualname.removeprefix(MIXIN) for callee in seam.relies_on]
+    relied_on = ", ".join(f"`{name}`" for name in names)
     _, _, reference = seam.upstream.partition("#")
     number, _, what = reference.partition(": ")
     link = f"[#{number}]({UPSTREAM}{number}): {what}" if number else "–"
