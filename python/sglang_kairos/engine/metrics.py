@@ -14,7 +14,7 @@ from typing import Any
 from sglang_kairos.engine import compat
 from sglang_kairos.engine.ranks import rank_of
 from sglang_kairos.predict.error import PredictError
-from sglang_kairos.slo_attainment import TPOT_EDGES_S, TTFT_EDGES_S, Verdict
+from sglang_kairos.slo_attainment import OUTCOMES, TPOT_EDGES_S, TTFT_EDGES_S, Verdict
 
 EVERY_S = 1.0
 LABELS = ("role", "model_name")
@@ -56,6 +56,8 @@ class SchedulerMetrics:
         self._slo = of(Counter("kairos_slo", slo, [*LABELS, "slo_class", "target", "met"]))
         outcomes = "Requests that are over, by what became of them; health checks excepted"
         self._outcome = of(Counter("kairos_requests", outcomes, [*LABELS, "outcome"]))
+        for outcome in OUTCOMES:  # a rate needs the 0 before the first
+            self._outcome(outcome)
         ttft = "Arrival to the first token; on a prefill server, to the end of the prefill"
         self._ttft = of(histogram("ttft", ttft, TTFT_EDGES_S))
         tpot = "Seconds per token after the first; 0 for a single token"
