@@ -3,7 +3,8 @@
     python -m benchmark.decode_cost [--json FILE]
 
 Rows: what, running, waiting, median and 99th percentile in microseconds, and the bound it is held
-to where there is one. CPU time of the policy functions with a step-time model that has learnt.
+to where there is one. CPU time of the policy functions with a step-time model that has learnt;
+"choose" is a selection by the planner, its own rules included.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine.running import RunningTable
 from sglang_kairos.policy.admission import Occupancy, Waiting, plan_admission
+from sglang_kairos.policy.decode_planner import DecodePlanner, RunningView
 from sglang_kairos.policy.packing import choose_step
 from sglang_kairos.predict.step_time import StepTimeModel
 
@@ -69,6 +73,14 @@ def measure(count: int, rounds: int) -> list[dict[str, Any]]:
             slack, tpot, context, silent, model.step_s, served=served, max_itl_s=2.0
         )  # fmt: skip
 
+    planner = DecodePlanner(KairosConfig(), Counter())
+    planner.trusted = lambda error: True  # type: ignore[method-assign]
+
+    def choose() -> None:
+        now_s, once, least = 0.0, np.ones(count), float(tpot.min())
+        view = RunningView(now_s, slack - tpot, once, tpot, -silent, served, context, least)
+        planner.choose(view, model)
+
     def admit() -> None:
         plan_admission(waiting, full, model.step_s, expected_output=200.0)
 
@@ -86,6 +98,7 @@ def measure(count: int, rounds: int) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     for what, decide in (
         ("select", select),
+        ("choose", choose),
         ("admit", admit),
         ("membership", change),
         ("all fit", steady),

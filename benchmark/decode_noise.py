@@ -28,9 +28,12 @@ from statistics import mean
 from typing import Any
 
 from benchmark import decode_cpu, demo
+from sglang_kairos.policy.decode_planner import DecodePlanner
+from sglang_kairos.predict.error import PredictError
 from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
 from sglang_kairos.sim.cluster import Setup
-from sglang_kairos.sim.learnt import GuardedDecodeServer, LearntCluster
+from sglang_kairos.sim.decode import DecodeServer
+from sglang_kairos.sim.learnt import LearntCluster
 from sglang_kairos.sim.policies import POLICIES, Policy
 from sglang_kairos.sim.times import LawTimes, System
 from sglang_kairos.tools import traces
@@ -55,12 +58,15 @@ NO_LIMIT = 100.0
 Disturb = Callable[[float], float]
 
 
-class ErrorOnlyServer(GuardedDecodeServer):
+class ErrorOnlyPlanner(DecodePlanner):
     """Its breaker opens wherever the mean error is above the limit."""
 
-    def _trusted(self) -> bool:
-        error, limit = self._predictor.decode.error, self._policy.config.max_step_error
-        return error.trusted(NO_LIMIT) and error.mape <= limit
+    def trusted(self, error: PredictError) -> bool:
+        return error.trusted(NO_LIMIT) and error.mape <= self.config.max_step_error
+
+
+class ErrorOnlyServer(DecodeServer):
+    planner_kind = ErrorOnlyPlanner
 
 
 class ErrorOnlyCluster(LearntCluster):
@@ -194,7 +200,8 @@ def one_run(
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A line per host, rate and case."""
     lines = [
-        "| host | requests/s | | TTFT met | TPOT met | both met (range) | tokens/s | breaker open |",
+        "| host | requests/s | | TTFT met | TPOT met | both met (range) | tokens/s "
+        "| run whole by the breaker |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -12,10 +12,34 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sglang_kairos.engine import features
+from sglang_kairos.engine.seams import SEAMS, Seam
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+MIXIN = "SchedulerDisaggregationPrefillMixin."
+UPSTREAM = "https://github.com/sgl-project/sglang/issues/"  # leads to pull requests as well
+
+
+def seams_table() -> str:
+    """The seams whose handlers rely on more of SGLang, or that something there is close to."""
+    lines = [
+        "| wraps | its handler also calls or replaces | nearest upstream |",
+        "|---|---|---|",
+    ]
+    return "\n".join([*lines, *(_row(s) for s in SEAMS if s.relies_on or s.upstream)])
+
+
+def _row(seam: Seam) -> str:
+    names = [callee.qualname.removeprefix(MIXIN) for callee in seam.relies_on]
+    relied_on = ", ".join(f"`{name}`" for name in names)
+    _, _, reference = seam.upstream.partition("#")
+    number, _, what = reference.partition(": ")
+    link = f"[#{number}]({UPSTREAM}{number}): {what}" if number else "–"
+    return f"| `{seam.qualname}` | {relied_on or '–'} | {link} |"
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "features": ("architecture.md", features.table),
+    "seams": ("upstream.md", seams_table),
 }
 
 

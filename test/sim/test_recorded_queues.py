@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sglang_kairos.policy.packing import HORIZON
+from sglang_kairos.config import KairosConfig
+from sglang_kairos.policy.decode_planner import DecodePlanner, RunningView
+from sglang_kairos.policy.packing import HORIZON, RESERVE_PER_ERROR
 from sglang_kairos.policy.prefill_planner import PrefillPlanner, PrefillView
+from sglang_kairos.predict.error import PredictError
 from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
 from sglang_kairos.predict.prefill_time import PrefillTimeModel
 from sglang_kairos.predict.step_time import StepTimeModel
-from sglang_kairos.sim import decode as sim_decode
 from sglang_kairos.sim.cluster import Cluster, Setup
-from sglang_kairos.sim.decode import CONTEXT, FIRST_S, LAST_S, SERVED, TPOT_S
 from sglang_kairos.sim.policies import POLICIES
 from sglang_kairos.sim.request import SimRequest
 from sglang_kairos.sim.times import LawTimes, System
@@ -35,6 +37,7 @@ RECORDS: list[dict[str, Any]] = [
 ]
 PREFILL = [record for record in RECORDS if record["kind"] == "prefill"]
 DECODE = [record for record in RECORDS if record["kind"] == "decode"]
+COLUMNS = {"slack_s", "tpot_s", "silent_s", "context_tokens"}
 KAIROS = POLICIES["kairos"]
 
 
@@ -75,13 +78,6 @@ def view_of(record: dict[str, Any]) -> PrefillView:
         evictable_tokens=record.get("evictable_tokens", 0),
         max_paused=record["max_paused"],
     )
-
-
-def step_model(record: dict[str, Any]) -> StepTimeModel:
-    """The decode predictor as it was: all that it had learnt."""
-    model = StepTimeModel.generic()
-    model.restore(record["model"])
-    return model
 
 
 def test_the_recording_is_worth_replaying() -> None:
@@ -130,25 +126,40 @@ def test_remaining_work_is_predicted_as_recorded(record: dict[str, Any]) -> None
     assert (work * (1 + record["margin"])).tolist() == record["work_s"]
 
 
+class Recorded:
+    """What the server believed of its steps. Older records say what lead that came down to."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        model = StepTimeModel.generic()
+        model.restore(record["model"])
+        self.step_s = model.step_s
+        mean_error = record.get("reserve_tokens", 0.0) / RESERVE_PER_ERROR
+        self.error = PredictError(
+            **record.get("error", {"mape": mean_error, "p90": 0.0, "samples": 99})
+        )
+
+
 @pytest.mark.parametrize("record", DECODE, ids=range(len(DECODE)))
-def test_decode_runs_whom_the_record_ran(
-    record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cluster = cluster_of(512, 1000, max_itl_ms=1e3 * record["max_itl_s"])
-    server, count = cluster.decodes[0], len(record["slack_s"])
-    server._predictor.decode = step_model(record)
-    monkeypatch.setattr(server, "_reserve_tokens", lambda: record.get("reserve_tokens", 0.0))
-    monkeypatch.setattr(sim_decode, "horizon_of", lambda _: record.get("horizon_tokens", HORIZON))
-    server.running = [job(index, 1, 0.0) for index in range(count)]
-    table = server._table
+def test_decode_runs_whom_the_record_ran(record: dict[str, Any]) -> None:
+    column = {name: np.array(value, float) for name, value in record.items() if name in COLUMNS}
     # At time 0 with nothing emitted, the slack is the time of the first token.
-    table[FIRST_S, :count] = record["slack_s"]
-    table[TPOT_S, :count] = record["tpot_s"]
-    table[CONTEXT, :count] = record["context_tokens"]
-    table[SERVED, :count] = record["served"]
-    table[LAST_S, :count] = -np.array(record["silent_s"])
-    server._context = sum(record["context_tokens"])
-    server._tightest_s = min(record["tpot_s"])
-    chosen = server._choose()
-    assert (list(range(count)) if chosen is None else chosen) == record["run"]
-    assert server.counters[f"steps_{record['reason']}"] == 1
+    view = RunningView(
+        now_s=0.0,
+        first_token_s=column["slack_s"],
+        emitted=np.zeros(len(column["slack_s"])),
+        tpot_s=column["tpot_s"],
+        last_token_s=-column["silent_s"],
+        served=np.array(record["served"], bool),
+        context_tokens=column["context_tokens"],
+        tightest_s=min(record["tpot_s"]),
+    )
+    config = KairosConfig(
+        max_itl_ms=1e3 * record["max_itl_s"], min_throughput=record.get("min_throughput", 0.0)
+    )
+    planner = DecodePlanner(config, Counter())
+    planner.stay.output_tokens = record.get(
+        "expected_output", 2.0 * record.get("horizon_tokens", HORIZON)
+    )
+    choice = planner.choose(view, Recorded(record))
+    assert choice is not None
+    assert (choice.run, choice.reason) == (record["run"], record["reason"])

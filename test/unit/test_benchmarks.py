@@ -17,9 +17,9 @@ from sglang_kairos.tools.report import Run
 
 def test_the_cost_of_decode_decisions_can_be_measured() -> None:
     rows = decode_cost.measure(256, rounds=2)
-    assert [row["what"] for row in rows] == ["select", "admit", "membership", "all fit"]
+    assert [row["what"] for row in rows] == ["select", "choose", "admit", "membership", "all fit"]
     assert all(row["median_us"] > 0 for row in rows)
-    assert [row["bound_us"] for row in rows] == [100.0, None, None, None]
+    assert [row["bound_us"] for row in rows] == [100.0, *[None] * 4]
 
 
 def test_the_decode_table_has_the_mean_and_the_range_of_every_cell() -> None:

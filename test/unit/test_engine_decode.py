@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +15,10 @@ import pytest
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import admission, decode, state
 from sglang_kairos.engine.running import EMITTED, FIRST_S, memory_of
+from sglang_kairos.policy import decode_planner
+from sglang_kairos.policy.decode_planner import DecodePlanner, QueueView, RunningView, ServerView
 from sglang_kairos.policy.packing import StepChoice
+from sglang_kairos.predict.error import LEARNT_STEPS
 from sglang_kairos.predict.step_time import StepTimeModel
 
 torch = pytest.importorskip("torch")
@@ -93,7 +98,7 @@ def kairos(monkeypatch: pytest.MonkeyPatch) -> state.KairosState:
     """A decode state whose steps take 10 ms a request."""
     made = state.KairosState(make_scheduler(), KairosConfig())
     made.step_time = StepTimeModel(0.0, 10e-3, 0.0)
-    for _ in range(decode.LEARNT_STEPS):
+    for _ in range(LEARNT_STEPS):
         made.step_time.observe(3, 30.0, 30e-3)
     monkeypatch.setattr(state, "CURRENT", made)
     return made
@@ -122,7 +127,7 @@ def test_only_the_chosen_advance_and_nobody_leaves_the_running_batch(
     kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        decode,
+        decode_planner,
         "choose_step",
         lambda *a, **k: StepChoice([0, 2], 0.02, "packed", np.array([True, False, True])),
     )
@@ -148,7 +153,7 @@ def test_the_view_of_those_who_run_is_made_anew_only_when_they_or_the_batch_chan
     def choose(run: list[int], count: int) -> None:
         served = np.isin(np.arange(count), run)
         choice = StepChoice(run, 0.02, "packed", served)
-        monkeypatch.setattr(decode, "choose_step", lambda *a, **k: choice)
+        monkeypatch.setattr(decode_planner, "choose_step", lambda *a, **k: choice)
 
     monkeypatch.setattr(kairos.step_time, "observe", lambda *a: None)
     batch = Batch([Req(name, 20) for name in "abcd"])
@@ -181,7 +186,7 @@ def test_somebody_always_runs_when_steps_are_far_too_slow(kairos: state.KairosSt
 def test_a_failing_policy_runs_everybody(
     kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "choose_step", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(decode_planner, "choose_step", lambda *a, **k: 1 / 0)
     batch = Batch([Req(name, 20) for name in "abc"])
     assert step(kairos, batch) is batch
     assert kairos.counters["packing_errors"] == 1
@@ -324,7 +329,7 @@ def test_a_starving_request_goes_first_and_pays_for_it(kairos: state.KairosState
     serving(kairos, [])
     popped, _ = decode.pop_preallocated(upstream_pop, Queue([soon, old]))
     assert [entry.req for entry in popped] == [old, soon]
-    assert not kairos.late_share.may_spend()
+    assert not memory_of(kairos).planner.late_share.may_spend()
 
 
 @pytest.mark.parametrize("gate", [True, False])
@@ -333,9 +338,11 @@ def test_who_has_used_up_half_of_sglangs_time_out_is_let_in_first(
 ) -> None:
     """Prefill answers 500 when its clock has run out: late is better than lost."""
     monkeypatch.setenv("SGLANG_DISAGGREGATION_WAITING_TIMEOUT", "30")
-    assert memory_of(kairos).clock_s == 30, "the shorter of both, for decode knows its own only"
+    assert memory_of(kairos).planner.give_up_s == 30, (
+        "the shorter of both, for decode knows its own only"
+    )
     if not gate:
-        monkeypatch.setattr(decode, "_trusted", lambda state: False)
+        monkeypatch.setattr(DecodePlanner, "trusted", lambda *args: False)
     serving(kairos, [Req(f"r{i}", 50) for i in range(6)], slots=7)  # 60 ms a step: full
     late, older = Req("late", 50, prompt=900), Req("older", 50, prompt=999)
     soon = Req("soon", 50, ttft_ms=20_000)
@@ -348,15 +355,21 @@ def test_who_has_used_up_half_of_sglangs_time_out_is_let_in_first(
     assert kairos.counters["pressed"] == (2 if gate else 0)
 
 
+def clock_left(kairos: state.KairosState, queue: Queue, now: float) -> list[float]:
+    left = memory_of(kairos).planner.clock_left(admission._asking(kairos, queue, now))
+    assert left is not None
+    return list(left.tolist())
+
+
 def test_a_retracted_request_that_is_prefilled_again_has_no_clock_before_its_reservation(
     kairos: state.KairosState,
 ) -> None:
     old = Req("old", 50)
     old.time_stats.scheduler_recv_time -= 1000
     queue = Queue([old])
-    assert admission.clock_left(kairos, queue, kairos.now()).tolist() == [0.0]
+    assert clock_left(kairos, queue, kairos.now()) == [0.0]
     queue.queue[0].is_rebootstrap = True
-    assert admission.clock_left(kairos, queue, kairos.now()).tolist() == [1.0]
+    assert clock_left(kairos, queue, kairos.now()) == [1.0]
 
 
 def test_where_decode_reserves_after_the_prefill_the_clock_starts_at_its_end(
@@ -368,10 +381,10 @@ def test_where_decode_reserves_after_the_prefill_the_clock_starts_at_its_end(
     queue.kv_manager = SimpleNamespace(defer_decode_allocation=True)
     queue.queue[0].waiting_for_input = False
     now = kairos.now()
-    assert admission.clock_left(kairos, queue, now).tolist() == [1.0]
+    assert clock_left(kairos, queue, now) == [1.0]
     queue.queue[0].waiting_for_input = True
-    assert admission.clock_left(kairos, queue, now).tolist() == [1.0]
-    assert admission.clock_left(kairos, queue, now + 75).tolist() == [0.75]
+    assert clock_left(kairos, queue, now) == [1.0]
+    assert clock_left(kairos, queue, now + 75) == [0.75]
 
 
 def test_a_request_whose_kv_waits_on_prefill_is_reserved_before_one_that_needs_room_there(
@@ -394,10 +407,40 @@ def test_a_request_whose_kv_waits_on_prefill_is_reserved_before_one_that_needs_r
     assert kairos.counters["held_back"] == 0
 
 
+def test_a_logged_admission_is_the_planners_again(
+    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[str] = []
+
+    def write(kind: str, role: str, facts: dict[str, Any]) -> None:
+        rows.append(json.dumps({"kind": kind, **facts}))
+
+    monkeypatch.setattr(kairos, "_log", SimpleNamespace(write=write))
+    serving(kairos, [Req(f"r{i}", 50) for i in range(3)], slots=5)
+    waiting = [Req("a", 50), Req("old", 50, prompt=500), Req("b", 40, ttft_ms=600)]
+    waiting[1].time_stats.scheduler_recv_time -= 100
+    popped, _ = decode.pop_preallocated(upstream_pop, Queue(waiting))
+    (row,) = map(json.loads, rows)
+    assert (row["kind"], row["order"][0], row["starving"]) == ("admit", 1, 1)
+    assert [entry.req for entry in popped] == [waiting[i] for i in row["order"][: row["count"]]]
+
+    def view(kind: Any, columns: dict[str, Any]) -> Any:
+        lists = {name: isinstance(value, list) for name, value in columns.items()}
+        return kind(**{n: np.array(v) if lists[n] else v for n, v in columns.items()})
+
+    plan = DecodePlanner(kairos.config, Counter()).admit(
+        view(QueueView, row["queue"]),
+        view(RunningView, row["running"]),
+        view(ServerView, row["server"]),
+        kairos.step_time,
+    )
+    assert dataclasses.asdict(plan) == {name: row[name] for name in dataclasses.asdict(plan)}
+
+
 def test_a_failing_admission_is_upstreams(
     kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(admission, "plan_admission", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(decode_planner, "plan_admission", lambda *a, **k: 1 / 0)
     serving(kairos, [Req(f"r{i}", 50) for i in range(9)])
     popped, _ = decode.pop_preallocated(upstream_pop, Queue([Req("a", 50), Req("b", 50)]))
     assert len(popped) == 2 and kairos.counters["admission_errors"] == 1
@@ -413,10 +456,10 @@ def test_the_table_follows_who_joins_and_leaves(kairos: state.KairosState) -> No
     a.done = True
     for req in (a, b, c):
         kairos.promise(req)
-    before = memory_of(kairos).stay.output_tokens
+    before = memory_of(kairos).planner.stay.output_tokens
     step(kairos, Batch([a, b, c]))
     step(kairos, Batch([b, c]))
-    assert memory_of(kairos).stay.output_tokens < before
+    assert memory_of(kairos).planner.stay.output_tokens < before
 
 
 def retracted(kairos: state.KairosState, batch: Batch) -> tuple[list[str], list[str]]:
@@ -442,7 +485,8 @@ def retracted(kairos: state.KairosState, batch: Batch) -> tuple[list[str], list[
 
 def test_those_are_retracted_who_lose_least(kairos: state.KairosState) -> None:
     batch = Batch([Req("behind", 50), Req("lost", 50), Req("ahead", 50), Req("even", 50)])
-    columns = decode._follow(kairos, batch).columns
+    memory_of(kairos).follow(batch.reqs)
+    columns = memory_of(kairos).table.columns
     columns[FIRST_S] += np.array([-0.2, -5.0, 0.5, 0.0])
     assert retracted(kairos, batch) == (["behind", "even"], ["lost", "ahead"])
     assert "_get_decode_retraction_order" not in vars(batch)
@@ -459,7 +503,7 @@ def test_retraction_is_upstreams_when_the_operator_chose_one_or_the_policy_fails
     if trouble == "operator":
         kairos.scheduler.server_args.retraction_policy = "priority"
     else:
-        monkeypatch.setattr(decode, "keep_order", lambda *a: 1 / 0)
+        monkeypatch.setattr(decode_planner, "keep_order", lambda *a: 1 / 0)
     assert retracted(kairos, batch) == (["b"], ["c", "a"])
     assert kairos.counters["retraction_errors"] == (trouble == "policy")
 

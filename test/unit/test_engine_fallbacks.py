@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import admission, decode, features, state
 from sglang_kairos.engine.running import EMITTED, memory_of
+from sglang_kairos.policy import decode_planner
+from sglang_kairos.policy.chaos_decode import ChaosDecodePlanner
 from sglang_kairos.policy.packing import StepChoice
 
 torch = pytest.importorskip("torch")
@@ -83,8 +86,8 @@ def kairos(monkeypatch: pytest.MonkeyPatch) -> state.KairosState:
     def park(slack: Any, *rest: Any, **more: Any) -> StepChoice:
         return StepChoice([0], 0.01, "packed", np.arange(len(slack)) == 0)
 
-    monkeypatch.setattr(decode, "choose_step", park)
-    monkeypatch.setattr(decode, "_trusted", lambda kairos: True)
+    monkeypatch.setattr(decode_planner, "choose_step", park)
+    monkeypatch.setattr(memory_of(made).planner, "trusted", lambda error: True)
     monkeypatch.setattr(made.step_time, "step_s", lambda batch, tokens: 1.0)
     return made
 
@@ -173,7 +176,9 @@ def test_the_full_batch_runs_as_upstream_prepared_it_and_one_line_says_why(
 
 @excluded
 def test_random_decisions_keep_to_it_too(kairos: state.KairosState, reason: str) -> None:
-    kairos.chaos = SimpleNamespace(decode=lambda count: [0])  # type: ignore[assignment]
+    planner = memory_of(kairos).planner = ChaosDecodePlanner(KairosConfig(), Counter())
+    choice = StepChoice([0], 0.01, "chaos", np.array([True, False, False]))
+    planner.choose = lambda view, times: choice  # type: ignore[method-assign]
     batch = Batch(3)
     EXCLUDED[reason](kairos.scheduler, batch)
     assert step(kairos, batch) is batch

@@ -17,6 +17,7 @@ from sglang_kairos.policy.packing import (
     reserve_of,
     room_s,
 )
+from sglang_kairos.predict.step_time import StepTimeModel
 
 TPOT, CAP = 0.030, 2.0
 
@@ -34,7 +35,7 @@ def choose(context: Any, slack: Any = 0.06, silent: Any = 0.0, **kw: Any) -> Ste
         np.broadcast_to(tpot, n).astype(float),
         np.asarray(context, float),
         np.broadcast_to(silent, n).astype(float),
-        step_s,
+        kw.pop("step", step_s),
         max_itl_s=kw.pop("max_itl_s", CAP),
         **kw,
     )
@@ -65,8 +66,8 @@ def test_choice(name: str, got: StepChoice, run: list[int], reason: str) -> None
 
 
 def test_padding_counts_against_the_step() -> None:
-    full = choose([400] * 60)
-    padded = choose([400] * 60, captured_sizes=[16, 32, 64, 128])
+    model = StepTimeModel(3.5e-3, 0.22e-3, 0.65e-6, [16, 32, 64, 128])
+    full, padded = choose([400] * 60), choose([400] * 60, step=model.step_s)
     assert len(padded.run) < len(full.run)
     assert padded.predicted_s == pytest.approx(step_s(64, 400 * len(padded.run)))
 

@@ -8,12 +8,14 @@ that looks for requests has a seam here: aborts, timeouts, peers that failed, id
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 from sglang_kairos.engine import compat
+from sglang_kairos.engine.attainment import count_aborted
 from sglang_kairos.engine.named import only_the_named
 from sglang_kairos.engine.state import KairosState, current, tokens_left
 
@@ -83,13 +85,14 @@ def abort_request(original: Callable[..., Any], scheduler: Any, recv_req: Any) -
     if state is not None:
         drop_released(state)
     ours = [] if state is None else list(state.paused)
-    with only_the_named(scheduler, recv_req, ours) as meant:
+    with only_the_named(scheduler, recv_req, ours) as named:
         if state is not None:
-            for req in filter(meant, state.paused):
+            state.guarded("attainment", functools.partial(count_aborted, state, named), None)
+            for req in set(named).intersection(state.paused):
                 state.promise(req).aborted = True
             if state.subset is not None:
                 parked = set(scheduler.running_batch.reqs).difference(state.subset.reqs)
-                state.counters["parked_aborts"] += sum(map(meant, parked))
+                state.counters["parked_aborts"] += len(parked.intersection(named))
         return original(scheduler, recv_req)
 
 

@@ -16,7 +16,9 @@ class RequestState:
     Of a chunked prefill: `paused_s` is how long it sat out in all, the pause it may be in excepted,
     which began at `paused_since_s`; `aborted`: it was while it sat out, and is to be torn down.
     Of decode: `ready_s` is when it had shaken hands, `reserved_s` when its KV was reserved, `kept`
-    whether that was for its SLO, `fits` whether the server has KV for it at all.
+    whether that was for its SLO, `fits` whether the server has KV for it at all. Of its stream, for
+    `slo_attainment.Silences`: when it got its first and a later token, its longest wait for one.
+    `counted`: its end is in the server's attainment, or must not be.
     """
 
     slo: Slo
@@ -29,6 +31,9 @@ class RequestState:
     reserved_s: float | None = None
     kept: bool = True
     fits: bool = False
+    last_token_s: float | None = None
+    silent_s: float = 0.0
+    counted: bool = False
 
     @property
     def ttft_due_s(self) -> float:

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from sglang_kairos.engine import compat
 from sglang_kairos.engine.state import KairosState
 from sglang_kairos.engine.subset import SubsetView
-from sglang_kairos.predict.stay import Stay
+from sglang_kairos.policy.chaos_decode import ChaosDecodePlanner
+from sglang_kairos.policy.decode_planner import DecodePlanner, RunningView
+from sglang_kairos.predict.error import LEARNT_STEPS, PredictError
 
 FIRST_S, TPOT_S, EMITTED, LAST_S, SERVED, RAN = range(6)
 Entry = tuple[float, float, float, float, bool]
@@ -72,12 +74,37 @@ class DecodeMemory:
     """The decode side of one scheduler's state."""
 
     def __init__(self, state: KairosState) -> None:
-        self.stay = Stay()
+        config, counters = state.config, state.counters
+        self.planner = (
+            DecodePlanner(config, counters, compat.give_up_s())
+            if config.chaos_seed < 0
+            else ChaosDecodePlanner(config, counters)
+        )
         self.table = RunningTable(lambda req: _entry(state, req))
-        self.view: SubsetView | None = None
-        self.clock_s = compat.give_up_s()
+        self.subset: SubsetView | None = None
+
+    def follow(self, reqs: Sequence[Any]) -> None:
+        """The table is that of `reqs`; who has finished since tells how long requests stay."""
+        for gone in self.table.follow(reqs):
+            if gone.finished():
+                self.planner.stay.ended(len(gone.output_ids))
+
+    def view(self, batch: Any, now_s: float) -> RunningView:
+        """The requests in `batch`, who must be those followed last."""
+        table, columns = self.table, self.table.columns
+        return RunningView(
+            now_s,
+            columns[FIRST_S],
+            columns[EMITTED],
+            columns[TPOT_S],
+            columns[LAST_S],
+            columns[SERVED] > 0.0,
+            batch.seq_lens_cpu.numpy() if batch.reqs else _NOBODY,
+            table.tightest_s,
+        )
 
 
+_NOBODY = np.zeros(0)
 _MEMORIES: weakref.WeakKeyDictionary[KairosState, DecodeMemory] = weakref.WeakKeyDictionary()
 
 
@@ -96,3 +123,14 @@ def _entry(state: KairosState, req: Any) -> Entry:
     last = req.time_stats.last_decode_finish_time or promise.first_token_s
     emitted = float(len(req.output_ids))
     return promise.first_token_s, promise.slo.tpot_ms / 1e3, emitted, last, promise.kept
+
+
+def tell_breaker(state: KairosState, error: PredictError | None) -> None:
+    """Says once that the planner's breaker is open, and why, unless it is only a start."""
+    if error is not None and error.samples >= LEARNT_STEPS:
+        state.log_once(
+            "breaker",
+            f"decode packing pauses while steps are predicted {100 * error.mape:.0f} % wrong "
+            f"(--kairos-max-step-error {state.config.max_step_error:g}) and do not follow the "
+            f"predictions (response {error.response:.2f})",
+        )

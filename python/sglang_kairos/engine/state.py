@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import features
-from sglang_kairos.engine.chaos import Chaos
 from sglang_kairos.engine.decision_log import DecisionLog
 from sglang_kairos.engine.graphs import captured_sizes
 from sglang_kairos.engine.latest import LatestSteps
@@ -24,16 +23,13 @@ from sglang_kairos.engine.request_state import tokens_left as tokens_left
 from sglang_kairos.engine.roster import Roster
 from sglang_kairos.policy.prefill_planner import prefill_planner
 from sglang_kairos.policy.prefill_step import PrefillPlan
-from sglang_kairos.policy.urgency import LateShare
 from sglang_kairos.slo import WIRE_KEY, RequestSlo, SloError, SloTable
+from sglang_kairos.slo_attainment import Attainment, Recent, Silences
 
 logger = logging.getLogger("sglang_kairos")
 
 Decision = TypeVar("Decision")
 LOGGED_ERRORS = 5  # the rest is only counted, or a broken step would fill the disk
-
-
-Promise = RequestState  # its name before
 
 
 class KairosState:
@@ -47,7 +43,6 @@ class KairosState:
         self.captured_sizes = captured_sizes(scheduler)
         self.prefill_time, self.step_time = self.profile.start(self.captured_sizes)
         self.steps = LatestSteps()
-        self.late_share = LateShare(config.late_share)
         self.paused: list[Any] = []
         self.held: list[Any] = []
         self.plan: PrefillPlan | None = None
@@ -66,9 +61,12 @@ class KairosState:
         self.counters: Counter[str] = Counter()
         self.logged: set[str] = set()
         self.last_request: RequestSlo | None = None
-        self.chaos = Chaos(config.chaos_seed) if config.chaos_seed >= 0 else None
         log = config.decision_log
         self._log = DecisionLog(log, scheduler, self.mode) if log else None
+        self.attainment = Attainment(self.table.classes)
+        self.silences = Silences()
+        self.talking: list[Any] = []
+        self.prefilled = Recent()
         self.clock = Clock(scheduler)
         self.metrics = self.guarded(
             "metrics", lambda: SchedulerMetrics.of(scheduler, self.mode), None
@@ -116,7 +114,8 @@ class KairosState:
             arrival = req.time_stats.scheduler_recv_time or self.now()
             found = RequestState(asked.slo, arrival - asked.age_ms / 1e3)
             req._kairos = found
-            if not req.rid.startswith("HEALTH_CHECK"):
+            found.counted = req.rid.startswith("HEALTH_CHECK")
+            if not found.counted:
                 self.counters["requests"] += 1
                 self.last_request = asked
         return found
@@ -181,6 +180,7 @@ class KairosState:
             "profile_key": dataclasses.asdict(self.profile.key),
             "captured_sizes": self.captured_sizes,
             "steps": self.steps.report(),
+            "attainment": self.attainment.report(),
         }
         model = getattr(self.scheduler, "model_config", None)
         if model is not None:

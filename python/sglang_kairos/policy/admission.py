@@ -92,11 +92,13 @@ class Occupancy:
 @dataclass(frozen=True, slots=True)
 class AdmissionPlan:
     """`order`: all indices, first come first. The first `count` may come in now, and the first
-    `kept` of these can be kept on pace."""
+    `kept` of these can be kept on pace. `starving`: who goes first as it has waited too long, -1:
+    nobody."""
 
     order: list[int]
     kept: int
     count: int
+    starving: int = -1
 
 
 def plan_admission(
@@ -154,8 +156,8 @@ def _plan(
     if reach is None:
         reach = np.ones(prompt.size, bool)
     gated = held.size > 0 or bool(reach.any())
-    aimed_at = np.append(held_tpot, tpot[reach] if gated else tpot)
-    tightest = float(aimed_at.min())
+    aimed_at = tpot if reach.all() or not gated else tpot[reach]
+    tightest = float(min(held_tpot.min(initial=np.inf), aimed_at.min(initial=np.inf)))
     base, held_cost, cost = step_costs(step_s, held, tightest, prompt)
     free = np.maximum(tpot - base, 0.05 * tpot)
     memory = np.maximum(prompt / server.kv_tokens, 1.0 / server.slots)
@@ -181,7 +183,7 @@ def _plan(
 
     load = base / tightest + float((held_cost / held_tpot).sum())
     loads = np.where(may_be_kept, cost / tpot, np.inf)[order]
-    kept = int(np.count_nonzero(load + np.cumsum(loads) <= TARGET))
+    kept = int(np.count_nonzero(load + loads.cumsum() <= TARGET))
     if held.size == 0:
         kept = max(1, kept)
     rest = order[kept:]

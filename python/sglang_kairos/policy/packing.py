@@ -40,9 +40,7 @@ flat around these values (docs/decode.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,7 +84,6 @@ def choose_step(
     reserve_tokens: float = 0.0,
     horizon_tokens: float = HORIZON,
     min_throughput: float = 0.0,
-    captured_sizes: Sequence[int] | None = None,
 ) -> StepChoice:
     """The requests to run now; never empty for n > 0.
 
@@ -95,53 +92,53 @@ def choose_step(
     and arrays. `served`: the last choice's, False for who has joined since (None: nobody was).
     `reserve_tokens`: the lead to end with, of `reserve_of`; `horizon_tokens`: of `horizon_of`.
     `min_throughput`: 0 to 1.
-    `captured_sizes`: ascending batch sizes that a step is padded up to, unless `step_s` already
-    does so.
     """
     slack, tpot = np.asarray(slack_s, float), np.asarray(tpot_s, float)
     context, silent = np.asarray(context_tokens, float), np.asarray(silent_s, float)
     n = slack.size
     if n == 0:
         return StepChoice([], 0.0, "all", np.zeros(0, bool))
-    step = step_s if captured_sizes is None else _padded(step_s, captured_sizes)
-    full = float(step(n, float(context.sum())))
+    full = float(step_s(n, float(context.sum())))
     lead = slack - tpot
     alive = lead > -LOST * tpot
+    living = np.count_nonzero(alive)
     wanted = _bare_pace_s(lead, tpot, reserve_tokens, horizon_tokens)
-    tightest = wanted if alive.all() else np.where(alive, wanted, tpot)
+    tightest = wanted if living == n else np.where(alive, wanted, tpot)
     if full <= float(tightest.min()):
         return StepChoice(list(range(n)), full, "all", np.ones(n, bool))
-    reach = within_reach(step, context, tpot)
+    reach = within_reach(step_s, context, tpot)
     if reach is not None:
         alive &= reach
-    living = int(np.count_nonzero(alive))
+        living = np.count_nonzero(alive)
     if not living:
         return StepChoice(list(range(n)), full, "overload", np.zeros(n, bool))
 
     pace = _within_bounds(wanted, tpot)
-    base, cost, _ = step_costs(step, context, float(tpot.sum()) / n)
+    base, cost, _ = step_costs(step_s, context, float(tpot.sum()) / n)
     load = cost / pace
-    keeps = _served(load, pace, base, alive, living, served)
+    keeps = _served(load, pace, base, None if living == n else alive, served)
     limit = float(pace[keeps].min())
     due = _due(silent, cost, keeps, limit, max_itl_s)
-    urgent = slack < URGENT * limit
-    tier = 4 - alive.astype(np.int8) - keeps - (keeps & urgent)
-    tier[due] = 0
+    tier = 4 - alive.astype(np.int8) - keeps - (keeps & (slack < URGENT * limit))
+    if due is not None:
+        tier[due] = 0
     order = np.lexsort((cost, tier))
     tokens = context[order].cumsum()
-    fitting = n
+    count, predicted = n, full
     if full > limit:
-        fitting, _ = largest_fitting(
-            lambda size: float(step(size, tokens.item(size - 1))), limit, (0, base), (n, full)
+        count, predicted = largest_fitting(
+            lambda size: float(step_s(size, tokens.item(size - 1))), limit, (0, base), (n, full)
         )
-    count = max(1, int(np.count_nonzero(due)), fitting)
+    fitting, count = count, max(1, count, 0 if due is None else int(np.count_nonzero(due)))
     if min_throughput > 0.0:
         sizes = np.arange(count, n + 1)
-        enough = sizes / step(sizes, tokens[count - 1 :]) >= min_throughput * n / full
+        enough = sizes / step_s(sizes, tokens[count - 1 :]) >= min_throughput * n / full
         count += int(np.argmax(enough))
-    predicted = float(step(count, tokens.item(count - 1)))
-    reason = "packed" if keeps.all() and predicted <= limit else "overload"
-    return StepChoice(np.sort(order[:count]).tolist(), predicted, reason, keeps)
+    if count > fitting:
+        predicted = float(step_s(count, tokens.item(count - 1)))
+    packed = predicted <= limit and np.count_nonzero(keeps) == n
+    run = np.sort(order[:count]).tolist()
+    return StepChoice(run, predicted, "packed" if packed else "overload", keeps)
 
 
 def reserve_of(mean_error: float) -> float:
@@ -186,25 +183,33 @@ def _served(
     load: NDArray[np.float64],
     pace: NDArray[np.float64],
     base: float,
-    alive: NDArray[np.bool_],
-    living: int,
+    alive: NDArray[np.bool_] | None,
     before: NDArray[np.bool_] | None,
 ) -> NDArray[np.bool_]:
-    """The largest set that can be kept on pace: mask (n,); somebody, as somebody is alive."""
+    """The largest set that can be kept on pace: mask (n,); somebody, as somebody is alive.
+
+    `alive`: who may be in it, None for all.
+    """
     key = load if before is None else np.where(before, INCUMBENT * load, load)
-    lightest = np.argsort(key, kind="stable")
-    if living < alive.size:
+    lightest = key.argsort(kind="stable")
+    if alive is not None:
         lightest = lightest[alive[lightest]]
+    paces, loads = pace[lightest], load[lightest]
+    slowest = np.sort(paces)
+    last = paces.size - 1
+    limits = {float(slowest[at * last // (LIMITS - 1)]) for at in range(LIMITS)}
+    lowest, *higher = sorted(limits)
+    count = int(loads.cumsum().searchsorted(1.0 - base / lowest, "right"))
+    chosen = lightest[:count]
+    for limit in higher:
+        members = (paces >= limit).nonzero()[0]
+        if members.size < count:
+            break  # nor has any higher limit enough of them
+        fitting = int(loads[members].cumsum().searchsorted(1.0 - base / limit, "right"))
+        if fitting >= count:
+            count, chosen = fitting, lightest[members[:fitting]]
     keeps = np.zeros(load.size, bool)
-    paces = pace[lightest]
-    limits = np.sort(paces)[(np.arange(LIMITS) * (paces.size - 1)) // (LIMITS - 1)]
-    member = paces >= limits[:, None]
-    sums = np.add.accumulate(member * load[lightest], axis=1)
-    fits = sums <= 1.0 - base / limits[:, None]
-    fits &= member
-    counts = fits.sum(axis=1)
-    best = counts.size - 1 - int(np.argmax(counts[::-1]))
-    keeps[lightest[fits[best]] if counts[best] else lightest[:1]] = True
+    keeps[chosen if count else lightest[:1]] = True
     return keeps
 
 
@@ -214,13 +219,16 @@ def _due(
     served: NDArray[np.bool_],
     limit: float,
     max_itl_s: float,
-) -> NDArray[np.bool_]:
-    """Who must run now lest somebody is silent for longer than `max_itl_s`: mask (n,)."""
+) -> NDArray[np.bool_] | None:
+    """Who must run now lest somebody is silent for longer than `max_itl_s`: mask (n,); None: nobody."""
     latest_s = max_itl_s - (SPARE - 1.0) * limit
-    turn = limit + cost
+    longest_s, longest_turn_s = float(silent.max()), limit + float(cost.max())
     queue = np.flatnonzero(~served)
-    if float(silent.max() + max(turn.max(), turn[queue].sum())) < latest_s:
-        return np.zeros(silent.size, bool)
+    if longest_s + max(1, queue.size) * longest_turn_s < latest_s:
+        return None
+    turn = limit + cost
+    if longest_s + max(longest_turn_s, float(turn[queue].sum())) < latest_s:
+        return None
     wait = silent + turn
     due = wait >= latest_s
     while due.any():  # fetching them makes this very step longer
@@ -232,14 +240,3 @@ def _due(
     if np.any(silent[queue] + np.cumsum(turn[queue]) > latest_s):
         due[queue[0]] = True
     return due
-
-
-def _padded(step_s: StepTime, captured_sizes: Sequence[int]) -> StepTime:
-    sizes = np.asarray(captured_sizes)
-
-    def step(batch: Any, kv_tokens: Any) -> Any:
-        at = np.searchsorted(sizes, batch)
-        padded = np.where(at < sizes.size, sizes[np.minimum(at, sizes.size - 1)], batch)
-        return step_s(padded, kv_tokens)
-
-    return step

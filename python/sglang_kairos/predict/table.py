@@ -72,12 +72,20 @@ class StepTable:
 
     def at(self, table: Floats, batch: int, kv_tokens: float) -> float:
         """`table` at one point. Beyond its last cells it goes on flat."""
-        row, part = self._place[min(max(int(batch), 0), len(self._place) - 1)]
-        kv = min(max(float(kv_tokens), 0.0), _KV_LIST[-1])
-        column = min(bisect_right(_KV_LIST, kv), len(_KV_LIST) - 1) - 1
+        last = len(self._place) - 1
+        row, part = self._place[int(batch) if 0 <= batch <= last else last if batch > 0 else 0]
+        kv = min(max(float(kv_tokens), 0.0), _MOST_KV)
+        column = min(bisect_right(_KV_LIST, kv), _LAST_COLUMN) - 1
         share = (kv - _KV_LIST[column]) * _PER_GAP[column]
-        low = _between(table, row, column, share)
-        return low + part * (_between(table, row + 1, column, share) - low) if part else low
+        place, item = row * (_LAST_COLUMN + 1) + column, table.item
+        low: float = item(place)
+        low += share * (item(place + 1) - low)
+        if not part:
+            return low
+        place += _LAST_COLUMN + 1
+        above: float = item(place)
+        low += part * (above + share * (item(place + 1) - above) - low)
+        return low
 
     def along(self, table: Floats, batch: int, kv_tokens: NDArray[Any]) -> Floats:
         """`table` at one batch and many KV tokens."""
@@ -126,6 +134,7 @@ class StepTable:
 
 
 _KV_LIST: list[float] = KV_TOKENS.tolist()
+_LAST_COLUMN, _MOST_KV = len(_KV_LIST) - 1, _KV_LIST[-1]
 _PER_GAP_ARRAY = 1.0 / np.diff(KV_TOKENS)
 _PER_GAP: list[float] = _PER_GAP_ARRAY.tolist()
 
@@ -141,11 +150,6 @@ def _positions(sizes: list[int], batches: Floats) -> tuple[NDArray[np.intp], Flo
             row[batch] = at - 1
             part[batch] = (batch - batches[at - 1]) / (batches[at] - batches[at - 1])
     return row, part
-
-
-def _between(table: Floats, row: int, column: int, share: float) -> float:
-    low = table.item(row, column)
-    return low + share * (table.item(row, column + 1) - low)
 
 
 def _mix(low: Floats, high: Floats, share: Floats) -> Floats:

@@ -39,29 +39,33 @@ class Setup:
 class Cluster:
     """One run of one policy over one trace; `run` may be called once."""
 
+    prefill_kind: type[PrefillServer] = PrefillServer
+    decode_kind: type[DecodeServer] = DecodeServer
+
     def __init__(self, setup: Setup, policy: Policy, rows: Sequence[Request]) -> None:
         self.setup, self.policy = setup, policy
         self.clock = Clock()
         self.requests = make_requests(rows, setup)
-        system, error, seed = setup.system, setup.error, setup.seed
-        prefill_minds = [
-            Predictor(system.times, error, f"{seed}/p{i}") for i in range(setup.prefills)
-        ]
-        decode_minds = [
-            Predictor(system.times, error, f"{seed}/d{i}") for i in range(setup.decodes)
-        ]
+        system, clock = setup.system, self.clock
+        prefill_minds = [self.predictor(f"p{i}") for i in range(setup.prefills)]
+        decode_minds = [self.predictor(f"d{i}") for i in range(setup.decodes)]
         block_tokens = cache_block_tokens(rows)
-        self.router = Router(system, policy, prefill_minds, decode_minds, seed, block_tokens)
+        self.router = Router(system, policy, prefill_minds, decode_minds, setup.seed, block_tokens)
         self.prefills = [
-            PrefillServer(
-                self.clock, system, policy, mind, block_tokens, self._prefilled, self._arrived
+            self.prefill_kind(
+                clock, system, policy, mind, block_tokens, self._prefilled, self._arrived
             )
             for mind in prefill_minds
         ]
         self.decodes = [
-            DecodeServer(self.clock, system, policy, mind, self._reserved, self.router.finished)
+            self.decode_kind(clock, system, policy, mind, self._reserved, self.router.finished)
             for mind in decode_minds
         ]
+
+    def predictor(self, server: str) -> Predictor:
+        """What the server of that name believes of its steps."""
+        setup = self.setup
+        return Predictor(setup.system.times, setup.error, f"{setup.seed}/{server}")
 
     def run(self) -> Result:
         """Serves every request to its end."""

@@ -3,30 +3,18 @@
 Between two steps, in this order: retracted requests come back, KV is reserved for new ones (only
 then may their prefill start), requests whose KV has arrived join the running batch, which streams
 their first token, and the most recent ones are retracted if the next step's KV does not fit.
-`_choose` mirrors `engine/decode.py` (`_choose`, `_pack`) on the same policy function.
+Whatever Kairos decides is the planner's own answer.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from itertools import compress
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_kairos.policy.admission import (
-    PRESSED,
-    Occupancy,
-    Waiting,
-    deadline_order,
-    plan_admission,
-)
-from sglang_kairos.policy.packing import choose_step, horizon_of, pace_s, reserve_of, room_s
-from sglang_kairos.policy.retraction import keep_order
-from sglang_kairos.policy.urgency import LateShare
-from sglang_kairos.predict.stay import BEST, Stay
+from sglang_kairos.policy.decode_planner import DecodePlanner, QueueView, RunningView, ServerView
 from sglang_kairos.sim.clock import Clock
 from sglang_kairos.sim.policies import Policy
 from sglang_kairos.sim.predictions import Predictor
@@ -35,8 +23,6 @@ from sglang_kairos.sim.times import System
 
 # SGLang's CLIP_MAX_NEW_TOKEN: longer outputs are planned for as if this long.
 CLIP_TOKENS = 4096
-# SGLang's default of both time-outs; the simulator loses nobody to them, but has the same rule.
-GIVE_UP_S = 300.0
 # Rows of the running batch's table.
 CONTEXT, EMITTED, LEFT, FIRST_S, TPOT_S, LAST_S, SERVED = range(7)
 _TOKEN = np.array([[1.0], [1.0], [-1.0]])
@@ -44,6 +30,8 @@ _TOKEN = np.array([[1.0], [1.0], [-1.0]])
 
 class DecodeServer:
     """`reserved` is called when a request's KV is set aside, `finished` after its last token."""
+
+    planner_kind: type[DecodePlanner] = DecodePlanner
 
     def __init__(
         self,
@@ -66,15 +54,12 @@ class DecodeServer:
         self.max_kv_tokens = 0
         self.counters: Counter[str] = Counter()
         self.busy_s = 0.0
-        self.watch: Callable[[DecodeServer, list[int] | None], None] | None = None
-        """Sees who runs (None: everybody) of `running` before each step that packing may change."""
+        self.planner = self.planner_kind(policy.config, self.counters)
         self._table: NDArray[np.float64] = np.zeros((7, system.max_running))
         self._context = 0
         # Reserved but not here yet, and since when; let in although they cannot be kept on pace.
         self._coming: dict[SimRequest, float] = {}
         self._unkept: set[SimRequest] = set()
-        self._starving: SimRequest | None = None
-        self._share, self._stay = LateShare(policy.config.late_share), Stay()
         self._soonest = 0
         self._tightest_s = 0.0
         self._busy = False
@@ -88,7 +73,7 @@ class DecodeServer:
         """A reserved request's KV has arrived."""
         self.in_flight -= 1
         if req in self._coming:
-            self._stay.started(req.prompt, self._clock.now_s - self._coming.pop(req))
+            self.planner.stay.started(req.prompt, self._clock.now_s - self._coming.pop(req))
         self.ready.append(req)
         self._wake()
 
@@ -111,8 +96,6 @@ class DecodeServer:
         if not count:
             return
         keep = self._choose() if self._policy.park else None
-        if self.watch is not None:
-            self.watch(self, keep)
         table = self._table
         batch = count if keep is None else len(keep)
         if keep is None:
@@ -143,7 +126,7 @@ class DecodeServer:
                 req = self.running[index]
                 self._leave(req, index)
                 req.finish(now)
-                self._stay.ended(req.output)
+                self.planner.stay.ended(req.output)
                 self._finished(req)
             self._drop(left > 0.0)
         self._step()
@@ -167,14 +150,22 @@ class DecodeServer:
     def _reserve(self) -> None:
         if not self.asking:
             return
-        room = self._allocatable()
-        keep = self._system.reserved_tokens
-        slots = self._system.max_running - len(self.running) - self.in_flight - len(self.ready)
         kept = most = len(self.asking)
+        starving: SimRequest | None = None
         if self._policy.gate:
-            kept, most = self._plan(self._system.max_running - slots)
+            plan = self.planner.admit(
+                self._queue(self.asking),
+                self._running(),
+                self._taken(),
+                self._predictor.decode_times(),
+            )
+            starving = self.asking[plan.starving] if plan.starving >= 0 else None
+            self.asking = [self.asking[index] for index in plan.order]
+            kept, most = plan.kept, plan.count
         else:
             self._sort(self.asking)
+        room, keep = self._allocatable(), self._system.reserved_tokens
+        slots = self._system.max_running - len(self.running) - self.in_flight - len(self.ready)
         count = 0
         for req in self.asking:
             grown = req.prompt + min(req.output, CLIP_TOKENS) - self._context
@@ -187,78 +178,55 @@ class DecodeServer:
             self.kv_tokens += req.prompt
             self.in_flight += 1
             if self._policy.gate:
-                self._let_in(req, place < kept)
+                self._coming[req] = self._clock.now_s
+                if place >= kept:
+                    self._unkept.add(req)
+                self.planner.let_in(req.prompt, req is starving)
             self._reserved(req)
 
-    def _plan(self, used_slots: int) -> tuple[int, int]:
-        """Orders the queue as `engine/admission.py` does: how many are kept, how many come in."""
-        now, config, system = self._clock.now_s, self._policy.config, self._system
-        queue, running = self.asking, self._table[:, : len(self.running)]
-        self._starving = None
-        prompt = np.array([req.prompt for req in queue], float)
-        growth = [max(system.reserved_tokens, min(req.output, CLIP_TOKENS)) for req in queue]
-        least_kv = prompt + np.array(growth, float)
-        can = least_kv <= system.decode_kv_tokens
-        oldest = min(compress(queue, can), key=lambda req: req.arrival_s, default=queue[0])
-        if now - oldest.arrival_s > config.max_wait * oldest.ttft_s and self._share.may_spend():
-            self._starving = oldest
-        joining = [req for req in (*self._coming, *self.ready) if req not in self._unkept]
-        kept = running[:, running[SERVED] > 0.0]
-        lead = kept[FIRST_S] + (kept[EMITTED] - 1.0) * kept[TPOT_S] - now
-        joining_tpot = [req.tpot_s for req in joining]
-        due = np.array([req.due_s for req in queue]) - now
-        tpot = np.array([req.tpot_s for req in queue])
-        clock = self._clock_left(queue)
-        horizon = horizon_of(self._stay.output_tokens)
-        pace = pace_s(lead, kept[TPOT_S], self._reserve_tokens(), horizon)
-        plan = plan_admission(
-            Waiting(
-                prompt,
-                due,
-                self._stay.lead_s(prompt),
-                self._stay.lead_s(prompt, BEST),
-                np.array([req.ttft_s for req in queue]),
-                tpot,
-                starving=np.array([req is self._starving for req in queue]),
-                clock=clock if clock.min() <= PRESSED else None,
-                least_kv=None if can.all() else least_kv,
-            ),
-            Occupancy(
-                np.append(kept[CONTEXT], [req.context for req in joining]),
-                np.append(np.minimum(pace, kept[TPOT_S]), joining_tpot),
-                system.decode_kv_tokens,
-                system.max_running,
-                self.kv_tokens,
-                used_slots,
-            ),
-            self._predictor.decode_step(0.0),
-            expected_output=self._stay.output_tokens,
-            min_throughput=config.min_throughput,
-        )
-        self.asking = [queue[index] for index in plan.order]
-        return plan.kept, plan.count
-
-    def _let_in(self, req: SimRequest, kept: bool) -> None:
-        self._coming[req] = self._clock.now_s
-        if not kept:
-            self._unkept.add(req)
-        self._share.earn(req.prompt)
-        if req is self._starving:
-            self._share.spend(req.prompt)
-
-    def _clock_left(self, queue: list[SimRequest]) -> NDArray[np.float64]:
+    def _queue(self, queue: list[SimRequest]) -> QueueView:
         arrival = np.array([req.arrival_s for req in queue])
-        return np.clip(1.0 - (self._clock.now_s - arrival) / GIVE_UP_S, 0.0, 1.0)
+        system, asking = self._system, queue is self.asking
+        growth = [max(system.reserved_tokens, min(req.output, CLIP_TOKENS)) for req in queue]
+        return QueueView(
+            self._clock.now_s,
+            arrival,
+            np.array([req.ttft_s for req in queue]),
+            np.array([req.tpot_s for req in queue]),
+            np.array([req.prompt for req in queue], float),
+            clock_s=arrival if asking else None,
+            growth_tokens=np.array(growth, float),
+        )
+
+    def _running(self) -> RunningView:
+        table = self._table[:, : len(self.running)]
+        return RunningView(
+            self._clock.now_s,
+            table[FIRST_S],
+            table[EMITTED],
+            table[TPOT_S],
+            table[LAST_S],
+            table[SERVED] > 0.0,
+            table[CONTEXT],
+            self._tightest_s,
+        )
+
+    def _taken(self) -> ServerView:
+        joining = [req for req in (*self._coming, *self.ready) if req not in self._unkept]
+        return ServerView(
+            self._system.decode_kv_tokens,
+            self._system.max_running,
+            self.kv_tokens,
+            len(self.running) + self.in_flight + len(self.ready),
+            np.array([req.context for req in joining]),
+            np.array([req.tpot_s for req in joining]),
+        )
 
     def _sort(self, queue: list[SimRequest]) -> None:
-        """Kairos: `deadline_order`, as `engine/decode.py` without the gate."""
         if len(queue) < 2:
             return
         if self._policy.by_deadline:
-            now = self._clock.now_s
-            due, prompt = [req.due_s - now for req in queue], [float(req.prompt) for req in queue]
-            clock = self._clock_left(queue) if queue is self.asking else None
-            queue[:] = [queue[index] for index in deadline_order(due, prompt, clock)]
+            queue[:] = [queue[index] for index in self.planner.order(self._queue(queue))]
         elif self._policy.order == "priority":
             queue.sort(key=lambda req: req.priority)
 
@@ -295,9 +263,7 @@ class DecodeServer:
         for index, req in enumerate(self.running):
             req.emitted = int(table[EMITTED, index])
         if self._policy.park:
-            due = table[FIRST_S, :count] + (table[EMITTED, :count] - 1.0) * table[TPOT_S, :count]
-            lead = due - self._clock.now_s
-            order = keep_order(lead, table[TPOT_S, :count], table[CONTEXT, :count])
+            order = self.planner.retract(self._running())
         else:
             order = sorted(
                 range(count), key=lambda i: (-self.running[i].emitted, self.running[i].prompt)
@@ -332,32 +298,13 @@ class DecodeServer:
             self._soonest = int(self._table[LEFT, :count].min())
             self._tightest_s = float(self._table[TPOT_S, :count].min())
 
-    def _reserve_tokens(self) -> float:
-        return reserve_of(self._predictor.decode_error)
-
     def _choose(self) -> list[int] | None:
         """Indices of the running requests that take part, None for everybody."""
-        count, config = len(self.running), self._policy.config
+        count = len(self.running)
         if count < 2:
             return None
-        step: Any = self._predictor.decode_step(0.0)
-        reserve, horizon = self._reserve_tokens(), horizon_of(self._stay.output_tokens)
-        room = room_s(self._tightest_s, reserve, horizon)
-        if float(step(count, float(self._context))) <= room:
+        choice = self.planner.choose(self._running(), self._predictor.decode_times())
+        if choice is None:
             return None
-        table, now = self._table[:, :count], self._clock.now_s
-        choice = choose_step(
-            table[FIRST_S] + table[EMITTED] * table[TPOT_S] - now,
-            table[TPOT_S],
-            table[CONTEXT],
-            now - table[LAST_S],
-            step,
-            served=table[SERVED] > 0.0,
-            reserve_tokens=reserve,
-            horizon_tokens=horizon,
-            min_throughput=config.min_throughput,
-            max_itl_s=config.max_itl_ms / 1e3,
-        )
-        table[SERVED] = choice.served
-        self.counters[f"steps_{choice.reason}"] += 1
+        self._table[SERVED, :count] = choice.served
         return None if len(choice.run) == count else choice.run

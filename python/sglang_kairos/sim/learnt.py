@@ -1,9 +1,8 @@
 """A cluster whose servers have run for a while, for comparison with real ones on a CPU.
 
 What `cluster` leaves out and a measurement has in it: predictors that start calibrated and go on
-learning from noisy steps, the circuit breaker that watches their error (`engine/decode.py`,
-`_trusted`), and SGLang's overlap loop where the forward runs inside the launch, as on a CPU: there
-a prefill step's result is looked at, and its KV sent, only after the next step.
+learning from noisy steps, and SGLang's overlap loop where the forward runs inside the launch, as on
+a CPU: there a prefill step's result is looked at, and its KV sent, only after the next step.
 """
 
 from __future__ import annotations
@@ -12,75 +11,29 @@ from collections.abc import Sequence
 from typing import Any
 
 from sglang_kairos.sim.cluster import Cluster, Setup
-from sglang_kairos.sim.decode import DecodeServer
 from sglang_kairos.sim.policies import Policy
 from sglang_kairos.sim.predictions import PredictionError, Predictor
 from sglang_kairos.sim.prefill import PrefillServer
 from sglang_kairos.sim.request import SimRequest
-from sglang_kairos.sim.times import StepTimes
 from sglang_kairos.tools.traces import Request
 
 
-class GuardedDecodeServer(DecodeServer):
-    """Parks and holds back nobody while its breaker is open, as `engine/decode.py`."""
-
-    def _plan(self, used_slots: int) -> tuple[int, int]:
-        if self._trusted():
-            return super()._plan(used_slots)
-        self._sort(self.asking)
-        return len(self.asking), len(self.asking)
-
-    def _choose(self) -> list[int] | None:
-        if self._trusted():
-            return super()._choose()
-        self.counters["breaker_steps"] += 1
-        return None
-
-    def _trusted(self) -> bool:
-        return self._predictor.decode.error.trusted(self._policy.config.max_step_error)
-
-
 class LearntCluster(Cluster):
-    """A `Cluster` of the servers below. `late_results`: prefill results wait for the next step."""
-
-    decode_kind: type[DecodeServer] = GuardedDecodeServer
+    """Whose servers learn. `late_results`: prefill results wait for the next step."""
 
     def __init__(
         self, setup: Setup, policy: Policy, rows: Sequence[Request], late_results: bool
     ) -> None:
+        if late_results:
+            self.prefill_kind = LatePrefillServer
         super().__init__(setup, policy, rows)
-        system, seed = setup.system, setup.seed
-        kind = LatePrefillServer if late_results else PrefillServer
-        self.prefills = [
-            kind(
-                self.clock,
-                system,
-                policy,
-                learning(system.times, f"{seed}/p{index}"),
-                server.cache.block_tokens,
-                self._prefilled,
-                self._arrived,
-            )
-            for index, server in enumerate(self.prefills)
-        ]
-        self.decodes = [
-            self.decode_kind(
-                self.clock,
-                system,
-                policy,
-                learning(system.times, f"{seed}/d{index}"),
-                self._reserved,
-                self.router.finished,
-            )
-            for index in range(setup.decodes)
-        ]
 
-
-def learning(times: StepTimes, seed: str) -> Predictor:
-    """Predictors that start from the hardware's laws and observe every step."""
-    predictor = Predictor(times, PredictionError(learn=True), seed)
-    predictor.prefill, predictor.decode = times.prefill_model(), times.decode_model()
-    return predictor
+    def predictor(self, server: str) -> Predictor:
+        """Starts from the hardware's laws and observes every step."""
+        times = self.setup.system.times
+        predictor = Predictor(times, PredictionError(learn=True), f"{self.setup.seed}/{server}")
+        predictor.prefill, predictor.decode = times.prefill_model(), times.decode_model()
+        return predictor
 
 
 class LatePrefillServer(PrefillServer):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from sglang_kairos.predict.error import LEARNT_STEPS, PredictError
 from sglang_kairos.predict.prefill_time import PrefillTimeModel
 from sglang_kairos.predict.step_time import StepTimeModel
 from sglang_kairos.sim.times import StepTimes
@@ -51,15 +52,27 @@ class Predictor:
         if self._error.learn:
             self.decode.observe(batch, kv_tokens, seconds)
 
-    @property
-    def decode_error(self) -> float:
-        """Mean relative error of the decode predictions, as a server would see it."""
-        return self.decode.error.mape if self._error.learn else MEAN_OF_SIGMA * self._error.noise
+    def decode_times(self) -> BelievedTimes:
+        """What a decode server believes of its steps at one decision."""
+        seen = PredictError(MEAN_OF_SIGMA * self._error.noise, 0.0, LEARNT_STEPS)
+        return BelievedTimes(
+            self.decode, self._error.draw(self._rng), None if self._error.learn else seen
+        )
 
-    def decode_step(self, margin: float) -> Any:
-        """`step_s(batch, kv_tokens)` for one decision, `margin` (a fraction) on top."""
-        scale = (1.0 + margin) * self._error.draw(self._rng)
-        model = self.decode
-        if scale == 1.0:
-            return model.step_s
-        return lambda batch, kv_tokens: model.step_s(batch, kv_tokens) * scale
+
+@dataclass(frozen=True, slots=True)
+class BelievedTimes:
+    """A model with all its predictions times `factor`. `seen`: the error that a server would have
+    seen (None: the model has learnt and knows)."""
+
+    model: StepTimeModel
+    factor: float
+    seen: PredictError | None
+
+    def step_s(self, batch: Any, kv_tokens: Any, /) -> Any:
+        """As `StepTimeModel.step_s`."""
+        return self.model.step_s(batch, kv_tokens) * self.factor
+
+    @property
+    def error(self) -> PredictError:
+        return self.model.error if self.seen is None else self.seen

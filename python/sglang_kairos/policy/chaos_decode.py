@@ -1,0 +1,64 @@
+"""Random but legal decisions of a decode server, to prove that no decision can change a token.
+
+Used by the identity tests in place of the planner: whatever Kairos may decide, the outputs must be
+those of stock SGLang. Never switched on by anything but ``--kairos-chaos-seed``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from random import Random
+
+import numpy as np
+
+from sglang_kairos.config import KairosConfig
+from sglang_kairos.policy.admission import AdmissionPlan
+from sglang_kairos.policy.decode_planner import (
+    DecodePlanner,
+    QueueView,
+    RunningView,
+    ServerView,
+    StepTimes,
+)
+from sglang_kairos.policy.packing import StepChoice
+
+
+class ChaosDecodePlanner(DecodePlanner):
+    """The planner's questions, answered from the seed in `config`."""
+
+    def __init__(self, config: KairosConfig, counters: Counter[str]) -> None:
+        super().__init__(config, counters)
+        self._random = Random(config.chaos_seed)
+
+    def admit(
+        self, queue: QueueView, running: RunningView, server: ServerView, times: StepTimes
+    ) -> AdmissionPlan:
+        """Any order of who is ready, the others behind, and any number of them, one at least."""
+        n = len(queue.prompt_tokens)
+        here = np.ones(n, bool) if queue.ready is None else queue.ready
+        order = sorted(self.order(queue), key=lambda index: not here[index])
+        ready = int(np.count_nonzero(here))
+        count = self._random.randint(min(1, ready), ready)
+        return AdmissionPlan(order, self._random.randint(0, count), count)
+
+    def order(self, queue: QueueView) -> list[int]:
+        """Any order."""
+        return self._shuffled(len(queue.prompt_tokens))
+
+    def choose(self, view: RunningView, times: StepTimes) -> StepChoice | None:
+        """A non-empty subset of who runs; often all of them."""
+        count = len(view.tpot_s)
+        if count < 2 or self._random.random() < 0.4:
+            return None
+        run = [index for index in range(count) if self._random.random() < 0.6]
+        run = run or [self._random.randrange(count)]
+        return StepChoice(run, 0.0, "chaos", np.isin(np.arange(count), run))
+
+    def retract(self, view: RunningView) -> list[int]:
+        """Any order."""
+        return self._shuffled(len(view.tpot_s))
+
+    def _shuffled(self, count: int) -> list[int]:
+        order = list(range(count))
+        self._random.shuffle(order)
+        return order

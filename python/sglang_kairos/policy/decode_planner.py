@@ -1,0 +1,274 @@
+"""What a decode server does next, from what it sees: the one place of the rules, for two hosts.
+
+A host, SGLang's scheduler or the simulated server, describes the moment in columns (the views),
+carries the answer out, and tells who was let in, started and ended. Three questions:
+    admit     whose KV to reserve, in which order (`policy.admission`)
+    choose    who takes part in the next step (`policy.packing`)
+    retract   whose KV to give up when the next step's does not fit (`policy.retraction`)
+The rules that need more than one moment live here: who starves and whether the late share pays for
+it, whose time-out runs down, the lead to aim at and how fast, how long requests usually stay, and
+the circuit breaker: where steps do not follow the predictions, nobody sits out or is held back.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sglang_kairos.config import KairosConfig
+from sglang_kairos.policy.admission import (
+    PRESSED,
+    AdmissionPlan,
+    Occupancy,
+    Waiting,
+    deadline_order,
+    plan_admission,
+)
+from sglang_kairos.policy.packing import (
+    MOST_RESERVE,
+    StepChoice,
+    choose_step,
+    horizon_of,
+    pace_s,
+    reserve_of,
+    room_s,
+)
+from sglang_kairos.policy.retraction import keep_order
+from sglang_kairos.policy.urgency import LateShare
+from sglang_kairos.predict.error import PredictError
+from sglang_kairos.predict.stay import BEST, Stay
+
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+GIVE_UP_S = 300.0  # SGLang's default of its time-outs
+
+
+class StepTimes(Protocol):
+    """How long decode steps take, as predicted, and how wrong the latest predictions were."""
+
+    def step_s(self, batch: Any, kv_tokens: Any, /) -> Any: ...
+
+    @property
+    def error(self) -> PredictError: ...
+
+
+@dataclass(slots=True)  # one a step: freezing it would cost a microsecond
+class RunningView:
+    """Who decodes. Columns (n,), seconds of any one clock, KV tokens.
+
+    `emitted`: output tokens that are out or in flight. `served`: whether it was to be kept on pace
+    when it was let in, or at the latest choice since. `tightest_s`: the least of `tpot_s`, 0 for
+    n = 0. `weight`: of its SLO class, None where all are equal.
+    """
+
+    now_s: float
+    first_token_s: Floats
+    emitted: Floats
+    tpot_s: Floats
+    last_token_s: Floats
+    served: Mask
+    context_tokens: NDArray[Any]
+    tightest_s: float
+    weight: Floats | None = None
+
+    @property
+    def slack_s(self) -> Floats:
+        """Time until the next token is due, (n,)."""
+        return self.first_token_s + self.emitted * self.tpot_s - self.now_s
+
+    @property
+    def silent_s(self) -> Floats:
+        """Time since the last token, (n,)."""
+        return self.now_s - self.last_token_s
+
+    @property
+    def lead_s(self) -> Floats:
+        """How early the last token came, (n,)."""
+        return self.first_token_s + (self.emitted - 1.0) * self.tpot_s - self.now_s
+
+
+@dataclass(frozen=True, slots=True)
+class QueueView:
+    """Who waits, for KV or for a slot. Columns (n,), seconds of the same clock, tokens.
+
+    `clock_s`: when SGLang's time-out of it began, `now_s` if it has not; None: it has none here.
+    `ready`: who can be reserved now, None for all. `growth_tokens`: that must be free beside its
+    prompt before an empty server takes it, None for none.
+    """
+
+    now_s: float
+    arrival_s: Floats
+    ttft_s: Floats
+    tpot_s: Floats
+    prompt_tokens: Floats
+    clock_s: Floats | None = None
+    weight: Floats | None = None
+    ready: Mask | None = None
+    growth_tokens: Floats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerView:
+    """What a server has, what is taken of it, and by whom that is on its way.
+
+    `coming_tokens`, `coming_tpot_s` (m,): of those with KV reserved and not running yet whom the
+    plan that let them in means to keep on pace.
+    """
+
+    kv_tokens: float
+    slots: int
+    used_tokens: float
+    used_slots: int
+    coming_tokens: Floats
+    coming_tpot_s: Floats
+
+
+class DecodePlanner:
+    """The rules of one decode server; see the module's text.
+
+    `counters`: steps by what was decided, steps with the breaker open, and how many were let in
+    because their time-out ran down. `give_up_s`: how long SGLang lets a request wait for its KV.
+    """
+
+    def __init__(
+        self, config: KairosConfig, counters: Counter[str], give_up_s: float = GIVE_UP_S
+    ) -> None:
+        self.config, self.counters, self.give_up_s = config, counters, give_up_s
+        self.late_share, self.stay = LateShare(config.late_share), Stay()
+        self.breaker: PredictError | None = None
+        """Why the breaker is open; None while it is closed."""
+
+    def admit(
+        self, queue: QueueView, running: RunningView, server: ServerView, times: StepTimes
+    ) -> AdmissionPlan:
+        """The order of the queue, how many of it come in, who of them starves. For n > 0.
+
+        All come in, by deadline, while the breaker is open.
+        """
+        error = times.error
+        if not self.trusted(error):
+            order = self.order(queue)
+            return AdmissionPlan(order, len(order), len(order))
+        count = len(queue.prompt_tokens)
+        ready = np.ones(count, bool) if queue.ready is None else queue.ready
+        least_kv = queue.prompt_tokens
+        if queue.growth_tokens is not None:
+            least_kv = least_kv + queue.growth_tokens
+        starving = self._starving(queue, ready & (least_kv <= server.kv_tokens))
+        clock = self.clock_left(queue)
+        pressed = 0 if clock is None else int(np.count_nonzero(clock[ready] <= PRESSED))
+        plan = plan_admission(
+            Waiting(
+                queue.prompt_tokens,
+                queue.arrival_s + queue.ttft_s - queue.now_s,
+                self.stay.lead_s(queue.prompt_tokens),
+                self.stay.lead_s(queue.prompt_tokens, BEST),
+                queue.ttft_s,
+                queue.tpot_s,
+                _unless_equal(queue.weight),
+                None if starving < 0 else np.arange(count) == starving,
+                clock if pressed else None,
+                ready,
+                least_kv if least_kv.max() > server.kv_tokens else None,
+            ),
+            self._occupancy(running, server, reserve_of(error.mape)),
+            times.step_s,
+            expected_output=self.stay.output_tokens,
+            min_throughput=self.config.min_throughput,
+        )
+        if pressed:
+            self.counters["pressed"] += pressed
+        return plan if starving < 0 else replace(plan, starving=starving)
+
+    def order(self, queue: QueueView) -> list[int]:
+        """All who wait, by deadline, where nobody is held back."""
+        due = queue.arrival_s + queue.ttft_s - queue.now_s
+        return deadline_order(due, queue.prompt_tokens, self.clock_left(queue))
+
+    def let_in(self, prompt_tokens: int, starving: bool) -> None:
+        """KV was reserved for one, `starving` if the plan said so: the late share earns and pays."""
+        self.late_share.earn(prompt_tokens)
+        if starving:
+            self.late_share.spend(prompt_tokens)
+
+    def clock_left(self, queue: QueueView) -> Floats | None:
+        """The part of SGLang's time-out that each has left, 1 to 0, (n,); None: there is none."""
+        if queue.clock_s is None:
+            return None
+        return np.clip(1.0 - (queue.now_s - queue.clock_s) / self.give_up_s, 0.0, 1.0)
+
+    def choose(self, view: RunningView, times: StepTimes) -> StepChoice | None:
+        """Who takes part in the next step; None: everybody, and nobody had to choose."""
+        count = len(view.tpot_s)
+        if count < 2:
+            return None
+        full_s = float(times.step_s(count, float(view.context_tokens.sum())))
+        horizon = self.horizon_tokens
+        if full_s <= room_s(view.tightest_s, MOST_RESERVE, horizon):
+            return None  # whatever the error is, which takes time to look up
+        error = times.error
+        reserve = reserve_of(error.mape)
+        if full_s <= room_s(view.tightest_s, reserve, horizon):
+            return None
+        if not self.trusted(error):
+            self.counters["breaker_steps"] += 1
+            return None
+        choice = choose_step(
+            view.slack_s,
+            view.tpot_s,
+            view.context_tokens,
+            view.silent_s,
+            times.step_s,
+            served=view.served,
+            reserve_tokens=reserve,
+            horizon_tokens=horizon,
+            min_throughput=self.config.min_throughput,
+            max_itl_s=self.config.max_itl_ms / 1e3,
+        )
+        self.counters[f"steps_{choice.reason}"] += 1
+        return choice
+
+    def retract(self, view: RunningView) -> list[int]:
+        """All who run, most worth keeping first."""
+        return keep_order(view.lead_s, view.tpot_s, view.context_tokens, view.weight)
+
+    def trusted(self, error: PredictError) -> bool:
+        """The circuit breaker: whether to decide by predictions that are so wrong."""
+        self.breaker = None if error.trusted(self.config.max_step_error) else error
+        return self.breaker is None
+
+    @property
+    def horizon_tokens(self) -> float:
+        """In how many tokens leads are to be made up or used."""
+        return horizon_of(self.stay.output_tokens)
+
+    def _starving(self, queue: QueueView, eligible: Mask) -> int:
+        """Index of who goes first because it has waited too long; -1: nobody, or it cannot pay."""
+        arrival = np.where(eligible, queue.arrival_s, np.inf)
+        oldest = int(np.argmin(arrival))
+        waited = queue.now_s - arrival[oldest] > self.config.max_wait * queue.ttft_s[oldest]
+        return oldest if waited and self.late_share.may_spend() else -1
+
+    def _occupancy(
+        self, running: RunningView, server: ServerView, reserve_tokens: float
+    ) -> Occupancy:
+        """Those to be kept on pace count with the pace they need now, no looser than their target."""
+        kept, tpot = running.served, running.tpot_s
+        pace = pace_s(running.lead_s, tpot, reserve_tokens, self.horizon_tokens)
+        return Occupancy(
+            np.append(running.context_tokens[kept], server.coming_tokens),
+            np.append(np.minimum(pace, tpot)[kept], server.coming_tpot_s),
+            server.kv_tokens,
+            server.slots,
+            server.used_tokens,
+            server.used_slots,
+        )
+
+
+def _unless_equal(weight: Floats | None) -> Floats | None:
+    return None if weight is None or (weight == weight[0]).all() else weight
