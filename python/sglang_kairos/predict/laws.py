@@ -32,7 +32,6 @@ Tokens = float | Sequence[float] | NDArray[Any]
 KNEE = 256.0
 KNEES = (8.0, 64.0)
 NO_SLOPES = tuple((knee, 0.0) for knee in KNEES)
-LONGEST_S = 1e3  # no coefficient is larger
 
 
 class PrefillLaw(NamedTuple):
@@ -184,16 +183,15 @@ _ARRAY = _Operations(np.ceil, np.minimum, np.maximum)
 
 
 def _seconds(value: Any, field: str) -> float:
-    if not _is_number(value) or not 0.0 <= value <= LONGEST_S:
-        raise ValueError(f"{field}: must be seconds from 0 to 1000, got {value!r:.80}")
-    return float(value)
+    return _number(value, field, 0.0, 1e3, "seconds")
 
 
 def _size(value: Any, field: str) -> float:
-    if not _is_number(value) or not 1.0 <= value <= 1e9:
-        raise ValueError(f"{field}: must be a number from 1 to 1e9, got {value!r:.80}")
+    return _number(value, field, 1.0, 1e9, "a number")
+
+
+def _number(value: Any, field: str, low: float, high: float, what: str) -> float:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not fits:
+        raise ValueError(f"{field}: must be {what} from {low:g} to {high:g}, got {value!r:.80}")
     return float(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
