@@ -20,26 +20,8 @@ OTHER = "other"
 
 # Upper edges of histograms, seconds.
 TTFT_EDGES_S = (
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.2,
-    0.35,
-    0.5,
-    0.75,
-    1,
-    1.5,
-    2,
-    3,
-    5,
-    8,
-    13,
-    21,
-    34,
-    60,
-    120,
-)
+    0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 8, 13, 21, 34, 60, 120,
+)  # fmt: skip
 TPOT_EDGES_S = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2)
 
 # What became of a request. Every one is counted under one of these, once.
