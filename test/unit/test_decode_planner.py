@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_kairos.config import KairosConfig
+from sglang_kairos.policy.admission import QueueView
 from sglang_kairos.policy.chaos_decode import ChaosDecodePlanner
 from sglang_kairos.policy.decode_planner import (
     GIVE_UP_S,
     DecodePlanner,
-    QueueView,
     RunningView,
     ServerView,
 )

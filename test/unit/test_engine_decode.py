@@ -16,7 +16,8 @@ from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import admission, decode, state
 from sglang_kairos.engine.running import EMITTED, FIRST_S, memory_of
 from sglang_kairos.policy import decode_planner
-from sglang_kairos.policy.decode_planner import DecodePlanner, QueueView, RunningView, ServerView
+from sglang_kairos.policy.admission import QueueView
+from sglang_kairos.policy.decode_planner import DecodePlanner, RunningView, ServerView
 from sglang_kairos.policy.packing import StepChoice
 from sglang_kairos.predict.error import LEARNT_STEPS
 from sglang_kairos.predict.step_time import StepTimeModel

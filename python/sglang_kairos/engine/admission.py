@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from sglang_kairos.engine import compat
 from sglang_kairos.engine.running import memory_of, plain, tell_breaker
 from sglang_kairos.engine.state import KairosState
-from sglang_kairos.policy.admission import AdmissionPlan
-from sglang_kairos.policy.decode_planner import QueueView, ServerView
+from sglang_kairos.policy.admission import AdmissionPlan, QueueView
+from sglang_kairos.policy.decode_planner import ServerView
 from sglang_kairos.request_checks import RequestLimits
 
 

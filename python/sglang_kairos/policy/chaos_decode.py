@@ -12,10 +12,9 @@ from random import Random
 import numpy as np
 
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.policy.admission import AdmissionPlan
+from sglang_kairos.policy.admission import AdmissionPlan, QueueView
 from sglang_kairos.policy.decode_planner import (
     DecodePlanner,
-    QueueView,
     RunningView,
     ServerView,
     StepTimes,

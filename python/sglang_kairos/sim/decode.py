@@ -14,7 +14,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_kairos.policy.decode_planner import DecodePlanner, QueueView, RunningView, ServerView
+from sglang_kairos.policy.admission import QueueView
+from sglang_kairos.policy.decode_planner import DecodePlanner, RunningView, ServerView
 from sglang_kairos.sim.clock import Clock
 from sglang_kairos.sim.policies import Policy
 from sglang_kairos.sim.predictions import Predictor
