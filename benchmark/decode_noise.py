@@ -30,6 +30,7 @@ from typing import Any
 from benchmark import decode_cpu, demo
 from sglang_kairos.policy.decode_planner import DecodePlanner
 from sglang_kairos.predict.error import PredictError
+from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
 from sglang_kairos.sim.cluster import Setup
 from sglang_kairos.sim.decode import DecodeServer
 from sglang_kairos.sim.learnt import LearntCluster
@@ -38,8 +39,8 @@ from sglang_kairos.sim.times import LawTimes, System
 from sglang_kairos.tools import traces
 
 # benchmark/decode_cpu.py's model on two busy cores: 8.5 ms, 0.55 ms a request, 1.1 us a KV token.
-DECODE_LAW = (8.5e-3, 0.55e-3, 0.0, 0.0, 1.1e-6)
-PREFILL_LAW = (1e-4, 1e-9, 0.0, 0.0)
+DECODE_LAW = DecodeLaw(8.5e-3, 0.55e-3, 1.1e-6)
+PREFILL_LAW = PrefillLaw(1e-4, 1e-9, 0.0)
 SLOTS = 256
 SPELL_S, BETWEEN_S = 1.0, 2.3
 HOSTS = (

@@ -31,7 +31,7 @@ import numpy as np
 
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import prefill, state
-from sglang_kairos.policy.urgency import PrefillQueue, plan_prefill
+from sglang_kairos.policy.prefill_step import PrefillQueue, plan_prefill
 from sglang_kairos.predict.prefill_time import PrefillTimeModel
 
 SIZES = (100, 1_000, 10_000)
@@ -148,7 +148,9 @@ def measure(count: int, repeat: int, seed: int) -> dict[str, list[float]]:
         scheduler.waiting_queue += new
         clock("glue_arrivals", glue)
         rows = kairos.roster.rows(queue)
-        tokens, slack = kairos.roster.tokens[rows], kairos.roster.due_s[rows] - kairos.now()
+        roster = kairos.roster
+        tokens = roster.tokens[rows]
+        slack = roster.arrival_s[rows] + roster.ttft_s[rows] - kairos.now()
         work, none = tokens * 1e-4, np.zeros(count, bool)
         clock("policy", policy)
         clock("hrrn", calc_priority)

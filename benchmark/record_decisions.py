@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmark import demo
 from sglang_kairos.cluster import Cluster
+from sglang_kairos.engine.decision_log import files_of
 from sglang_kairos.tools.replay import make_jobs, replay, run
 from sglang_kairos.tools.traces import Request
 
@@ -45,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         [f"--load-s={own.load_s}", f"--rate={own.rate}", f"--seed={own.seed}", f"--out={own.logs}"]
     )
     own.logs.mkdir(parents=True, exist_ok=True)
-    logs = [(own.logs / f"{mode}.jsonl").resolve() for mode in ("prefill", "decode")]
-    for log in logs:
-        log.unlink(missing_ok=True)
+    log = (own.logs / "decisions.jsonl").resolve()
+    for old in files_of(log):
+        old.unlink()
     say = demo.narrator("[record]")
     rows = demo.base_trace(given)
 
@@ -61,16 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         spec = demo.spec_for(demo.KAIROS, given, zygote, say, 1)
         spec = replace(
             spec,
-            env={**spec.env, **SETTINGS},
-            prefill_env={LOG_VARIABLE: str(logs[0])},
-            decode_env={LOG_VARIABLE: str(logs[1])},
+            env={**spec.env, **SETTINGS, LOG_VARIABLE: str(log)},
         )
         with Cluster(spec) as cluster:
             demo.separate(cluster)
             demo.warm_up(cluster)
             jobs = make_jobs(rows, tier(TTFT_MS), tier(TPOT_MS), seed=own.seed)
             run(replay(cluster.url, jobs, timeout_s=demo.TIMEOUT_S, check=cluster.check))
-    kept = [record for log in logs for record in thinned(log, own.keep)]
+    files = [file for role in ("prefill", "decode") for file in files_of(log, role)]
+    kept = [record for file in files for record in thinned(file, own.keep)]
     own.out.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in kept)
     # No name and no time in the header: the same decisions make the same file.
@@ -92,8 +92,10 @@ def thinned(log: Path, keep: int) -> list[dict[str, Any]]:
 def has_choice(record: dict[str, Any]) -> bool:
     """Prefill: something was changed about the queue as it stood. Decode: there was a choice."""
     if record["kind"] == "prefill":
+        waiting = len(record["order"]) + len(record["hold"])
         moved = record["order"] != list(range(len(record["order"])))
-        return moved or bool(record["hold"]) or record["slot"] != record["current"]
+        in_slot = waiting if record["view"]["in_slot"] else -1
+        return moved or bool(record["hold"]) or record["slot"] != in_slot
     return record["kind"] == "decode" and len(record["slack_s"]) >= SHORTEST_QUEUE
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from sglang_kairos.predict.laws import PrefillLaw
 from sglang_kairos.predict.prefill_time import PrefillTimeModel
 from sglang_kairos.predict.step_time import StepTimeModel
 from sglang_kairos.sim.estimator import MEMORY_FRACTION, Estimator
@@ -129,9 +131,9 @@ def entry_of(name: str, spec: Spec) -> dict[str, Any]:
 def fit_prefill(estimator: Estimator, spec: Spec) -> dict[str, Any]:
     rows = [(p, n, round(estimator.prefill_s(n, p), 6)) for p in PREFIXES for n in NEW_TOKENS]
     kept = spec.prefill_law
-    law = PrefillTimeModel.fit(rows) if kept is None else PrefillTimeModel(*kept)
+    law = PrefillTimeModel.fit(rows).law if kept is None else PrefillLaw(*kept)
     errors = [abs(law.step_s(new, prefix) / seconds - 1) for prefix, new, seconds in rows]
-    return described(list(law.coefficients.values()), errors)
+    return described(law[:5], errors)
 
 
 def fit_decode(estimator: Estimator, largest: int) -> dict[str, Any]:
@@ -140,12 +142,12 @@ def fit_decode(estimator: Estimator, largest: int) -> dict[str, Any]:
         for size in BATCHES
         for each in CONTEXTS
     ]
-    law = StepTimeModel.fit(rows, captured_up_to(largest))
-    errors = [abs(law.step_s(batch, tokens) / seconds - 1) for batch, tokens, seconds in rows]
-    return described(law.snapshot()["law"]["theta"], errors)
+    model = StepTimeModel.fit(rows, captured_up_to(largest))
+    errors = [abs(model.step_s(batch, tokens) / seconds - 1) for batch, tokens, seconds in rows]
+    return described(model.law.terms, errors)
 
 
-def described(coefficients: list[float], errors: list[float]) -> dict[str, Any]:
+def described(coefficients: Sequence[float], errors: list[float]) -> dict[str, Any]:
     return {
         # Not to the last digit, which depends on the machine's linear algebra.
         "coefficients": [float(f"{value:.12g}") for value in coefficients],

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from sglang_kairos.cpu.zygote import Zygote
 
 # A busy two-core machine draws examples slowly; that says nothing about the code under test.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -13,6 +19,8 @@ settings.load_profile("patient")
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("unit", "sim", "e2e", "fault")
+# Files that take minutes, the longest first: what two workers are left with at the end is short.
+LONGEST = ("identity", "pausing", "router_faults", "gpu_dry_run", "real_kill", "tp2", "flags")
 
 
 def _folder(item: pytest.Item) -> str:
@@ -20,12 +28,20 @@ def _folder(item: pytest.Item) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts by folder, and marks test/e2e as what it is."""
+    """Sorts by folder, what starts servers by how long it takes, and marks test/e2e as what it is."""
     for item in items:
         if _folder(item) == "e2e":
             item.add_marker("e2e")
-    rank = {folder: i for i, folder in enumerate(FOLDERS)}
-    items.sort(key=lambda item: rank.get(_folder(item), len(FOLDERS)))
+    items.sort(key=_rank)
+
+
+def _rank(item: pytest.Item) -> tuple[int, int]:
+    folder, name = _folder(item), item.path.stem.removeprefix("test_")
+    if folder not in FOLDERS:
+        return len(FOLDERS), 0
+    if folder not in ("e2e", "fault"):
+        return FOLDERS.index(folder), 0
+    return FOLDERS.index("e2e"), LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +57,25 @@ def shared_dir() -> Path | None:
         if (candidate / "traces").is_dir():
             return candidate
     return None
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """Pays once for SGLang's imports and forks stock servers, with the strict memory check on.
+
+    The launchers in test/e2e are known. prometheus-client asks once, when it is imported, whether
+    processes share their metrics; servers that export any name a folder of their own.
+    """
+    from sglang_kairos.cpu.zygote import Zygote
+
+    path = os.pathsep.join(filter(None, [str(ROOT / "test/e2e"), os.environ.get("PYTHONPATH")]))
+    env = {
+        "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+        "PYTHONPATH": path,
+        "PROMETHEUS_MULTIPROC_DIR": str(tmp_path_factory.mktemp("metrics")),
+    }
+    with Zygote(preload=["sglang_kairos.launch_router"], env=env) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

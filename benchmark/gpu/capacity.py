@@ -8,24 +8,20 @@ from typing import Any
 
 import numpy as np
 
+from sglang_kairos.predict.laws import DecodeLaw
 from sglang_kairos.tools import traces
 
 
-def step_s(law: Mapping[str, Any], batch: float, context: float) -> float:
-    """Seconds of a step over `batch` requests of `context` tokens each, by a reported law."""
-    knees = sum(slope * min(batch, size) for size, slope in law["knees"])
-    return float(law["a_s"] + law["b_s"] * batch + knees + law["c_s"] * batch * context)
-
-
-def capacity_of(law: Mapping[str, Any], rows: Sequence[traces.Request], tpot_ms: float) -> float:
+def capacity_of(report: Mapping[str, Any], rows: Sequence[traces.Request], tpot_ms: float) -> float:
     """Requests per second whose steps, all of them in each, last just `tpot_ms`.
 
+    `report`: a `predict.laws.DecodeLaw` as a server reports it.
     As good as the law at that batch: it should have been learnt with about as many abreast.
     """
     outputs = np.array([row.output_tokens for row in rows], float)
     contexts = np.array([row.input_tokens for row in rows], float) + outputs / 2
     context = float((contexts * outputs).sum() / outputs.sum())
-    target = tpot_ms / 1e3
+    law, target = DecodeLaw.from_json(report), tpot_ms / 1e3
     sizes = range(1, 4096)
-    abreast = max(1, bisect_right(sizes, target, key=lambda size: step_s(law, size, context)))
+    abreast = max(1, bisect_right(sizes, target, key=lambda size: law.step_s(size, size * context)))
     return abreast / (target * float(outputs.mean()))

@@ -18,10 +18,11 @@ import numpy as np
 import psutil
 
 from benchmark import demo
-from benchmark.gpu.capacity import capacity_of, step_s
+from benchmark.gpu.capacity import capacity_of
 from benchmark.gpu.shape import IDENTITY, write_shape
 from sglang_kairos.cluster import Cluster, ClusterError, ClusterSpec
 from sglang_kairos.cpu.tiny_model import make_tiny_model
+from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
 from sglang_kairos.predict.prefill_time import PrefillTimeModel
 from sglang_kairos.tools import report, traces
 from sglang_kairos.tools.profile_server import FAKE_HOST, cadence
@@ -135,9 +136,8 @@ def decode(bench: Bench, say: Say, save: Callable[[], None]) -> None:
         law = reports(clusters["kairos"])["kairos_decode"]["decode"]
         measure_steady(clusters, bench, say)
         save()
-        tpot = bench.given.tpot_ms or (
-            TINY_TPOT_MS if bench.dry else STEPS_OF_BATCH_1 * 1e3 * step_s(law, 1, 500.0)
-        )
+        alone_ms = 1e3 * DecodeLaw.from_json(law).step_s(1, 500.0)
+        tpot = bench.given.tpot_ms or (TINY_TPOT_MS if bench.dry else STEPS_OF_BATCH_1 * alone_ms)
         rows = decode_rows(400 if bench.dry else 4000, bench)
         capacity = min(capacity_of(law, rows, tpot), kv_capacity(bench.given.kv_tokens, rows, tpot))
         rate = min(bench.given.load * capacity, 30.0 if bench.dry else 400.0)
@@ -166,7 +166,7 @@ def prefill(bench: Bench, say: Say, save: Callable[[], None]) -> None:
         sample = prefill_rows(30 if bench.dry else 100, bench, seed=1)
         send(clusters["kairos"], sample, RELAXED_MS, RELAXED_MS, bench, abreast=2)
         law = reports(clusters["kairos"])["kairos_prefill"]["prefill"]
-        model = PrefillTimeModel(**law)
+        model = PrefillTimeModel(*PrefillLaw.from_json(law))
         rows = prefill_rows(200 if bench.dry else 4000, bench)
         tokens = np.array([row.input_tokens for row in rows], float)
         chunk = 512 if bench.dry else 8192

@@ -123,7 +123,11 @@ class KairosConfig:
         high=2**31,
     )
     profile: str = _setting("", "file that keeps what was learnt about step times across restarts")
-    decision_log: str = _setting("", "append every scheduling decision to this JSONL file")
+    decision_log: str = _setting(
+        "",
+        "append every scheduling decision to a JSONL file of this name, one per process "
+        "(log.jsonl: log.ROLE-PORT-RANK.jsonl)",
+    )
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):

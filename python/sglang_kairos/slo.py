@@ -33,6 +33,8 @@ LIMITS_MS: dict[str, tuple[float, float]] = {
 }
 
 
+MOST_KNOWN = 1024  # a process remembers so many different targets
+
 # What `request_slo` tells of headers that it did not take as written: "x-slo-ttft-ms clamped", say.
 HeaderNotes = list[str]
 
@@ -61,6 +63,25 @@ class SloTable:
 
     default: Slo
     classes: Mapping[str, Slo] = field(default_factory=dict)
+    _known: dict[Any, Slo] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def read(self, wire: Any) -> RequestSlo:
+        """`from_wire`, but targets like those of an earlier request are not parsed again."""
+        key: Any = None
+        if isinstance(wire, Mapping):
+            # True, 1 and 1.0 are equal, but not all of them are targets.
+            key = tuple((type(value), value) for value in map(wire.get, _TARGET_KEYS))
+            try:
+                if (known := self._known.get(key)) is not None:
+                    return RequestSlo(known, _wire_number(wire, "age_ms", 0.0))
+            except TypeError:  # a list, say: the parser words what is wrong with it
+                key = None
+        read = from_wire(wire, self)
+        if key is not None:
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            self._known[key] = read.slo
+        return read
 
     def named(self, name: str, field_name: str = "slo_class") -> Slo:
         """The class called `name`; SloError lists the known ones otherwise."""
@@ -231,26 +252,29 @@ def from_wire(wire: Any, table: SloTable) -> RequestSlo:
         return RequestSlo(table.default)
     if not isinstance(wire, Mapping):
         raise SloError(f"custom_params.{WIRE_KEY}", "must be an object")
-    path = f"custom_params.{WIRE_KEY}."
     base = table.default
     name = wire.get("class")
     if name is not None and not isinstance(name, str):
-        raise SloError(path + "class", "must be the name of an SLO class")
+        raise SloError(_WIRE_PATH + "class", "must be the name of an SLO class")
     if name is not None and (name in table.classes):
         base = table.classes[name]
-
-    def number(key: str, fallback: float) -> float:
-        value = wire.get(key)
-        return fallback if value is None else check_ms(path + key, value, key)
-
     weight = wire.get("weight")
     slo = Slo(
-        ttft_ms=number("ttft_ms", base.ttft_ms),
-        tpot_ms=number("tpot_ms", base.tpot_ms),
+        ttft_ms=_wire_number(wire, "ttft_ms", base.ttft_ms),
+        tpot_ms=_wire_number(wire, "tpot_ms", base.tpot_ms),
         name=name or base.name,
-        weight=base.weight if weight is None else check_weight(path + "weight", weight),
+        weight=base.weight if weight is None else check_weight(_WIRE_PATH + "weight", weight),
     )
-    return RequestSlo(slo, number("age_ms", 0.0))
+    return RequestSlo(slo, _wire_number(wire, "age_ms", 0.0))
+
+
+_WIRE_PATH = f"custom_params.{WIRE_KEY}."
+_TARGET_KEYS = ("ttft_ms", "tpot_ms", "class", "weight")
+
+
+def _wire_number(wire: Mapping[str, Any], key: str, fallback: float) -> float:
+    value = wire.get(key)
+    return fallback if value is None else check_ms(_WIRE_PATH + key, value, key)
 
 
 _CLASS_KEYS = "ttft_ms, tpot_ms, weight"

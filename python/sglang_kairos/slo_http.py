@@ -29,7 +29,6 @@ from sglang_kairos.slo import (
     RequestSlo,
     SloError,
     SloTable,
-    from_wire,
     request_slo,
     to_wire,
 )
@@ -45,10 +44,19 @@ _ESCAPES = (b"\\u005", b"\\u006", b"\\u007")
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """What `carry` did: the tightest SLO of the request, and whether the body was changed."""
+    """What `carry` did: the tightest SLO of the request, and whether the body was changed.
+
+    `wires` are the SLOs that lie in the body now, each object once.
+    """
 
     slo: RequestSlo
     changed: bool
+    wires: tuple[dict[str, Any], ...] = ()
+
+    def grow_older(self, age_ms: float) -> None:
+        """Have the body say that the request is `age_ms` older. Nothing is read anew."""
+        for wire in self.wires:
+            wire["age_ms"] = _aged(wire.get("age_ms") or 0.0, age_ms)
 
 
 def mentions_slo(raw: bytes, header_names: Iterable[str]) -> bool:
@@ -82,38 +90,45 @@ def carry(
     unless the request itself brings others than ours. `notes`: see `slo.request_slo`. Raises SloError
     for a value out of range.
     """
-    asked = request_slo(body, headers, table, notes)
+    holders = _holders(body, path, create=False)
+    wired = bool(holders) and all(_wire_in(holder) is not None for holder, _ in holders)
+    asks = not wired or any(body.get(name) is not None for name in BODY_FIELDS)
+    asked = request_slo(body, headers, table, notes) if asks else None
     wire = to_wire(asked, age_ms) if asked else {"age_ms": round(age_ms, 3)} if always else None
     changed = False
     for name in BODY_FIELDS:
         changed |= body.pop(name, None) is not None
     found: list[RequestSlo] = []
-    for holder, place in _holders(body, path, wire is not None):
-        params = holder.get("custom_params")
-        if params is None:
-            existing = None
-        elif isinstance(params, dict):
-            existing = params.get(WIRE_KEY)
-        elif wire is None:
-            continue
-        else:
+    wires: dict[int, dict[str, Any]] = {}
+    for holder, place in holders or _holders(body, path, create=wire is not None):
+        params, existing = holder.get("custom_params"), _wire_in(holder)
+        if params is not None and not isinstance(params, dict):
+            if wire is None:
+                continue
             raise SloError(place, "must be an object")
-        chosen = wire if existing is None else _checked(existing, table, age_ms)
-        if chosen is None:
+        if existing is not None:
+            slo, chosen = _older(existing, table, age_ms)
+        elif wire is not None:
+            slo, chosen = RequestSlo(asked or table.default, age_ms), wire
+        else:
             continue
-        found.append(from_wire(chosen, table))
+        found.append(slo)
         own = {key: value for key, value in (params or {}).items() if key != WIRE_KEY}
         kept = own or dict(preferred or {})
         if chosen != existing or kept != own:
             holder["custom_params"] = {**kept, WIRE_KEY: chosen}
             changed = True
+        else:
+            chosen = existing
+        wires[id(chosen)] = chosen
     if not found:
         found.append(RequestSlo(asked or table.default, age_ms))
-    return Carried(min(found, key=lambda item: item.slo.ttft_ms - item.age_ms), changed)
+    tightest = min(found, key=lambda item: item.slo.ttft_ms - item.age_ms)
+    return Carried(tightest, changed, tuple(wires.values()))
 
 
 def _holders(body: dict[str, Any], path: str, create: bool) -> list[tuple[dict[str, Any], str]]:
-    """The objects of a body that own a ``custom_params``, each with the name of that field.
+    """The objects of a body that own a ``custom_params``, each once, with the name of that field.
 
     A malformed ``sampling_params`` has none: SGLang answers it with its own error.
     """
@@ -125,27 +140,38 @@ def _holders(body: dict[str, Any], path: str, create: bool) -> list[tuple[dict[s
     if isinstance(params, dict):
         return [(params, "sampling_params.custom_params")]
     if isinstance(params, list):
-        return [
-            (item, f"sampling_params[{index}].custom_params")
-            for index, item in enumerate(params)
-            if isinstance(item, dict)
-        ]
+        found: dict[int, tuple[dict[str, Any], str]] = {}
+        for index, item in enumerate(params):
+            if isinstance(item, dict):  # all samples of a prompt share one
+                found.setdefault(id(item), (item, f"sampling_params[{index}].custom_params"))
+        return list(found.values())
     return []
 
 
-def _checked(wire: Any, table: SloTable, age_ms: float) -> dict[str, Any]:
-    """A wire SLO made canonical: known keys only, checked, older by `age_ms`.
+def _wire_in(holder: dict[str, Any]) -> Any:
+    """The SLO that a holder of ``custom_params`` carries already, as it is there."""
+    params = holder.get("custom_params")
+    return params.get(WIRE_KEY) if isinstance(params, dict) else None
+
+
+def _aged(was_ms: float, more_ms: float) -> float:
+    return round(min(was_ms + more_ms, LIMITS_MS["age_ms"][1]), 3)
+
+
+def _older(wire: Any, table: SloTable, age_ms: float) -> tuple[RequestSlo, dict[str, Any]]:
+    """A wire SLO read and made canonical: known keys only, checked, older by `age_ms`.
 
     Unknown keys go: SGLang types the values of ``custom_params`` as flat, and this entry is ours to
     keep so.
     """
-    parsed = from_wire(wire, table)
-    full = to_wire(parsed.slo, min(parsed.age_ms + age_ms, LIMITS_MS["age_ms"][1]))
-    return {
+    read = table.read(wire)
+    older = RequestSlo(read.slo, _aged(read.age_ms, age_ms))
+    canonical = {
         key: value
-        for key, value in full.items()
+        for key, value in to_wire(older.slo, older.age_ms).items()
         if wire.get(key) is not None or (key == "age_ms" and age_ms > 0.0)
     }
+    return older, canonical
 
 
 def dump(body: Any) -> bytes:

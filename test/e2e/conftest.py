@@ -1,26 +1,22 @@
-"""Real servers for the end-to-end tests: one zygote pays for SGLang's imports, clusters fork from it."""
+"""What the end-to-end tests share; their zygote is in the folder above."""
 
 from __future__ import annotations
 
-import os
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from sglang_kairos.cpu.zygote import Zygote
-
-STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
+from sglang_kairos.cluster import Cluster
 
 
-@pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
-    """Forks stock SGLang servers with the strict memory check on; this folder's launchers are known."""
-    here = str(Path(__file__).parent)
-    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    env = {**STRICT, "PYTHONPATH": path}
-    with Zygote(preload=["sglang_kairos.launch_router"], env=env) as started:
-        yield started
+@pytest.fixture(scope="session", autouse=True)
+def servers_end_at_once() -> Iterator[None]:
+    """SGLang looks for a SIGTERM every five seconds; here nothing is left that has to end well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Cluster, "stop", functools.partialmethod(Cluster.stop, 0.0))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -42,9 +38,9 @@ def patched_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = importlib.util.find_spec("sglang")
     assert found is not None and found.submodule_search_locations
     folder = tmp_path_factory.mktemp("patched")
-    ignored = shutil.ignore_patterns("__pycache__")
     source = next(iter(found.submodule_search_locations))
-    shutil.copytree(source, folder / "sglang", ignore=ignored)
+    # With the compiled modules: they stay valid, save for those of files that are patched.
+    shutil.copytree(source, folder / "sglang")
     command = [sys.executable, "-m", "sglang_kairos.tools.patch", "apply"]
     command += ["--tree", str(folder / "sglang"), "--version", "0.5.23"]
     subprocess.run(command, check=True)

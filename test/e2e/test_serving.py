@@ -17,6 +17,7 @@ from typing import Any
 import openai
 import pytest
 from pd_client import trouble_in
+from slo_load import Exported, clients_count, in_one_piece, mixed_jobs, send
 
 from sglang_kairos.cluster import Cluster
 from sglang_kairos.cluster_layout import ClusterSpec
@@ -33,12 +34,18 @@ def cluster(
     classes = tmp_path_factory.mktemp("slo") / "classes.json"
     classes.write_text(json.dumps({"chat": {"ttft_ms": 700, "tpot_ms": 35, "weight": 2}}))
     settings = {"slo_classes": str(classes), "ttft_ms": 4321, "tpot_ms": 210}
+
+    def own_metrics() -> dict[str, str]:
+        return {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path_factory.mktemp("metrics"))}
+
     spec = ClusterSpec(
         model_path=tiny_model,
         kairos=settings,
-        server_args=("--api-key", "secret"),
+        server_args=("--api-key", "secret", "--enable-metrics"),
         router_args=tuple(_flags(settings)),
         env={"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"},
+        prefill_env=own_metrics(),
+        decode_env=own_metrics(),
         log_dir=out_dir / "serving",
         zygote=zygote,
     )
@@ -68,16 +75,32 @@ def post(url: str, body: Any, headers: dict[str, str] | None = None) -> tuple[in
         return error.code, error.read()
 
 
+def kairos_of(base: str) -> dict[str, Any]:
+    """A server's own report."""
+    request = urllib.request.Request(
+        base + "/server_info", headers={"authorization": "Bearer secret"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        found: dict[str, Any] = json.load(answer)["internal_states"][0]["kairos"]
+        return found
+
+
 def last_seen(cluster: Cluster) -> list[dict[str, Any]]:
     """The SLO of the last request as the prefill and the decode scheduler saw it."""
-    seen = []
-    for base in (cluster.prefill_urls[0], cluster.decode_urls[0]):
-        request = urllib.request.Request(
-            base + "/server_info", headers={"authorization": "Bearer secret"}
-        )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            seen.append(json.load(answer)["internal_states"][0]["kairos"]["last_request"])
-    return seen
+    bases = (cluster.prefill_urls[0], cluster.decode_urls[0])
+    return [kairos_of(base)["last_request"] for base in bases]
+
+
+def leave_in_the_middle(base: str) -> None:
+    """A client that goes away after its first token."""
+    body = {"text": "Go on", "stream": True, "sampling_params": {"max_new_tokens": 20_000}}
+    request = urllib.request.Request(
+        base + "/generate",
+        data=json.dumps(body).encode(),
+        headers={"authorization": "Bearer secret", "content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert answer.readline().startswith(b"data: ")
 
 
 def native(**more: Any) -> dict[str, Any]:
@@ -174,20 +197,60 @@ def test_a_wrong_key_is_refused_by_the_server_behind_the_router(cluster: Cluster
 
 
 def test_a_client_that_leaves_ends_its_request_on_both_servers(cluster: Cluster) -> None:
-    body = {"text": "Go on", "stream": True, "sampling_params": {"max_new_tokens": 20_000}}
-    request = urllib.request.Request(
-        cluster.url + "/generate",
-        data=json.dumps(body).encode(),
-        headers={"authorization": "Bearer secret", "content-type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        assert answer.readline().startswith(b"data: ")
+    leave_in_the_middle(cluster.url)
     deadline = time.monotonic() + 30
     for base in (cluster.prefill_urls[0], cluster.decode_urls[0]):
         while post(base + "/flush_cache", {})[0] != 200:
             assert time.monotonic() < deadline, f"{base} still holds the request"
             time.sleep(0.5)
     assert not trouble_in(cluster.logs)
+
+
+@pytest.mark.parametrize("straight", [False, True], ids=["router", "straight"])
+def test_the_servers_count_what_their_client_counts(cluster: Cluster, straight: bool) -> None:
+    """Within one request by target, class and verdict; and who was aborted is told apart."""
+    urls = cluster.prefill_urls[0], cluster.decode_urls[0]
+    before = [Exported(url) for url in urls]
+    port = cluster.bootstrap_ports[0] if straight else None
+    jobs, classes = mixed_jobs(60, seed=5 + straight, bootstrap_port=port)
+    outcomes = send(cluster, jobs, straight=straight)
+    leave_in_the_middle(cluster.url)
+    deadline = time.monotonic() + 30
+    while True:
+        now = [Exported(url) for url in urls]
+        over = [sum((a.outcomes - b.outcomes).values()) for a, b in zip(now, before, strict=True)]
+        if over == [61, 61]:
+            break
+        assert time.monotonic() < deadline, over
+        time.sleep(0.2)
+    prefill, decode = (a.slo - b.slo for a, b in zip(now, before, strict=True))
+    counted = clients_count(outcomes, classes)
+    assert {target for target, _, _ in decode} == {"ttft", "tpot", "both"}
+    for row in counted | decode:
+        unsure = in_one_piece(outcomes) if row[0] != "ttft" else 0
+        assert abs(counted[row] - decode[row]) <= 1 + unsure, (row, counted[row], decode[row])
+    ended = [a.outcomes - b.outcomes for a, b in zip(now, before, strict=True)]
+    assert ended[1] == {("served",): 60, ("aborted",): 1}
+    assert {target for target, _, _ in prefill} == {"ttft"}
+    assert sum(prefill.values()) == ended[0]["served",] >= 60
+    for name in ("default", "chat", "other"):  # none of these prefills takes a minute, nor 1 ms
+        assert abs(prefill["ttft", "true", name] - counted["ttft", "true", name]) <= 1
+    # A server's clock starts when its scheduler sees the request: no later than it can know.
+    ttfts = [
+        a.by("kairos_ttft_seconds_sum") - b.by("kairos_ttft_seconds_sum")
+        for a, b in zip(now, before, strict=True)
+    ]
+    clients_s = sum(outcome.ttft_ms for outcome in outcomes) / 1e3
+    assert 0 < ttfts[0][()] < ttfts[1][()] < clients_s
+    for url, exported in zip(urls, now, strict=True):
+        report = kairos_of(url)["attainment"]
+        assert report["requests"] == {name: n for (name,), n in exported.outcomes.items()}
+        assert {
+            (target, str(met).lower(), name)
+            for name, tally in report["classes"].items()
+            for met in (True, False)
+            for target in tally["met" if met else "missed"]
+        } == set(exported.slo)
 
 
 def test_sglang_serve_loads_the_same_plugin_and_says_what_is_off(

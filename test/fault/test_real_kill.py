@@ -23,27 +23,23 @@ REQUESTS, TOKENS, ENDS_WITHIN_S = 40, 48, 60.0
 
 
 @pytest.fixture
-def cluster(out_dir: Path) -> Iterator[Cluster]:
+def cluster(zygote: Zygote, out_dir: Path) -> Iterator[Cluster]:
     """Two of each role; an idle server checks its memory strictly, and dies of a leak."""
-    env = {
-        "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
-        "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
-    }
-    with Zygote(preload=["sglang_kairos.launch_router"], env=env) as zygote:
-        spec = ClusterSpec(
-            prefill=2,
-            decode=2,
-            server_args=["--max-total-tokens", "30000", "--chunked-prefill-size", "256"],
-            router_args=[
-                *("--request-timeout-secs", str(ENDS_WITHIN_S), "--seed", "1"),
-                *("--protect-last-server", "off"),  # the request is not to blame for a kill
-            ],
-            env=env,
-            log_dir=out_dir / "kill",
-            zygote=zygote,
-        )
-        with Cluster(spec) as started:
-            yield started
+    spec = ClusterSpec(
+        prefill=2,
+        decode=2,
+        server_args=["--max-total-tokens", "30000", "--chunked-prefill-size", "256"],
+        router_args=[
+            *("--request-timeout-secs", str(ENDS_WITHIN_S), "--seed", "1"),
+            *("--protect-last-server", "off"),  # the request is not to blame for a kill
+        ],
+        env={"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"},
+        log_dir=out_dir / "kill",
+        zygote=zygote,
+        stop_grace_s=0.0,  # SGLang looks for a SIGTERM every five seconds
+    )
+    with Cluster(spec) as started:
+        yield started
 
 
 async def load(url: str, count: int, tokens: int = TOKENS) -> list[str]:

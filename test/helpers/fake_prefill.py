@@ -69,6 +69,13 @@ def make_state(config: KairosConfig | None = None) -> state.KairosState:
     return made
 
 
+def pause(made: state.KairosState, *reqs: Any, since_s: float | None = None) -> None:
+    """These half-done prefills sit out, since now if not said otherwise."""
+    for req in reqs:
+        made.promise(req).pause(made.now() if since_s is None else since_s)
+        made.paused.append(req)
+
+
 def built(extend: list[int], prefix: list[int] | None = None, reqs: list[Req] | None = None) -> Any:
     """A launched batch."""
     return SimpleNamespace(

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
 from sglang_kairos.sim.bound import Bound, share_of_bound, ttft_bound
 from sglang_kairos.sim.bound_solve import by_intervals, in_order, most_on_time
 from sglang_kairos.sim.bound_work import Jobs, charge, floor_law
@@ -23,7 +24,7 @@ from sglang_kairos.tools.traces import Request
 
 pytest.importorskip("scipy")
 
-LAW = LawTimes((5e-3, 1e-4, 2e-8, 0.0), (3.5e-3, 0.22e-3, 0.0, 0.0, 0.65e-6))
+LAW = LawTimes(PrefillLaw(5e-3, 1e-4, 2e-8), DecodeLaw(3.5e-3, 0.22e-3, 0.65e-6))
 SYSTEM = System(
     LAW,
     chunk_tokens=512,
@@ -35,7 +36,7 @@ SYSTEM = System(
     link_bytes_per_s=1e9,
     link_latency_s=2e-3,
 )
-PADDED = replace(SYSTEM, times=LawTimes((5e-3, 1e-4, 2e-8, 1e-8), LAW._coefficients[1]))
+PADDED = replace(SYSTEM, times=LawTimes(PrefillLaw(5e-3, 1e-4, 2e-8, 1e-8), LAW.decode_law))
 BLOCK = 64
 
 

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_kairos.predict.prefill_time import PrefillTimeModel
-from sglang_kairos.predict.step_time import StepTimeModel
+from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
 from sglang_kairos.sim.calibrate import Calibration, CalibrationError, Machine, Pace, calibrate
 from sglang_kairos.sim.policies import POLICIES
 from sglang_kairos.sim.recording import (
@@ -24,8 +23,8 @@ from sglang_kairos.sim.recording import (
 from sglang_kairos.tools.replay import OK, Outcome
 from sglang_kairos.tools.traces import Request, long_tail
 
-PREFILL = (8e-3, 3e-5, 5e-9, 1.5e-8)
-DECODE = (4e-3, 2e-4, 5e-4, 0.0, 2e-7)
+PREFILL = PrefillLaw(8e-3, 3e-5, 5e-9, 1.5e-8)
+DECODE = DecodeLaw.of((4e-3, 2e-4, 5e-4, 0.0, 2e-7))
 SIZES = {"chunk_tokens": 512, "prefill_kv_tokens": 200_000, "decode_kv_tokens": 200_000}
 EVEN = Pace((1.0,), (1.0,))
 KNOWN = Calibration(
@@ -38,8 +37,6 @@ def made_recording(noise: float = 0.0, requests: int = 60) -> Recording:
     """One request at a time, an idle machine: every delay shows, no step follows another of its
     kind but the chunks of a prompt and the tokens of an answer."""
     rng = np.random.default_rng(1)
-    prefill_law = PrefillTimeModel(*PREFILL)
-    decode_law = StepTimeModel(DECODE[0], DECODE[1], DECODE[4], None, DECODE[2:4])
     recording = Recording([], [], [], begun_s=100.0)
     now = 100.0
 
@@ -52,7 +49,7 @@ def made_recording(noise: float = 0.0, requests: int = 60) -> Recording:
         now = queued = now + KNOWN.front_s
         for done in range(0, prompt, 512):
             new = min(512, prompt - done)
-            end = now + stretched(prefill_law.step_s(new, done))
+            end = now + stretched(PREFILL.step_s(new, done))
             recording.prefill.append(
                 PrefillStep(now, end, done == 0, (room,), (new,), (done,), (prompt,), (queued,))
             )
@@ -63,7 +60,7 @@ def made_recording(noise: float = 0.0, requests: int = 60) -> Recording:
         for token in range(7):
             rooms = (room, *range(1000, 1000 + beside))
             kv = prompt + token + beside * 300
-            end = now + stretched(float(decode_law.step_s(len(rooms), kv)))
+            end = now + stretched(DECODE.step_s(len(rooms), kv))
             recording.decode.append(DecodeStep(now, end, token == 0, rooms, kv))
             now = end
         recording.outcomes.append(sent)
@@ -86,16 +83,16 @@ def test_a_few_stolen_seconds_bend_no_law() -> None:
     for at in range(0, len(recording.prefill), 10):
         step = recording.prefill[at]
         recording.prefill[at] = replace(step, start_s=step.start_s - 1.5)
-    law = PrefillTimeModel(*calibrate(recording, SIZES, late_results=False).prefill)
+    law = calibrate(recording, SIZES, late_results=False).prefill
     for new, prefix in ((64, 0), (512, 0), (512, 2048)):
-        wanted = PrefillTimeModel(*PREFILL).step_s(new, prefix)
+        wanted = PREFILL.step_s(new, prefix)
         assert law.step_s(new, prefix) == pytest.approx(wanted, rel=0.1)
 
 
 def test_a_pace_keeps_the_time_that_was_taken() -> None:
     recording = made_recording(noise=0.3)
     found = calibrate(recording, SIZES, late_results=False)
-    law = PrefillTimeModel(*found.prefill)
+    law = found.prefill
     assert found.prefill_pace.taken_s == pytest.approx(tuple(cycles(recording.prefill)))
     told = [law.step_s(step.new, step.prefix) for step in recording.prefill]
     assert found.prefill_pace.told_s == pytest.approx(tuple(told))
@@ -178,7 +175,7 @@ def test_a_machine_that_was_never_idle_is_refused() -> None:
 def test_a_lone_request_takes_every_delay_once() -> None:
     row = Request(0.0, 100, 5)
     (outcome,) = KNOWN.simulate(POLICIES["fcfs"], [row], 1e3, 1e2, 0).result.outcomes
-    prefill = PrefillTimeModel(*PREFILL).step_s(100, 0)
+    prefill = PREFILL.step_s(100, 0)
     assert outcome.ttft_ms == pytest.approx(1e3 * (0.03 + prefill + 0.01 + 0.02))
     assert (outcome.sent_s, outcome.ttft_slo_ms, outcome.output_tokens) == (0.0, 1e3, 5)
 
@@ -188,7 +185,7 @@ def test_with_late_results_the_first_token_waits_for_the_next_step() -> None:
     late = KNOWN.simulate(POLICIES["fcfs"], rows, 1e3, 1e2, 0).result.outcomes
     prompt = replace(KNOWN, late_results=False)
     soon = prompt.simulate(POLICIES["fcfs"], rows, 1e3, 1e2, 0).result.outcomes
-    step_ms = 1e3 * PrefillTimeModel(*PREFILL).step_s(500, 0)
+    step_ms = 1e3 * PREFILL.step_s(500, 0)
     assert late[0].ttft_ms - soon[0].ttft_ms == pytest.approx(step_ms, abs=0.1)
     assert late[1].ttft_ms == pytest.approx(soon[1].ttft_ms, abs=0.1)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
 from sglang_kairos.sim.cluster import Cluster, Setup
 from sglang_kairos.sim.policies import POLICIES
 from sglang_kairos.sim.predictions import PredictionError
@@ -15,7 +16,7 @@ from sglang_kairos.sim.times import MINIMAX_M25_H200_TP4, LawTimes, System
 from sglang_kairos.tools.traces import Request, long_tail, rate_of, read_trace, scale_rate
 
 # About a CPU: a long prompt takes seconds, twenty decodes fill the TPOT target.
-SLOW = LawTimes((5e-3, 1e-4, 1e-9, 0.0), (3.5e-3, 0.22e-3, 0.0, 0.0, 0.65e-6))
+SLOW = LawTimes(PrefillLaw(5e-3, 1e-4, 1e-9), DecodeLaw(3.5e-3, 0.22e-3, 0.65e-6))
 TIGHT = System(
     SLOW,
     chunk_tokens=512,
@@ -49,7 +50,7 @@ class Meter(LawTimes):
     """Step times that add up what was executed and check memory at every step."""
 
     def __init__(self) -> None:
-        super().__init__(SLOW._coefficients[0], SLOW._coefficients[1])
+        super().__init__(SLOW.prefill_law, SLOW.decode_law)
         self.cluster: Cluster | None = None
         self.prefill_tokens = self.decode_tokens = 0
         self.seconds = 0.0

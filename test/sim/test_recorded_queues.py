@@ -20,8 +20,9 @@ import pytest
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.policy.decode_planner import DecodePlanner, RunningView
 from sglang_kairos.policy.packing import HORIZON, RESERVE_PER_ERROR
-from sglang_kairos.policy.urgency import PrefillPlan
+from sglang_kairos.policy.prefill_planner import PrefillPlanner, PrefillView
 from sglang_kairos.predict.error import PredictError
+from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
 from sglang_kairos.predict.prefill_time import PrefillTimeModel
 from sglang_kairos.predict.step_time import StepTimeModel
 from sglang_kairos.sim.cluster import Cluster, Setup
@@ -42,7 +43,7 @@ KAIROS = POLICIES["kairos"]
 
 def cluster_of(chunk_tokens: int, free_tokens: int, **settings: Any) -> Cluster:
     """An empty cluster at time 0 with these Kairos settings."""
-    times = LawTimes((1.0, 0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0, 0.0), None)
+    times = LawTimes(PrefillLaw(1.0, 0.0, 0.0), DecodeLaw(1.0, 0.0, 0.0), None)
     system = System(times, chunk_tokens=chunk_tokens, prefill_kv_tokens=free_tokens)
     config = replace(KAIROS.config, **settings)
     return Cluster(Setup(system), replace(KAIROS, config=config), [])
@@ -54,41 +55,29 @@ def job(index: int, prompt: int, deadline_s: float) -> SimRequest:
     return SimRequest(index=index, row=row, ttft_s=0.0, tpot_s=1.0)
 
 
-def planned_by_simulator(record: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> PrefillPlan:
-    """The plan of a simulated prefill server with the queue of `record`, at time 0."""
-    cluster = cluster_of(
-        record["chunk_tokens"],
-        record["free_tokens"],
-        handoff_ms=0.0,  # the recorded deadlines have it taken off
-        margin=record["margin"],
+def view_of(record: dict[str, Any]) -> PrefillView:
+    """What the planner was told, from a record of the columns made of it.
+
+    All have a TTFT of nothing and came when they are due now, but who starves came before everybody.
+    """
+    count = len(record["tokens"])
+    begun = record["partial"].count(True)
+    arrival = np.array(record["deadline_s"])
+    overdue = range(count - begun, count)
+    in_slot = record["current"] >= 0
+    return PrefillView(
+        now_s=0.0,
+        arrival_s=arrival,
+        ttft_s=np.zeros(count),
+        tokens=np.array(record["tokens"], np.int64),
+        prefix=np.array(record["prefix"], np.int64),
+        chunk_tokens=record["chunk_tokens"],
+        paused_s=[1e9 * (index == record["forced"]) for index in overdue],
+        in_slot=in_slot,
+        free_tokens=record["free_tokens"],
+        evictable_tokens=record.get("evictable_tokens", 0),
         max_paused=record["max_paused"],
     )
-    server = cluster.prefills[0]
-
-    def mark_as_recorded(jobs: list[SimRequest]) -> None:
-        for req in jobs:
-            req.starving = record["starving"][req.index]
-
-    # Who is starving follows from the whole run so far, not from this queue.
-    monkeypatch.setattr(server, "_mark_starving", mark_as_recorded)
-    server._predictor.prefill = PrefillTimeModel(*record["law"])
-    columns = zip(
-        record["tokens"], record["prefix"], record["deadline_s"], record["partial"], strict=True
-    )
-    for index, (tokens, prefix, deadline_s, partial) in enumerate(columns):
-        req = job(index, tokens + prefix, deadline_s)
-        if not partial:
-            req.matched = prefix
-            server.waiting.append(req)
-            continue
-        req.done = prefix
-        if index == record["current"]:
-            server.slot = req
-        else:
-            overdue = index == record["forced"]
-            req.paused_since_s = -1e9 if overdue else 0.0
-            server.paused.append(req)
-    return server._plan()[0]
 
 
 def test_the_recording_is_worth_replaying() -> None:
@@ -101,19 +90,38 @@ def test_the_recording_is_worth_replaying() -> None:
     assert any(len(record["run"]) == len(record["slack_s"]) for record in DECODE)
 
 
+def law_of(record: dict[str, Any]) -> PrefillLaw:
+    law = record["law"]
+    return PrefillLaw.from_json(law) if isinstance(law, dict) else PrefillLaw(*law)
+
+
+def settings_of(record: dict[str, Any]) -> dict[str, float]:
+    return record.get("settings") or {"margin": record["margin"], "handoff_ms": 0.0}
+
+
 @pytest.mark.parametrize("record", PREFILL, ids=range(len(PREFILL)))
-def test_prefill_is_planned_as_recorded(
-    record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = planned_by_simulator(record, monkeypatch)
-    told = (plan.order, plan.slot, plan.chunk_limit, plan.on_time, plan.hold)
+def test_prefill_is_planned_as_recorded(record: dict[str, Any]) -> None:
+    planner = PrefillPlanner(replace(KAIROS.config, **settings_of(record)))
+    times = PrefillTimeModel(*law_of(record))
+    if "view" in record:
+        columns = {
+            name: np.array(value, np.int64 if name in ("tokens", "prefix") else float)
+            for name, value in record["view"].items()
+            if isinstance(value, list) and name != "paused_s"
+        }
+        view = PrefillView(**{**record["view"], **columns})
+    else:
+        view = view_of(record)
+        starving = record["starving"].index(True) if any(record["starving"]) else -1
+        planner._starving = lambda view: starving  # type: ignore[method-assign]
+    plan = planner.plan(view, times)
     names = ("order", "slot", "chunk_limit", "on_time", "hold")
-    assert told == tuple(record[name] for name in names)
+    assert {name: getattr(plan, name) for name in names} == {name: record[name] for name in names}
 
 
 @pytest.mark.parametrize("record", PREFILL, ids=range(len(PREFILL)))
 def test_remaining_work_is_predicted_as_recorded(record: dict[str, Any]) -> None:
-    law = PrefillTimeModel(*record["law"])
+    law = PrefillTimeModel(*law_of(record))
     work = law.remaining_s(record["tokens"], record["prefix"], record["chunk_tokens"])
     assert (work * (1 + record["margin"])).tolist() == record["work_s"]
 

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
 from sglang_kairos.sim import systems
 from sglang_kairos.sim.systems import StepTimesError, load_system
 from sglang_kairos.sim.tables import StepTable, TableTimes, monotone
@@ -22,7 +23,7 @@ from sglang_kairos.sim.times import MINIMAX_M25_H200_TP4, SYSTEMS, LawTimes, bui
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAX = "minimax-m2.5-h200-tp4"
-LAW = LawTimes((5e-3, 1e-4, 1e-9, 0.0), (3.5e-3, 0.22e-3, 0.0, 0.0, 0.65e-6), (1, 2, 8))
+LAW = LawTimes(PrefillLaw(5e-3, 1e-4, 1e-9), DecodeLaw(3.5e-3, 0.22e-3, 0.65e-6), (1, 2, 8))
 names = pytest.mark.parametrize("name", sorted(SYSTEMS))
 
 
@@ -81,15 +82,11 @@ def test_kv_and_weights_fit_into_the_gpus(name: str) -> None:
 
 
 def test_minimax_is_what_earlier_results_were_made_with() -> None:
+    slopes = (3.623066603439634e-4, 1.511747182655648e-4)
+    fixed = (4.487385074560402e-3, 1.932787008939443e-5)
     old = LawTimes(
-        (1.9055697686809907e-2, 1.405754143434806e-5, 5.675340609602099e-10, 0.0),
-        (
-            4.487385074560402e-3,
-            1.932787008939443e-5,
-            3.623066603439634e-4,
-            1.511747182655648e-4,
-            1.2688752266510454e-8,
-        ),
+        PrefillLaw(1.9055697686809907e-2, 1.405754143434806e-5, 5.675340609602099e-10),
+        DecodeLaw.of((*fixed, *slopes, 1.2688752266510454e-8)),
     )
     new = MINIMAX_M25_H200_TP4.times
     assert new.decode_s(100, 400_000) == pytest.approx(old.decode_s(100, 400_000), rel=1e-9)

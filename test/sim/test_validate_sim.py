@@ -13,12 +13,13 @@ import pytest
 from benchmark import step_recorder, validate_sim
 from benchmark.validate_sim import BEGIN, END, Turn
 
+from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
 from sglang_kairos.sim.calibrate import Calibration, Pace
 from sglang_kairos.sim.recording import DecodeStep, PrefillStep, read_record
 from sglang_kairos.tools.replay import OK, Outcome, Result
 
 EVEN = Pace((1.0,), (1.0,))
-CALIBRATION = Calibration((1, 0, 0, 0), (1, 0, 0, 0, 0), EVEN, EVEN, 0.0, 0.0, 0.0)
+CALIBRATION = Calibration(PrefillLaw(1, 0, 0), DecodeLaw(1, 0, 0), EVEN, EVEN, 0.0, 0.0, 0.0)
 SETUP = {"platform": "CPU", "judged": "4 requests", "ttft_ms": 1e3, "tpot_ms": 50, "sim_seeds": 2}
 
 

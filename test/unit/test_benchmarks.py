@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmark import decode_cost, decode_cpu, demo
+from benchmark import against, decode_cost, decode_cpu, demo
 
 from helpers.trees import sglang_folder
 from sglang_kairos.tools import patch
@@ -62,3 +62,24 @@ def test_the_demo_starts_as_make_starts_it() -> None:
     found = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
     assert found.returncode == 0, found.stderr
     assert "--utilisation" in found.stdout
+
+
+def test_before_and_after_are_compared_by_name_run_by_run() -> None:
+    before = [
+        {"rows": [{"what": "select", "running": 256, "us": us, "note": "x"}]} for us in (8, 4)
+    ]
+    after = [{"rows": [{"what": "select", "running": 256, "us": us}], "new": 1} for us in (2, 4)]
+    sides = [[dict(against.figures(report)) for report in side] for side in (before, after)]
+    assert against.compare(*sides) == {
+        "rows[select 256].running": dict.fromkeys(["before", "after"], 256)
+        | dict.fromkeys(["ratio", "least", "most"], 1),
+        "rows[select 256].us": {"before": 6, "after": 3, "ratio": 0.5, "least": 0.25, "most": 1},
+    }
+
+
+def test_a_tree_without_the_benchmark_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        against.main([str(tmp_path), "decode_cost", "--", "--rounds", "1"])
+    assert "holds no benchmark/decode_cost.py" in capsys.readouterr().err

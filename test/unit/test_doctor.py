@@ -29,7 +29,8 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
 def damaged(folder: Path, version: str, changes: dict[str, tuple[str, str]]) -> Path:
     """A copy of what the seams and patches touch, with texts replaced in some files."""
     source, target = sglang_folder(version) / "sglang", folder / "sglang"
-    for name in ("srt/managers", "srt/disaggregation", "srt/entrypoints", "srt/mem_cache"):
+    folders = ("managers", "disaggregation", "entrypoints", "mem_cache", "sampling")
+    for name in (f"srt/{folder}" for folder in folders):
         for path in (source / name).rglob("*.py"):
             copy = target / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from helpers.fake_prefill import make_state
+from helpers.fake_prefill import make_state, pause
 from helpers.upstream import upstream_function
 from sglang_kairos.engine import pausing, state
 from sglang_kairos.engine.named import ids_named
@@ -31,6 +31,8 @@ class Aborted:
         self.req, self.grammar, self.host_staged = self, None, False
         self.finished_reason: Any = None
         self.pending_bootstrap = True
+        self.sampling_params = SimpleNamespace(custom_params=None)
+        self.time_stats = SimpleNamespace(scheduler_recv_time=0.0)
         self.mamba_pool_idx = self.kv_cache_cpu = None
         self.kv = SimpleNamespace(req_pool_idx=0, holds_kv=False, holds_mamba=False)
 
@@ -147,7 +149,7 @@ def aborted(
         if name != place:
             others.clear()
     if place == "paused":
-        kairos.paused[:] = [state.Paused(req, 0.0) for req in reqs]
+        pause(kairos, *reqs)
     request = SimpleNamespace(
         rid=asked, abort_all=abort_all, abort_message=None, finished_reason=None
     )
@@ -161,7 +163,7 @@ def aborted(
     else:
         pausing.abort_request(stock, scheduler, request)
     assert [req.rid for req in reqs if req.rid.startswith("\0")] == [], "left with another id"
-    return scheduler.ended | {entry.req.rid for entry in kairos.paused if entry.aborted}
+    return scheduler.ended | {req.rid for req in kairos.paused if kairos.promise(req).aborted}
 
 
 CASES = [

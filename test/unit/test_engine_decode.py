@@ -295,7 +295,7 @@ def test_with_memory_to_spare_a_request_is_let_in_before_its_first_token_is_late
     pressing.time_stats.scheduler_recv_time -= 8
     popped, _ = decode.pop_preallocated(upstream_pop, Queue([early, pressing]))
     assert [entry.req for entry in popped] == [pressing]
-    assert pressing._kairos_kept is False
+    assert kairos.promise(pressing).kept is False
 
 
 @pytest.mark.parametrize("order", [True, False])
@@ -412,8 +412,11 @@ def test_a_logged_admission_is_the_planners_again(
     kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[str] = []
-    log = SimpleNamespace(write=rows.append, flush=lambda: None)
-    monkeypatch.setattr(kairos, "_log", log)
+
+    def write(kind: str, role: str, facts: dict[str, Any]) -> None:
+        rows.append(json.dumps({"kind": kind, **facts}))
+
+    monkeypatch.setattr(kairos, "_log", SimpleNamespace(write=write))
     serving(kairos, [Req(f"r{i}", 50) for i in range(3)], slots=5)
     waiting = [Req("a", 50), Req("old", 50, prompt=500), Req("b", 40, ttft_ms=600)]
     waiting[1].time_stats.scheduler_recv_time -= 100

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from sglang_kairos.engine.metrics import EVERY_S, SchedulerMetrics
 from sglang_kairos.predict.error import PredictError
+from sglang_kairos.slo_attainment import OUTCOMES, Verdict
 
 
 def scheduler(**args: Any) -> Any:
@@ -27,14 +30,16 @@ def metrics() -> SchedulerMetrics:
     return made
 
 
-def exported() -> dict[str, float]:
+def exported(*names: str) -> dict[str, float]:
+    """Samples of the metrics whose names begin so, by name and the sorted values of their labels."""
     from prometheus_client import REGISTRY
 
+    starts = tuple(f"kairos_{name}" for name in names)
     return {
         sample.name + "".join(sorted(sample.labels.values())): sample.value
         for family in REGISTRY.collect()
         for sample in family.samples
-        if sample.name.startswith("kairos_") and not sample.name.endswith("_created")
+        if sample.name.startswith(starts) and not sample.name.endswith("_created")
     }
 
 
@@ -44,7 +49,7 @@ def test_errors_gauges_and_counters_are_exported(metrics: SchedulerMetrics) -> N
     metrics.tell(PredictError(0.1, 0.2, 40, -0.05, 0.9), **told)
     counters["parked"] += 4
     metrics.tell(PredictError(0.1, 0.2, 40, -0.05, 0.9), **told)
-    assert exported() == {
+    assert exported("predict", "breaker", "paused", "events") == {
         "kairos_predict_errordecodemmape": 0.1,
         "kairos_predict_errordecodemp90": 0.2,
         "kairos_predict_errorbiasdecodem": -0.05,
@@ -56,6 +61,48 @@ def test_errors_gauges_and_counters_are_exported(metrics: SchedulerMetrics) -> N
     }
 
 
+def test_ends_of_requests_are_counted_and_measured(metrics: SchedulerMetrics) -> None:
+    slow = Verdict(
+        "chat",
+        ttft_s=1.5,
+        tpot_s=0.04,
+        met={"ttft": False, "tpot": True, "both": False},
+        late_s={"ttft": 0.5},
+        silent_s=0.3,
+    )
+    metrics.ended("served", slow, 0.3)
+    metrics.ended("served", slow, 0.3)
+    metrics.ended("served", Verdict("other", 0.2, None, {"ttft": True}, {}), 0.3)
+    metrics.ended("aborted", None, 0.3)
+    assert {
+        name: value
+        for name, value in exported(
+            "slo", "requests", "ttft", "tpot", "lateness", "silence"
+        ).items()
+        if value and "_bucket" not in name
+    } == {
+        "kairos_slo_totalchatdecodefalsemttft": 2.0,
+        "kairos_slo_totalchatdecodemtpottrue": 2.0,
+        "kairos_slo_totalbothchatdecodefalsem": 2.0,
+        "kairos_slo_totaldecodemothertruettft": 1.0,
+        "kairos_requests_totaldecodemserved": 3.0,
+        "kairos_requests_totalaborteddecodem": 1.0,
+        "kairos_ttft_seconds_countchatdecodem": 2.0,
+        "kairos_ttft_seconds_sumchatdecodem": 3.0,
+        "kairos_ttft_seconds_countdecodemother": 1.0,
+        "kairos_ttft_seconds_sumdecodemother": 0.2,
+        "kairos_tpot_seconds_countchatdecodem": 2.0,
+        "kairos_tpot_seconds_sumchatdecodem": 0.08,
+        "kairos_lateness_seconds_countchatdecodemttft": 2.0,
+        "kairos_lateness_seconds_sumchatdecodemttft": 1.0,
+        "kairos_silence_seconds_countchatdecodem": 2.0,
+        "kairos_silence_seconds_sumchatdecodem": 0.6,
+        "kairos_silence_max_secondsdecodem": 0.3,
+    }
+    # A target's buckets tell how many were late by more than that.
+    assert exported("lateness")["kairos_lateness_seconds_bucket0.5chatdecodemttft"] == 2.0
+
+
 def test_it_is_told_once_in_a_while(metrics: SchedulerMetrics) -> None:
     assert [metrics.due(s) for s in (5.0, 5.1, 5.0 + EVERY_S, 5.1 + EVERY_S)] == [
         True,
@@ -63,6 +110,19 @@ def test_it_is_told_once_in_a_while(metrics: SchedulerMetrics) -> None:
         True,
         False,
     ]
+
+
+def test_the_page_for_3_a_m_names_what_there_is(metrics: SchedulerMetrics, repo_root: Path) -> None:
+    from prometheus_client import REGISTRY
+
+    page = (repo_root / "docs" / "attainment.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`?(kairos_[a-z_]+)", page)) - {"kairos_router_slo_total"}
+    there = {family.name for family in REGISTRY.collect()}
+    named = {re.sub(r"_(total|bucket)$", "", name) for name in named}
+    told = ("slo", "requests", "ttft_seconds", "tpot_seconds", "lateness_seconds")
+    told += ("silence_seconds", "silence_max_seconds")
+    assert {f"kairos_{name}" for name in told} <= named <= there
+    assert all(f"`{outcome}`" in page for outcome in OUTCOMES)
 
 
 def test_nothing_is_told_where_sglang_exports_nothing() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from helpers.fake_prefill import Req, build, make_scheduler, make_state
+from helpers.fake_prefill import Req, build, make_scheduler, make_state, pause
 from helpers.upstream import upstream_function
 from sglang_kairos.engine import pausing, prefill, state
 from sglang_kairos.engine.seams import SUPPORTED_VERSIONS
@@ -20,10 +20,6 @@ def kairos(monkeypatch: pytest.MonkeyPatch) -> state.KairosState:
     made = make_state()
     monkeypatch.setattr(state, "CURRENT", made)
     return made
-
-
-def pause(kairos: state.KairosState, *reqs: Req, since_s: float = 0.0) -> None:
-    kairos.paused += [state.Paused(req, since_s) for req in reqs]
 
 
 def test_an_abort_reaches_a_paused_request_and_upstream_tears_it_down(
@@ -46,7 +42,7 @@ def test_an_abort_reaches_a_paused_request_and_upstream_tears_it_down(
 
     pausing.process_pending_chunked_abort(upstream, scheduler)
     assert torn == [gone]
-    assert [entry.req for entry in kairos.paused] == [stays]
+    assert kairos.paused == [stays]
     assert scheduler.chunked_req is slot
 
 
@@ -161,7 +157,7 @@ def test_whoever_upstream_has_ended_or_put_back_is_paused_no_more(
 ) -> None:
     req, seen = Req("gone", 900, 1000, done=512), []
     pause(kairos, req)
-    kairos.paused[0].aborted = walk == "tear-down"
+    kairos.promise(kairos.paused[0]).aborted = walk == "tear-down"
     gone(req)
     scheduler = make_scheduler([], None)
     WALKS[walk](scheduler, seen)
@@ -179,7 +175,7 @@ def test_an_optimistic_request_in_the_slot_is_not_swapped_for_a_paused_one(
     scheduler, upstream = make_scheduler([], optimistic), build(None)
     prefill.get_new_batch_prefill(upstream, scheduler, "r")
     assert scheduler.chunked_req is optimistic
-    assert [entry.req for entry in kairos.paused] == [paused]
+    assert kairos.paused == [paused]
 
 
 def test_timeouts_and_weight_updates_find_paused_requests_among_the_started(
@@ -207,7 +203,7 @@ def test_a_paused_request_whose_peer_failed_is_released_with_the_waiting_ones(
 
     pausing.resolve_waiting_queue_bootstrap(upstream, scheduler)
     assert scheduler.waiting_queue == [waiting]
-    assert [entry.req for entry in kairos.paused] == [paused]
+    assert kairos.paused == [paused]
     assert kairos.counters["paused_failures"] == 1
 
 
@@ -220,7 +216,7 @@ def test_a_poll_that_raises_leaves_queue_and_paused_as_they_were(
     with pytest.raises(ZeroDivisionError):
         pausing.resolve_waiting_queue_bootstrap(lambda s: 1 / 0, scheduler)
     assert scheduler.waiting_queue == [waiting]
-    assert [entry.req for entry in kairos.paused] == [paused]
+    assert kairos.paused == [paused]
 
 
 def test_a_scheduler_with_paused_work_is_not_idle(kairos: state.KairosState) -> None:
@@ -256,7 +252,7 @@ def test_a_request_held_back_still_counts_as_pending_while_the_batch_is_built(
     kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waiting = [Req("a", 10, 100), Req("b", 33, 100)]
-    monkeypatch.setattr(prefill, "_decide", lambda *a: ([0], -1, None, [1]))
+    monkeypatch.setattr(prefill, "_decide", lambda *a: ([0], -1, None, [1], -1))
     pending: list[int] = []
 
     def upstream(scheduler: Any, running: Any) -> Any:
@@ -301,7 +297,7 @@ def test_pauses_add_up_and_who_has_sat_out_its_share_keeps_the_slot(
         kairos.paused.clear()
         prefill.get_new_batch_prefill(build(), scheduler, "running")
         assert scheduler.chunked_req is None, "a short pause is no reason to run"
-        kairos.paused[0].since_s -= 40.0
+        kairos.promise(long).pause(kairos.now() - 40.0)
         pausing.give_slot(kairos, scheduler, long)
     assert kairos.promise(long).paused_s == pytest.approx(80.0, abs=1.0)
     prefill.get_new_batch_prefill(build(), scheduler, "running")
@@ -326,7 +322,7 @@ def test_no_second_long_prompt_starts_when_memory_could_not_finish_both(
     for free, starts in ((11_000, False), (12_000, True)):
         scheduler, upstream = make_scheduler([urgent], None), build("batch")
         scheduler.token_to_kv_pool_allocator.available_size = lambda free=free: free
-        kairos.paused[:] = [state.Paused(long, kairos.now())]
+        kairos.paused[:] = [long]
         prefill._planned_batch(upstream, kairos, scheduler, "r")
         assert (upstream.calls[0][0] is None) is starts, "the one begun goes on instead"
         assert urgent in scheduler.waiting_queue
@@ -347,4 +343,4 @@ def test_when_one_paused_prefill_finds_no_memory_the_next_is_tried(
 
     result = prefill.get_new_batch_prefill(upstream, scheduler, "r")
     assert result.batch_to_run is not None and scheduler.chunked_req is small
-    assert [entry.req for entry in kairos.paused] == [big]
+    assert kairos.paused == [big]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import time
@@ -16,9 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.fake_prefill import Req, build, built, make_scheduler, make_state
+from helpers.fake_prefill import Req, build, built, make_scheduler, make_state, pause
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.engine import prefill, state
+from sglang_kairos.engine import decision_log, features, prefill, state
+from sglang_kairos.policy import prefill_planner
+from sglang_kairos.policy.prefill_step import PrefillPlan
 
 
 @pytest.fixture
@@ -37,7 +40,7 @@ def test_a_long_chunk_is_paused_for_urgent_prompts_that_fill_the_budget(
     scheduler, upstream = make_scheduler(urgent, long), build()
     prefill.get_new_batch_prefill(upstream, scheduler, "running")
     assert upstream.calls == [(None, urgent)]
-    assert [entry.req for entry in kairos.paused] == [long]
+    assert kairos.paused == [long]
     assert kairos.counters["pauses"] == 1
 
 
@@ -45,7 +48,7 @@ def test_the_paused_prefill_comes_back_when_nothing_is_more_urgent(
     kairos: state.KairosState,
 ) -> None:
     long = Req("long", 8000, ttft_ms=60_000, done=512)
-    kairos.paused.append(state.Paused(long, kairos.now()))
+    pause(kairos, long)
     scheduler, upstream = make_scheduler([], None), build()
     prefill.get_new_batch_prefill(upstream, scheduler, "running")
     assert upstream.calls == [(long, [])]
@@ -93,7 +96,7 @@ def test_requests_held_back_return_to_the_queue_even_when_upstream_fails(
 ) -> None:
     waiting = [Req("a", 10, 100), Req("b", 10, 100)]
     scheduler = make_scheduler(waiting, None)
-    monkeypatch.setattr(prefill, "_decide", lambda *a: ([0], -1, None, [1]))
+    monkeypatch.setattr(prefill, "_decide", lambda *a: ([0], -1, None, [1], -1))
 
     def upstream(scheduler: Any, running: Any) -> Any:
         assert scheduler.waiting_queue == [waiting[0]]
@@ -123,7 +126,7 @@ def test_pausing_can_be_switched_off(kairos: state.KairosState) -> None:
 
 def test_a_request_paused_too_long_runs_next(kairos: state.KairosState) -> None:
     old = Req("old", 8000, ttft_ms=60_000, done=512)
-    kairos.paused.append(state.Paused(old, kairos.now() - 61.0))
+    pause(kairos, old, since_s=kairos.now() - 61.0)
     scheduler = make_scheduler([Req(f"u{i}", 256, ttft_ms=200) for i in range(4)], None)
     prefill.get_new_batch_prefill(build(), scheduler, "running")
     assert scheduler.chunked_req is old
@@ -212,7 +215,7 @@ def test_nobody_is_admitted_into_kv_that_a_begun_prefill_needs(
     long = Req("long", 1012, 60_000, done=512)  # 500 tokens left
     scheduler = kairos.scheduler
     if begun == "paused":
-        kairos.paused.append(state.Paused(long, 0.0))
+        pause(kairos, long)
     scheduler.chunked_req = long if begun == "slot" else None
     adder.new_chunked_req = long if begun == "new" else None
     before = adder.rem_total_tokens
@@ -243,7 +246,7 @@ def test_a_failing_policy_leaves_stock_behaviour_and_a_counter(
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError("a bug of ours")
 
-    monkeypatch.setattr(prefill, "plan_prefill", broken)
+    monkeypatch.setattr(prefill_planner, "plan_prefill", broken)
     long, waiting = Req("long", 8000, 60_000, done=512), [Req("a", 9, 200), Req("b", 9, 100)]
     scheduler, upstream = make_scheduler(waiting, long), build()
     prefill.get_new_batch_prefill(upstream, scheduler, "running")
@@ -285,8 +288,8 @@ def test_a_crumb_for_a_short_partial_is_not_judged_by_a_long_prompt_in_the_queue
 def test_a_policy_that_loses_a_request_leaves_stock_behaviour(
     kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = SimpleNamespace(order=[0], slot=-1, chunk_limit=None, hold=[], on_time=1)
-    monkeypatch.setattr(prefill, "plan_prefill", lambda *a, **k: plan)
+    plan = PrefillPlan(order=[0], slot=-1, chunk_limit=None, hold=[], on_time=1)
+    monkeypatch.setattr(prefill_planner, "plan_prefill", lambda *a, **k: plan)
     waiting = [Req("a", 9, 200), Req("b", 9, 100)]
     upstream = build()
     prefill.get_new_batch_prefill(upstream, make_scheduler(waiting, None), "r")
@@ -313,16 +316,15 @@ def test_the_order_of_the_plan_survives_upstreams_own_sort(kairos: state.KairosS
 def test_a_starving_request_goes_first_and_pays_from_the_late_share(
     kairos: state.KairosState,
 ) -> None:
-    kairos.config = dataclasses.replace(kairos.config, max_wait=2.0)
-    kairos.roster._max_wait = 2.0
+    kairos.planner.config = dataclasses.replace(kairos.config, max_wait=2.0)
     old = Req("old", 400, ttft_ms=100, age_ms=300_000)
     fresh = [Req(f"f{i}", 300, ttft_ms=700) for i in range(3)]
-    kairos.late_share.earn(20_000)
-    before = kairos.late_share._balance
+    kairos.planner.ran(20_000, 0)
+    before = kairos.planner.late_share._balance
     upstream = build(built([400], reqs=[old]))
     prefill.get_new_batch_prefill(upstream, make_scheduler([*fresh, old], None), "r")
     assert upstream.calls[0][1][0] is old
-    assert kairos.late_share._balance < before - 300
+    assert kairos.planner.late_share._balance < before - 300
 
 
 @pytest.mark.parametrize("reason", ["enable_lora", "is_hybrid_swa", "require_mlp_sync"])
@@ -333,7 +335,7 @@ def test_where_pausing_is_not_proven_the_chunk_runs_through(
     scheduler = make_scheduler([Req(f"u{i}", 256, ttft_ms=200) for i in range(2)], long)
     setattr(scheduler, reason, True)
     made = make_state()
-    made.cannot_pause = state._cannot_pause(scheduler)
+    made.cannot_pause = features.why_not("pause", scheduler)
     monkeypatch.setattr(state, "CURRENT", made)
     prefill.get_new_batch_prefill(build(), scheduler, "r")
     assert made.cannot_pause and scheduler.chunked_req is long and not made.paused
@@ -375,7 +377,7 @@ def test_no_decision_loses_a_request(
     queue = [Req(f"w{i}", n, ttft) for i, (n, ttft) in enumerate(waiting)]
     begun = [Req(f"p{i}", n + 1, ttft, done=1) for i, (n, ttft) in enumerate(partials)]
     made = make_state()
-    made.paused = [state.Paused(req, made.now()) for req in begun[1:]]
+    pause(made, *begun[1:])
     scheduler = make_scheduler(queue, begun[0] if begun else None)
     scheduler.token_to_kv_pool_allocator.available_size = lambda: free
     gone: list[Req] = []
@@ -393,18 +395,50 @@ def test_no_decision_loses_a_request(
     finally:
         state.CURRENT = None
     slot = [scheduler.chunked_req] if scheduler.chunked_req else []
-    after = [*gone, *scheduler.waiting_queue, *slot, *(entry.req for entry in made.paused)]
+    after = [*gone, *scheduler.waiting_queue, *slot, *made.paused]
     assert sorted(map(repr, after)) == sorted(map(repr, [*queue, *begun]))
     assert made.counters["urgency_errors"] == 0
     assert len(made.paused) <= max(made.config.max_paused, len(begun))
     assert not begun or gone or slot, "prefills have begun, but nothing runs"
 
 
-def test_a_row_of_the_decision_log_says_which_process_wrote_it(tmp_path: Path) -> None:
+def test_every_process_has_a_decision_log_of_its_own_whose_rows_say_whose_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = tmp_path / "decisions.jsonl"
-    made = make_state(KairosConfig(decision_log=str(log)))
-    made.scheduler.server_args = SimpleNamespace(port=4321)
-    made.record("prefill", chosen=[1])
-    row = json.loads(log.read_text())
-    assert row.pop("pid") == os.getpid()
-    assert row == {"kind": "prefill", "role": "prefill", "port": 4321, "rank": 0, "chosen": [1]}
+    config = KairosConfig(decision_log=str(log))
+
+    def server(mode: str, port: int, rank: int) -> state.KairosState:
+        scheduler = make_scheduler([], None, mode)
+        scheduler.server_args = SimpleNamespace(port=port)
+        monkeypatch.setattr(decision_log, "rank_of", lambda scheduler: rank)
+        return state.KairosState(scheduler, config)
+
+    # Two servers, two ranks, and two replicas behind one port.
+    places = [("prefill", 30000, 0), ("decode", 30001, 0), ("decode", 30001, 1)] + [
+        ("decode", 30002, 0)
+    ] * 2
+    servers = [server(*place) for place in places]
+    for turn in range(2):
+        for chosen, one in enumerate(servers):
+            one.record("prefill", chosen=[chosen], turn=turn)
+    names = ["decode-30001-0", "decode-30001-1", "decode-30002-0", "decode-30002-0-2"]
+    files = {path.name: path.read_text().splitlines() for path in decision_log.files_of(log)}
+    assert set(files) == {f"decisions.{n}.jsonl" for n in (*names, "prefill-30000-0")}
+    assert len(decision_log.files_of(log, "prefill")) == 1 and not log.exists()
+    rows = [json.loads(line) for line in files["decisions.decode-30001-1.jsonl"]]
+    assert [row["chosen"] for row in rows] == [[2], [2]]
+    assert rows[1].pop("server").endswith(":30001") and rows[1].pop("pid") == os.getpid()
+    expected = {"kind": "prefill", "role": "decode", "rank": 1, "chosen": [2], "turn": 1}
+    assert rows[1] == expected
+
+
+def test_a_server_that_comes_back_goes_on_with_its_log(tmp_path: Path) -> None:
+    config = KairosConfig(decision_log=str(tmp_path / "log"))
+    for turn in range(2):
+        made = make_state(config)
+        made.record("prefill", turn=turn)
+        del made  # its file closes, as when the process ends
+        gc.collect()
+    (file,) = tmp_path.iterdir()
+    assert [json.loads(line)["turn"] for line in file.read_text().splitlines()] == [0, 1]

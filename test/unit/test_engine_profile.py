@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from sglang_kairos.engine.profile import SAVE_EVERY_S, Profile
+from sglang_kairos.predict.cache import KERNEL_SETTINGS, Key
+from sglang_kairos.tools.profile_server import Server, key_of
 
 
 def scheduler(model: str = "some/model", **args: Any) -> Any:
@@ -81,3 +83,24 @@ def test_a_place_that_cannot_be_written_is_a_line_in_the_log(
     with caplog.at_level(logging.WARNING):
         profile._save(prefill.snapshot(), None)
     assert "cannot be written" in caplog.text
+
+
+def test_the_tool_finds_the_key_that_the_server_looks_its_profile_up_by() -> None:
+    told = {
+        "served_model_name": "m",
+        "attention_backend": "flashinfer",
+        "moe_runner_backend": "auto",
+        "quantization": "fp8",
+        "kv_cache_dtype": "fp8_e4m3",
+        "dtype": "bfloat16",
+    }
+
+    def from_outside(**changed: str) -> Key:
+        return key_of(Server("http://x", {}, {**told, **changed, "tp_size": 2}), {}, "cpu")
+
+    server = SimpleNamespace(device="cpu", tp_size=2, server_args=SimpleNamespace(**told))
+    assert Profile(server, "").key == from_outside()
+    assert from_outside().backends == "flashinfer/auto/fp8/fp8_e4m3/bfloat16"
+    # Whatever decides which kernels run tells two servers apart.
+    for name in KERNEL_SETTINGS:
+        assert from_outside(**{name: "other"}) != from_outside()

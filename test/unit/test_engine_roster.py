@@ -15,22 +15,20 @@ def test_rows_hold_what_was_promised_and_stay() -> None:
     state = make_state()
     reqs = [Req("a", 10, 1000, weight=3.0), Req("b", 20, 500, age_ms=200)]
     reqs[1].output_ids = [1, 2]
-    roster = Roster(state.promise, max_wait=10.0)
+    roster = Roster(state.promise)
     rows = roster.rows(reqs)
     assert roster.tokens[rows].tolist() == [10, 22]
     assert roster.weight[rows].tolist() == [3.0, 1.0]
     for req, row in zip(reqs, rows, strict=True):
         promise = state.promise(req)
-        assert roster.due_s[row] == pytest.approx(promise.ttft_due_s)
-        assert roster.starves_s[row] - promise.arrival_s == pytest.approx(
-            10 * promise.slo.ttft_ms / 1e3
-        )
+        assert roster.arrival_s[row] == promise.arrival_s
+        assert roster.arrival_s[row] + roster.ttft_s[row] == pytest.approx(promise.ttft_due_s)
     assert roster.rows(reqs[::-1]).tolist() == rows[::-1].tolist()
 
 
 def test_rows_of_the_dead_are_used_again_and_never_mistaken() -> None:
     state, rng = make_state(), random.Random(1)
-    roster = Roster(state.promise, max_wait=10.0, rows=4)
+    roster = Roster(state.promise, rows=4)
     alive: list[Req] = []
     for step in range(300):
         rng.shuffle(alive)
@@ -45,21 +43,9 @@ def test_rows_of_the_dead_are_used_again_and_never_mistaken() -> None:
 
 def test_growing_keeps_what_is_known() -> None:
     state = make_state()
-    roster = Roster(state.promise, max_wait=10.0, rows=2)
+    roster = Roster(state.promise, rows=2)
     first = [Req("a", 10, 1000), Req("b", 20, 1000)]
     roster.matched_tokens[roster.rows(first)] = [5, 6]
     more = [Req(f"m{i}", 1, 1000) for i in range(9)]
     roster.rows([*more, *first])
     assert roster.matched_tokens[roster.rows(first)].tolist() == [5, 6]
-
-
-def test_the_stalest_are_looked_up_first_and_only_when_stale() -> None:
-    state = make_state()
-    roster = Roster(state.promise, max_wait=10.0)
-    reqs = [Req(f"r{i}", 10, 1000) for i in range(4)]
-    rows = roster.rows(reqs)
-    roster.matched_at[rows] = [10, 2, 9, 3]
-    assert roster.to_match(rows, plan=10, every=1, at_most=2) == [1, 3]
-    assert roster.to_match(rows, plan=10, every=7, at_most=9) == [1, 3]
-    new = Req("new", 10, 1000)
-    assert roster.to_match(roster.rows([*reqs, new]), plan=10, every=1, at_most=1) == [4]

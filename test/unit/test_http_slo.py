@@ -58,7 +58,7 @@ def through(
 ) -> tuple[httpx.Response, Seen]:
     seen = Seen()
     content = body if isinstance(body, bytes) else orjson.dumps(body)
-    app = SloMiddleware(seen, TABLE)
+    app = SloMiddleware(seen, TABLE, clock=lambda: 0.0)
     return asyncio.run(send_to(app, path, content, headers, method)), seen
 
 
@@ -136,7 +136,7 @@ def test_an_slo_does_not_cost_the_server_its_preferred_custom_params(
     body = {"text": "x", "prompt": "x", "ttft_ms": 300}
     body |= {"sampling_params": holder} if path == GENERATE else holder
     seen = Seen()
-    app = SloMiddleware(seen, TABLE, ServerFacts(preferred=PREFERRED))
+    app = SloMiddleware(seen, TABLE, ServerFacts(preferred=PREFERRED), lambda: 0.0)
     assert asyncio.run(send_to(app, path, orjson.dumps(body))).status_code == 200
     assert seen.raw is not None
     sent = json.loads(seen.raw)
@@ -244,7 +244,7 @@ def test_a_chunked_body_arrives_whole_with_a_length() -> None:
             yield part
 
     seen = Seen()
-    app = SloMiddleware(seen, TABLE)
+    app = SloMiddleware(seen, TABLE, clock=lambda: 0.0)
     answer = asyncio.run(send_to(app, GENERATE, parts()))
     assert answer.status_code == 200
     assert wire_of(GENERATE, seen)["ttft_ms"] == 5
@@ -312,7 +312,9 @@ def test_websockets_and_lifespan_pass() -> None:
 
 def test_a_root_path_is_not_part_of_the_endpoint() -> None:
     seen = Seen()
-    transport = httpx.ASGITransport(app=SloMiddleware(seen, TABLE), root_path="/api")
+    transport = httpx.ASGITransport(
+        app=SloMiddleware(seen, TABLE, clock=lambda: 0.0), root_path="/api"
+    )
 
     async def main() -> int:
         async with httpx.AsyncClient(transport=transport, base_url="http://s") as client:

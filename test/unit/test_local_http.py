@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from sglang_kairos.local_http import open_url
@@ -40,7 +43,51 @@ def test_a_proxy_of_the_environment_never_sees_requests_to_servers(
         server.server_close()
 
 
-def test_no_benchmark_opens_urls_through_the_environments_proxies() -> None:
-    folder = Path(__file__).parents[2] / "benchmark"
-    users = [path.name for path in folder.rglob("*.py") if "urlopen(" in path.read_text()]
-    assert users == []
+def asks_the_environment(source: str) -> list[str]:
+    """Calls in a module that go through the proxies of the environment."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        found += [name for name in names if name.split(".")[0] in ("requests", "httpx")]
+        found += [name for name in names if name.startswith("urllib.request.")]
+        if isinstance(node, ast.Attribute) and node.attr in OPENERS:
+            found.append(node.attr)
+        if isinstance(node, ast.keyword) and node.arg == "trust_env":  # aiohttp's default is not to
+            found.append("trust_env")
+    return found
+
+
+OPENERS = ("urlopen", "urlretrieve", "build_opener", "install_opener")
+
+
+def test_no_module_asks_a_server_through_the_environments_proxies() -> None:
+    root = Path(__file__).parents[2]
+    users = {
+        str(path.relative_to(root)): found
+        for folder in ("python", "benchmark", "scripts")
+        for path in (root / folder).rglob("*.py")
+        if (found := asks_the_environment(path.read_text("utf-8")))
+    }
+    assert users == {"python/sglang_kairos/local_http.py": ["build_opener"]}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import requests",
+        "from httpx import get",
+        "import urllib.request\nurllib.request.urlopen('http://127.0.0.1')",
+        "from urllib.request import urlopen as ask",
+        "import aiohttp\nsession = aiohttp.ClientSession(trust_env=True)",
+    ],
+)
+def test_every_way_through_a_proxy_is_noticed(source: str) -> None:
+    assert asks_the_environment(source)
+
+
+def test_aiohttp_does_not_ask_the_environment_unless_told_to() -> None:
+    assert inspect.signature(aiohttp.ClientSession).parameters["trust_env"].default is False

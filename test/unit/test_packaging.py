@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import packages_distributions
 from itertools import chain
 from pathlib import Path
@@ -124,15 +125,67 @@ def test_every_import_is_a_declared_dependency(
     declared = {canonicalize_name(Requirement(text).name) for text in texts}
     declared |= set(pins(repo_root / "requirements" / "cpu-nodeps.txt"))
     known = sys.stdlib_module_names | PROVIDED_ELSEWHERE | {"sglang_kairos"}
-    providers = packages_distributions()
     undeclared = {
         f"{path.relative_to(repo_root)}: {name}"
         for path in (repo_root / "python").rglob("*.py")
         for name in imported(path)
-        if name not in known
-        and not declared & {canonicalize_name(dist) for dist in providers.get(name, [name])}
+        if name not in known and not declared & distributions(name)
     }
     assert undeclared == set()
+
+
+# What folders of the package may import beyond the base dependencies: extras by name.
+FOLDER_EXTRAS = {
+    "engine": {"cpu"},
+    "cpu": {"cpu"},
+    "sim": {"sim", "tables"},
+    "tools": {"sim", "cpu"},
+}
+# Of the base dependencies, those that nothing imports: the text that shows who uses them.
+NAMED_ONLY = {"httptools": 'http="httptools"'}
+# SGLang's launcher runs SGLang, which is installed separately.
+SGLANG = {"sglang", *PROVIDED_ELSEWHERE}
+
+
+@functools.cache
+def providers() -> Mapping[str, list[str]]:
+    """Modules by name, with the distributions that have them; reading these takes seconds."""
+    return packages_distributions()
+
+
+def distributions(name: str) -> set[str]:
+    """What may have installed a module of this name."""
+    return {canonicalize_name(dist) for dist in providers().get(name, [name])}
+
+
+def names_of(texts: Iterable[str]) -> set[str]:
+    return {canonicalize_name(Requirement(text).name) for text in texts}
+
+
+def test_every_base_dependency_is_imported_or_named_by_the_package(
+    project: dict[str, Any], repo_root: Path
+) -> None:
+    sources = {p: p.read_text() for p in (repo_root / "python").rglob("*.py")}
+    used = {dist for p in sources for name in imported(p) for dist in distributions(name)}
+    idle = names_of(project["dependencies"]) - used
+    assert idle == set(NAMED_ONLY)
+    for text in NAMED_ONLY.values():
+        assert any(text in source for source in sources.values()), text
+
+
+def test_the_package_needs_no_extra_outside_the_folders_that_say_so(
+    project: dict[str, Any], repo_root: Path
+) -> None:
+    base = names_of(project["dependencies"])
+    extras = {name: names_of(texts) for name, texts in project["optional-dependencies"].items()}
+    package = repo_root / "python" / "sglang_kairos"
+    found = set()
+    for path in package.rglob("*.py"):
+        folder = path.relative_to(package).parts[0]
+        allowed = base.union(*(extras[name] for name in FOLDER_EXTRAS.get(folder, ())))
+        foreign = set(imported(path)) - sys.stdlib_module_names - {"sglang_kairos"} - SGLANG
+        found |= {(str(path), name) for name in foreign if not allowed & distributions(name)}
+    assert found == set()
 
 
 def test_the_scripts_can_be_executed(repo_root: Path) -> None:

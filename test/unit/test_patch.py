@@ -396,7 +396,7 @@ def test_a_handler_for_an_unknown_seam_is_refused(seams: ModuleType) -> None:
 
 def seam_of(source: str, target: str) -> Seam:
     found = fingerprint(source, target.split(":")[1])
-    return Seam(target, "", "scheduler", "", "", "", {VERSION: found or ""})
+    return Seam(target, "", "", "", "", {VERSION: found or ""})
 
 
 def test_marks_go_outermost_but_under_descriptors(make: ModuleType, seams: ModuleType) -> None:

@@ -12,29 +12,32 @@ from sglang_kairos.policy.backlog import Backlog
 from sglang_kairos.policy.placement import (
     DRAWN,
     LOOK_AT_ALL,
+    UNTOLD_DECODE,
     DecodeState,
     PlacedRequest,
-    PrefillSpeed,
     PrefillState,
-    StepCost,
     choose_pair,
     decode_outlook,
     drawn,
-    prefill_end_s,
     prefill_outlook,
 )
 from sglang_kairos.policy.urgency import moore_hodgson
-from sglang_kairos.predict.prefill_time import PrefillTimeModel
+from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
 
-FAST = PrefillSpeed(a_s=0.0, b_s=1e-3, c_s=0.0, chunk_tokens=100)
-SLOW = PrefillSpeed(a_s=0.0, b_s=2e-3, c_s=0.0, chunk_tokens=100)
+FAST, SLOW, CHUNK = PrefillLaw(0.0, 1e-3, 0.0), PrefillLaw(0.0, 2e-3, 0.0), 100
 IDLE = DecodeState()
 
 
-def owing(*jobs: tuple[float, float], speed: PrefillSpeed = FAST, **rest: object) -> PrefillState:
+def prefill_end_s(server: PrefillState, tokens: float, deadline_s: float) -> float:
+    """Seconds from now until `server` has prefilled `tokens` more for a request due then."""
+    return prefill_outlook(server, PlacedRequest(tokens, deadline_s)).end_s
+
+
+def owing(*jobs: tuple[float, float], law: PrefillLaw = FAST, **rest: object) -> PrefillState:
     """A server owing (deadline, work) seconds each."""
     ordered = sorted(jobs)
-    return PrefillState(speed, [d for d, _ in ordered], [w for _, w in ordered], **rest)  # type: ignore[arg-type]
+    due, works = [d for d, _ in ordered], [w for _, w in ordered]
+    return PrefillState(law, CHUNK, due, works, **rest)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +71,7 @@ def test_prefill_end(
     ("name", "prefills", "decodes", "request_", "pair"),
     [
         ("a tie falls to the lower index", [owing(), owing()], [IDLE, IDLE], None, (0, 0)),
-        ("the faster of two idle servers", [owing(speed=SLOW), owing()], [IDLE], None, (1, 0)),
+        ("the faster of two idle servers", [owing(law=SLOW), owing()], [IDLE], None, (1, 0)),
         ("the shorter queue", [owing((1.0, 2.0)), owing((1.0, 1.0))], [IDLE], None, (1, 0)),
         (
             "urgent work counts, not queue length",
@@ -122,7 +125,7 @@ def test_no_server_left_on_a_side_is_no_pair() -> None:
 
 
 def test_predicted_ttft_adds_prefill_hand_off_and_one_decode_step() -> None:
-    decode = DecodeState(StepCost(a_s=0.01, b_s=0.001, c_s=0.0))
+    decode = DecodeState(DecodeLaw(a_s=0.01, b_s=0.001, c_s=0.0))
     pair = choose_pair([owing()], [decode], PlacedRequest(1000, 5.0, handoff_s=0.1))
     assert pair is not None
     assert pair.ttft_s == pytest.approx(1.0 + 0.1 + 0.011)
@@ -144,7 +147,9 @@ def test_a_seed_fixes_the_choice_among_equals_and_spreads_it() -> None:
 jobs = st.lists(st.tuples(st.floats(-10, 100), st.floats(0, 10)), max_size=8)
 servers = st.lists(jobs.map(lambda found: owing(*found)), min_size=1, max_size=5)
 decoders = st.lists(
-    st.builds(DecodeState, running=st.integers(0, 500), tokens=st.floats(0, 1e6)),
+    st.tuples(st.integers(0, 500), st.floats(0, 1e6)).map(
+        lambda held: DecodeState(UNTOLD_DECODE, *held)
+    ),
     min_size=1,
     max_size=5,
 )
@@ -177,30 +182,11 @@ def test_more_work_or_a_later_deadline_never_helps(
     assert prefill_end_s(server, tokens + 1, deadline) >= end
 
 
-law = st.builds(
-    PrefillSpeed,
-    a_s=st.floats(0, 0.1),
-    b_s=st.floats(1e-6, 1e-3),
-    c_s=st.floats(0, 1e-6),
-    chunk_tokens=st.integers(64, 8192),
-    d_s=st.floats(0, 1e-7),
-)
-
-
-@given(law, st.integers(0, 30_000), st.integers(0, 30_000))
-def test_work_is_what_the_servers_own_predictor_says(
-    speed: PrefillSpeed, tokens: int, prefix: int
-) -> None:
-    model = PrefillTimeModel(speed.a_s, speed.b_s, speed.c_s, speed.d_s)
-    expected = float(model.remaining_s(tokens, prefix, speed.chunk_tokens))
-    assert speed.work_s(tokens, prefix) == pytest.approx(expected, rel=1e-9, abs=1e-12)
-
-
 def planned(*jobs: tuple[float, float], began: float = 0.0, **rest: object) -> PrefillState:
     """As `owing`, but with a plan that counts lateness from `began`."""
     ordered = sorted(jobs)
     due, works = [d for d, _ in ordered], [w for _, w in ordered]
-    return PrefillState(FAST, due, works, backlog=Backlog.of(due, works, began), **rest)  # type: ignore[arg-type]
+    return PrefillState(FAST, CHUNK, due, works, backlog=Backlog.of(due, works, began), **rest)  # type: ignore[arg-type]
 
 
 def at_zero(tokens: float, deadline: float, **rest: object) -> PlacedRequest:
@@ -269,9 +255,9 @@ on_one_server = st.lists(st.tuples(st.floats(0.05, 10), st.floats(0.01, 3)), max
 def test_a_request_is_harmless_exactly_if_the_best_schedule_gains_one(
     found: list[tuple[float, float]], deadline: float, tokens: int
 ) -> None:
-    speed = PrefillSpeed(a_s=0.0, b_s=1e-3, c_s=0.0, chunk_tokens=1)  # chunks do not block
     due, works = [d for d, _ in sorted(found)], [w for _, w in sorted(found)]
-    server = PrefillState(speed, due, works, backlog=Backlog.of(due, works, 0.0))
+    # Chunks of one token do not block.
+    server = PrefillState(FAST, 1, due, works, backlog=Backlog.of(due, works, 0.0))
     outlook = prefill_outlook(server, at_zero(tokens, deadline))
     before = int(moore_hodgson(works, due).sum())
     after = int(moore_hodgson([*works, tokens / 1e3], [*due, deadline]).sum())
@@ -297,17 +283,17 @@ def test_a_late_everywhere_request_goes_where_it_pushes_nobody_out() -> None:
 @pytest.mark.parametrize(
     ("name", "server", "tpot", "kept"),
     [
-        ("a step that its own target allows", DecodeState(StepCost(0.01, 0.01, 0)), 0.02, 1.0),
-        ("one that it does not", DecodeState(StepCost(0.01, 0.01, 0)), 0.015, 0.0),
+        ("a step that its own target allows", DecodeState(DecodeLaw(0.01, 0.01, 0)), 0.02, 1.0),
+        ("one that it does not", DecodeState(DecodeLaw(0.01, 0.01, 0)), 0.015, 0.0),
         (
             "residents that would miss count against it",
-            DecodeState(StepCost(0.0, 0.01, 0), running=2, tpots_s=(0.025, 0.029, 0.5)),
+            DecodeState(DecodeLaw(0.0, 0.01, 0), running=2, tpots_s=(0.025, 0.029, 0.5)),
             1.0,
             -1.0,
         ),
         (
             "residents that miss already do not",
-            DecodeState(StepCost(0.0, 0.01, 0), running=2, tpots_s=(0.001, 0.001)),
+            DecodeState(DecodeLaw(0.0, 0.01, 0), running=2, tpots_s=(0.001, 0.001)),
             1.0,
             1.0,
         ),
@@ -318,7 +304,7 @@ def test_decode_outlook(name: str, server: DecodeState, tpot: float, kept: float
 
 
 def test_knees_flatten_the_step_cost() -> None:
-    cost = StepCost(a_s=0.0, b_s=0.001, c_s=0.0, knees=((8.0, 0.01),))
+    cost = DecodeLaw(a_s=0.0, b_s=0.001, c_s=0.0, knees=((8.0, 0.01),))
     assert cost.step_s(4, 0) == pytest.approx(0.044)
     assert cost.step_s(16, 0) == pytest.approx(0.096)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sglang_kairos.predict.cache import Key, load_profile, resume, save_profile
+from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
 from sglang_kairos.predict.prefill_time import PrefillTimeModel
 from sglang_kairos.predict.seeds import FORMAT, ProfileError, Seed, dump, parse, seed_for
 from sglang_kairos.predict.step_time import StepTimeModel
@@ -46,13 +47,13 @@ def test_what_is_not_known_has_no_seed(name: str, gpu: str, tp: int) -> None:
 
 def test_an_entry_without_laws_starts_from_the_generic_guess() -> None:
     seed = Seed("m", "g", 1)
-    assert seed.prefill_model().coefficients == PrefillTimeModel.generic().coefficients
-    assert seed.decode_model().coefficients == StepTimeModel.generic().coefficients
+    assert seed.prefill_model().law == PrefillTimeModel.generic().law
+    assert seed.decode_model().law == StepTimeModel.generic().law
 
 
 def test_a_file_is_read_back_as_it_was_written() -> None:
-    decode = (1.0, 2.0, 3.0, (4.0, 5.0))
-    seed = Seed("m", "g", 2, "A", "b", "p", (1.0, 2.0, 3.0, 0.0, 4.0), decode, {"x": 1})
+    prefill, decode = PrefillLaw(1.0, 2.0, 3.0, 0.0, 4.0), DecodeLaw.of((1.0, 2.0, 4.0, 5.0, 3.0))
+    seed = Seed("m", "g", 2, "A", "b", "p", prefill, decode, {"x": 1})
     assert parse(dump([seed, Seed("n", "g", 1)]), "f") == [seed, Seed("n", "g", 1)]
 
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_kairos.policy.prefill_step import PrefillQueue, plan_prefill
 from sglang_kairos.policy.reserve import Reserve, may_begin, reserved
-from sglang_kairos.policy.urgency import PrefillQueue, plan_prefill
 
 CHUNK = 64
 

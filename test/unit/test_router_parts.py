@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from helpers.fake_pd import CHAT, COMPLETIONS, GENERATE
-from sglang_kairos.policy.placement import PrefillSpeed
+from sglang_kairos.predict.laws import PrefillLaw
 from sglang_kairos.router.learn import SpeedEstimate
 from sglang_kairos.router.options import OptionError, parse_options
 from sglang_kairos.router.prompt import describe, unfold_samples
@@ -30,23 +30,23 @@ def test_a_kairos_server_tells_its_speed_and_anything_odd_is_ignored() -> None:
     server = PrefillServer("http://h:1", None)
     for law in ({"a_s": 1}, {"a_s": 0, "b_s": 0, "c_s": 0}, {"a_s": -1, "b_s": 1, "c_s": 0}, 5):
         server.learn({"internal_states": [{"kairos": {"prefill": law}}]})
-        assert server.state(0.0).speed.b_s == pytest.approx(50e-6)
+        assert server.state(0.0).law.b_s == pytest.approx(50e-6)
     law = {"a_s": 0.5, "b_s": 0.001, "c_s": 0.0}
     server.learn({"internal_states": [{"kairos": {"prefill": law}}]})
-    assert server.state(0.0).speed.work_s(100) == pytest.approx(0.6)
+    assert server.state(0.0).law.work_s(100) == pytest.approx(0.6)
 
 
 def test_prefill_speed_is_learnt_from_completion_times() -> None:
-    estimate = SpeedEstimate(PrefillSpeed(a_s=0.01, b_s=50e-6, c_s=0.0, chunk_tokens=8192))
+    estimate = SpeedEstimate(PrefillLaw(a_s=0.01, b_s=50e-6, c_s=0.0), 8192)
     now = 0.0
     for index in range(200):
         batch = [500.0 + 37 * (index % 11), 900.0][: 1 + index % 2]
         sent, now = now + 5.0, now + 5.0 + 0.02 * len(batch) + 400e-6 * sum(batch)
         for tokens in batch:
             estimate.finished(tokens, sent, now)
-    speed = estimate.speed()
-    assert speed.a_s == pytest.approx(0.02, rel=0.2)
-    assert speed.b_s == pytest.approx(400e-6, rel=0.1)
+    law = estimate.law()
+    assert law.a_s == pytest.approx(0.02, rel=0.2)
+    assert law.b_s == pytest.approx(400e-6, rel=0.1)
 
 
 SEVERAL: list[tuple[str, dict[str, Any], dict[str, Any]]] = [

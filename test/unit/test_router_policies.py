@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from sglang_kairos.policy.overload import Overload, verdict
-from sglang_kairos.policy.placement import PlacedRequest, PrefillSpeed
+from sglang_kairos.policy.placement import PlacedRequest
 from sglang_kairos.policy.urgency import urgency_order
+from sglang_kairos.predict.laws import PrefillLaw
 from sglang_kairos.router.fleet import Fleet
 from sglang_kairos.router.options import RouterOptions
 from sglang_kairos.router.servers import PrefillServer, Ticket
@@ -34,20 +35,20 @@ class Job:
 
 @dataclass
 class Worker:
-    """A prefill server: `speed` seconds per token, one chunk at a time, the most urgent first."""
+    """A prefill server: as fast as its `law`, one chunk at a time, the most urgent first."""
 
     books: PrefillServer
-    speed: PrefillSpeed
+    law: PrefillLaw
     jobs: list[Job] = field(default_factory=list)
     running: Job | None = None
     until_s: float = 0.0
 
     def next_chunk(self, now: float) -> None:
         """Start the chunk of whoever is most urgent."""
-        works = [self.speed.work_s(job.left) for job in self.jobs]
+        works = [self.law.work_s(job.left, 0.0, CHUNK) for job in self.jobs]
         due = [job.ticket.deadline_s - now for job in self.jobs]
         self.running = self.jobs[urgency_order(works, due).order[0]]
-        self.until_s = now + self.speed.work_s(min(CHUNK, self.running.left))
+        self.until_s = now + self.law.work_s(min(CHUNK, self.running.left))
 
 
 @dataclass
@@ -96,14 +97,13 @@ def simulate(
             seed=1,
         )
     )
-    speeds = [PrefillSpeed(4e-3 / s, 150e-6 / s, 20e-9 / s, CHUNK) for s in (1.0, slow)]
-    workers = [Worker(b, s) for b, s in zip(fleet.prefills, speeds, strict=True)]
+    laws = [PrefillLaw(4e-3 / s, 150e-6 / s, 20e-9 / s) for s in (1.0, slow)]
+    workers = [Worker(b, s) for b, s in zip(fleet.prefills, laws, strict=True)]
     for worker, lie in zip(workers, (1.0, lies), strict=True):
-        found_law = (worker.speed.a_s, worker.speed.b_s, worker.speed.c_s)
-        law = {k: v / lie for k, v in zip(("a_s", "b_s", "c_s"), found_law, strict=True)}
+        law = worker.law.scaled(1 / lie).to_json()
         info = {"chunked_prefill_size": CHUNK, "internal_states": [{"kairos": {"prefill": law}}]}
         worker.books.learn(info)
-    mean = sum(speeds[0].work_s(n) for _, n in arrivals(1.0, 3000, 99)) / 3000
+    mean = sum(laws[0].work_s(n, 0.0, CHUNK) for _, n in arrivals(1.0, 3000, 99)) / 3000
     met = refused = accepted = 0
     pending = list(arrivals(load * (1 + slow) / mean, count, seed))
     pending.reverse()

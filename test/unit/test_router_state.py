@@ -12,14 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.fake_pd import Fake, bench, until
-from sglang_kairos.policy.placement import PlacedRequest, StepCost
+from sglang_kairos.policy.placement import PlacedRequest
+from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
 from sglang_kairos.router.flags import POLICIES
 from sglang_kairos.router.fleet import Fleet
 from sglang_kairos.router.learn import Margin
 from sglang_kairos.router.options import RouterOptions
 from sglang_kairos.router.prefix import BLOCK_BYTES, BLOCK_TOKENS, PrefixIndex, blocks_of
 from sglang_kairos.router.prompt import prompt_blocks
-from sglang_kairos.router.reports import Load, load_of, prefill_law, settled, step_cost
+from sglang_kairos.router.reports import Load, decode_law, load_of, prefill_law, settled
 from sglang_kairos.router.servers import FRESH_S, DecodeServer, PrefillServer
 
 
@@ -135,10 +136,13 @@ LAW = {"a_s": 0.0, "b_s": 1e-3, "c_s": 0.0, "d_s": 0.0}
 @pytest.mark.parametrize(
     ("raw", "law"),
     [
-        (LAW, (0.0, 1e-3, 0.0, 0.0)),
-        ({"a_s": 1, "b_s": 2, "c_s": 3}, (1, 2, 3, 0)),
-        ({**LAW, "d_s": 4e-9}, (0.0, 1e-3, 0.0, 4e-9)),
+        (LAW, PrefillLaw(0.0, 1e-3, 0.0)),
+        ({"a_s": 1, "b_s": 2, "c_s": 3}, PrefillLaw(1, 2, 3)),
+        ({**LAW, "d_s": 4e-9}, PrefillLaw(0.0, 1e-3, 0.0, 4e-9)),
+        ({**LAW, "e_s": 4e-5}, PrefillLaw(0.0, 1e-3, 0.0, 0.0, 4e-5)),
         ({**LAW, "d_s": "x"}, None),
+        ({**LAW, "e_s": None}, None),
+        ({**LAW, "knee": 0}, None),
         ({**LAW, "b_s": -1}, None),
         ({"a_s": 0, "b_s": 0, "c_s": 1}, None),
         ([], None),
@@ -149,20 +153,20 @@ def test_a_prefill_law_is_taken_whole_or_not_at_all(raw: Any, law: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("report", "cost"),
+    ("report", "law"),
     [
-        ({"decode": {"a_s": 1, "b_s": 2, "c_s": 3}}, StepCost(1, 2, 3)),
+        ({"decode": {"a_s": 1, "b_s": 2, "c_s": 3}}, DecodeLaw(1, 2, 3)),
         (
             {"decode": {"a_s": 1, "b_s": 2, "c_s": 3, "knees": [[8, 0.5]]}},
-            StepCost(1, 2, 3, ((8, 0.5),)),
+            DecodeLaw(1, 2, 3, ((8, 0.5),)),
         ),
         ({"decode": {"a_s": 1, "b_s": 2, "c_s": 3, "knees": [[8]]}}, None),
         ({"decode": {"a_s": 1, "b_s": 2}}, None),
         ({}, None),
     ],
 )
-def test_a_step_cost_too(report: Any, cost: Any) -> None:
-    assert step_cost(report) == cost
+def test_a_decode_law_too(report: Any, law: Any) -> None:
+    assert decode_law(report) == law
 
 
 def test_a_predictor_is_believed_once_it_has_seen_some_steps() -> None:

@@ -88,7 +88,7 @@ def fake_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def seam_on(target: str, known: str, **more: str) -> Seam:
-    return Seam(target, "a:b", "scheduler", "why", "how", "gone", {"0.5.23": known, **more})
+    return Seam(target, "a:b", "why", "how", "gone", {"0.5.23": known, **more})
 
 
 def test_problems_name_the_upstream_function(

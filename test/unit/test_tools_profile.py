@@ -60,7 +60,7 @@ def test_a_law_within_the_models_is_found_and_coefficients_are_never_negative(
     ]
     fit = fit_prefill(rows)
     assert fit is not None
-    assert min(fit.model.coefficients.values()) >= 0
+    assert min(fit.model.law) >= 0
     off = [fit.model.step_s([n], [p]) / s - 1 for p, n, s in rows]
     assert np.abs(off).max() < 0.1
 

@@ -10,14 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_kairos.policy.urgency import (
-    LateShare,
-    PrefillPlan,
-    PrefillQueue,
-    moore_hodgson,
-    plan_prefill,
-    urgency_order,
-)
+from sglang_kairos.policy.prefill_step import PrefillPlan, PrefillQueue, plan_prefill
+from sglang_kairos.policy.urgency import LateShare, moore_hodgson, urgency_order
 
 # Quarters add up exactly, so that a sum equal to a deadline is on time in any order of addition.
 works = st.integers(1, 40).map(lambda q: q / 4)

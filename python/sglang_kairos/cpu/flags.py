@@ -41,20 +41,14 @@ _SYNONYMS = {
 }
 
 
-def server_flags(mode: Mode, *, version: str = "0.5.23", fast_start: bool = False) -> list[str]:
-    """The flags for one server.
-
-    `mode` is SGLang's disaggregation mode (null, prefill or decode) and `version` SGLang's.
-    `fast_start` leaves out the warm-up request, so the first request pays for it.
-    Raises ValueError for another mode.
-    """
-    return _flatten(_wanted(mode, version, fast_start).items())
-
-
 def with_server_flags(
     argv: Sequence[str], *, version: str = "0.5.23", fast_start: bool = False
 ) -> list[str]:
-    """`argv` of a server with the flags it still lacks appended; the mode is read from it."""
+    """`argv` of a server with the flags it still lacks appended; the mode is read from it.
+
+    `version` is SGLang's. `fast_start` leaves out the warm-up request, so the first request pays
+    for it. ValueError for an unknown mode.
+    """
     given = {argument.split("=", 1)[0] for argument in argv if argument.startswith("--")}
     wanted = _wanted(mode_of(argv), version, fast_start)
     missing = (
@@ -63,18 +57,6 @@ def with_server_flags(
         if not given.intersection((flag, *_SYNONYMS.get(flag, ())))
     )
     return [*argv, *_flatten(missing)]
-
-
-def server_env(argv: Sequence[str], cores: Sequence[int]) -> dict[str, str]:
-    """The environment variables that a server with arguments `argv` needs on these CPU cores.
-
-    SGLang refuses more than one rank per NUMA node unless it is told which cores each may use.
-    """
-    ranks = int(_value_of(argv, ("--tensor-parallel-size", "--tp-size", "--tp"), "1"))
-    if ranks == 1 or not cores:
-        return {}
-    shares = [cores[rank::ranks] or [cores[rank % len(cores)]] for rank in range(ranks)]
-    return {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, s)) for s in shares)}
 
 
 def mode_of(argv: Sequence[str]) -> Mode:

@@ -126,11 +126,6 @@ def activate_if_wanted() -> None:
         activate()
 
 
-def deactivate() -> None:
-    """Removes the import hook. What was done to modules already imported stays."""
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, ImportHook)]
-
-
 def is_active() -> bool:
     """Whether `activate` has run in this process."""
     return any(isinstance(finder, ImportHook) for finder in sys.meta_path)

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sglang_kairos.engine import compat
-from sglang_kairos.engine.running import memory_of, plain, tell_breaker
+from sglang_kairos.engine.decision_log import plain
+from sglang_kairos.engine.running import memory_of, tell_breaker
 from sglang_kairos.engine.state import KairosState
 from sglang_kairos.policy.admission import AdmissionPlan, QueueView
 from sglang_kairos.policy.decode_planner import ServerView
@@ -45,9 +46,9 @@ def reserve(state: KairosState, original: Callable[..., Any], queue: Any) -> Any
         result = original(queue, rids_to_check=through)
     now, planner = state.now(), memory_of(state).planner
     for entry in result[0]:
-        req = entry.req
-        req._kairos_kept, req._kairos_reserved_s = id(entry) in first, now
-        planner.let_in(len(req.origin_input_ids), entry is starving)
+        promise = state.promise(entry.req)
+        promise.kept, promise.reserved_s = id(entry) in first, now
+        planner.let_in(len(entry.req.origin_input_ids), entry is starving)
     return result
 
 
@@ -72,10 +73,10 @@ def note_starts(state: KairosState, ready: list[Any]) -> None:
     """The KV of these has arrived; their first tokens go out as soon as they get a slot."""
     stay, now = memory_of(state).planner.stay, state.now()
     for req in ready:
-        since = getattr(req, "_kairos_reserved_s", None)
-        if since is not None:
-            stay.started(len(req.origin_input_ids), now - since)
-            req._kairos_reserved_s = None
+        promise = state.promise(req)
+        if promise.reserved_s is not None:
+            stay.started(len(req.origin_input_ids), now - promise.reserved_s)
+        promise.reserved_s = promise.ready_s = None
 
 
 def end_what_never_fits(state: KairosState, queue: Any) -> None:
@@ -89,7 +90,7 @@ def end_what_never_fits(state: KairosState, queue: Any) -> None:
     longest = None
     for entry in queue.queue:
         req = entry.req
-        if req.finished_reason is not None or getattr(req, "_kairos_fits", False):
+        if req.finished_reason is not None or state.promise(req).fits:
             continue
         if longest is None:
             longest = RequestLimits(
@@ -98,8 +99,8 @@ def end_what_never_fits(state: KairosState, queue: Any) -> None:
                 page_tokens=getattr(state.scheduler, "page_size", 1) or 1,
             ).longest_prompt
         tokens = len(req.origin_input_ids)
-        req._kairos_fits = longest is None or tokens <= longest
-        if not req._kairos_fits:
+        fits = state.promise(req).fits = longest is None or tokens <= longest
+        if not fits:
             _refuse(
                 req, f"the prompt has {tokens} tokens, this decode server holds at most {longest}"
             )
@@ -156,13 +157,13 @@ def _asking(state: KairosState, queue: Any, now: float) -> QueueView:
         state,
         reqs,
         now,
-        clock_s=clock_s(queue, now),
+        clock_s=clock_s(state, queue, now),
         ready=np.array([_ready(entry) for entry in entries], bool),
         growth_tokens=np.array([compat.least_growth(queue, req) for req in reqs], float),
     )
 
 
-def clock_s(queue: Any, now: float) -> NDArray[np.float64]:
+def clock_s(state: KairosState, queue: Any, now: float) -> NDArray[np.float64]:
     """When SGLang's time-out of each entry began; `now` for who has none yet.
 
     Prefill's clock starts when the request reaches prefill, which is when it reaches decode, and
@@ -179,9 +180,10 @@ def clock_s(queue: Any, now: float) -> NDArray[np.float64]:
             return entry.req.time_stats.scheduler_recv_time or now
         if not _ready(entry):
             return now
-        if not hasattr(entry, "_kairos_ready_s"):
-            entry._kairos_ready_s = now
-        return entry._kairos_ready_s
+        promise = state.promise(entry.req)
+        if promise.ready_s is None:
+            promise.ready_s = now
+        return promise.ready_s
 
     return np.array([began_s(entry) for entry in queue.queue])
 
@@ -189,7 +191,7 @@ def clock_s(queue: Any, now: float) -> NDArray[np.float64]:
 def _server_view(state: KairosState, queue: Any) -> ServerView:
     scheduler = state.scheduler
     joining = [entry.req for entry in queue.transfer_queue.queue] + list(scheduler.waiting_queue)
-    kept = [req for req in joining if getattr(req, "_kairos_kept", True)]
+    kept = [req for req in joining if state.promise(req).kept]
     size = float(scheduler.max_total_num_tokens)
     return ServerView(
         size,

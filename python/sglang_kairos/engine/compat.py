@@ -73,6 +73,13 @@ def tp_size(scheduler: Any) -> int:
     return int(scheduler.ps.tp_size)
 
 
+def pipeline_ranks() -> int:
+    """Pipeline-parallel ranks of this scheduler process' server."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return int(get_parallel().pp_size)
+
+
 def feature(scheduler: Any, name: str) -> Any:
     """A switch that is an attribute of the scheduler or, in v0.5.16 for some, a server argument."""
     if hasattr(scheduler, name):

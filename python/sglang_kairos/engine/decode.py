@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_kairos.engine import admission, compat
+from sglang_kairos.engine import admission, features
 from sglang_kairos.engine.running import SERVED, memory_of, tell_breaker
 from sglang_kairos.engine.state import KairosState, current
 from sglang_kairos.engine.subset import SubsetView
@@ -31,7 +31,7 @@ def pop_preallocated(original: Callable[..., Any], queue: Any, *args: Any, **kwa
     if not state.config.order:
         return original(queue, *args, **kwargs)
     part = bool(args) or any(kwargs.values())
-    if part or not state.config.park or _speculates(state.scheduler):
+    if part or not state.config.park or features.why_not("reserve", state.scheduler):
         admission.sort(state, queue.queue, queue)
         return original(queue, *args, **kwargs)
     return admission.reserve(state, original, queue)
@@ -121,7 +121,7 @@ def _choose(state: KairosState, batch: Any) -> list[int] | None:
     memory.table.now(now)
     if len(batch.reqs) < 2:
         return None
-    blocker = _unsupported(state.scheduler, batch)
+    blocker = features.why_not("park", state.scheduler, batch)
     if blocker:
         state.log_once(f"park:{blocker}", f"decode packing is off while {blocker}: full batch")
         state.counters["fallback_steps"] += 1
@@ -161,31 +161,6 @@ def _record(state: KairosState, view: RunningView, choice: StepChoice) -> None:
         run=choice.run,
         reason=choice.reason,
     )
-
-
-def _speculates(scheduler: Any) -> bool:
-    """A step then yields several tokens: step times say nothing about TPOT."""
-    algorithm = getattr(scheduler, "spec_algorithm", None)
-    return algorithm is not None and not algorithm.is_none()
-
-
-def _unsupported(scheduler: Any, batch: Any) -> str:
-    """Why this batch cannot run in part, in words; empty when it can."""
-    if not batch.spec_algorithm.is_none():
-        return "speculative decoding is on"
-    if batch.sampling_info.penalizer_orchestrator.is_required:
-        return "a request uses penalties"
-    if any(map(compat.in_beam_search, batch.reqs)):
-        return "a request uses beam search"
-    if batch.hisparse_coordinator is not None:
-        return "hisparse is on"
-    if batch.model_config.is_encoder_decoder:
-        return "the model is an encoder-decoder"
-    if getattr(scheduler.req_to_token_pool, "mamba_allocator", None) is not None:
-        return "the model has mamba state"
-    if scheduler.require_mlp_sync:
-        return "DP attention synchronises batches"
-    return ""
 
 
 def _remember_step(state: KairosState, batch: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -54,13 +55,22 @@ class ServerFacts:
 
 
 UNKNOWN = ServerFacts()
+# A body that came in no longer time is not written anew for its age.
+_AGE_STEP_MS = 10.0
 
 
 class SloMiddleware:
     """Pure ASGI middleware; see the module. Streams the response, buffers the request body once."""
 
-    def __init__(self, app: App, table: SloTable, facts: ServerFacts = UNKNOWN) -> None:
+    def __init__(
+        self,
+        app: App,
+        table: SloTable,
+        facts: ServerFacts = UNKNOWN,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._app = app
+        self._clock = clock
         self._table = table
         self._facts = facts
         self._notes: Counter[str] = Counter()
@@ -70,13 +80,14 @@ class SloMiddleware:
         if path not in SLO_PATHS or scope.get("method") not in ("POST", "PUT"):
             await self._app(scope, receive, send)
             return
+        arrived_s = self._clock()
         raw, ended = await _read_body(receive)
         if ended is not None:
             # The client left in the middle of its body: whoever is next sees just that.
             await self._app(scope, _replay(raw, receive, ended), send)
             return
         try:
-            raw, scope = self._checked(raw, path, scope)
+            raw, scope = self._checked(raw, path, scope, arrived_s)
         except (SloError, RequestError) as error:
             await _answer_400(send, error_body(path, 400, str(error), param=error.field))
             return
@@ -85,7 +96,9 @@ class SloMiddleware:
             return
         await self._app(scope, _replay(raw, receive, None), send)
 
-    def _checked(self, raw: bytes, path: str, scope: Scope) -> tuple[bytes, Scope]:
+    def _checked(
+        self, raw: bytes, path: str, scope: Scope, arrived_s: float
+    ) -> tuple[bytes, Scope]:
         """The body to pass on and its scope. SloError or RequestError; malformed JSON stays."""
         try:
             body = orjson.loads(raw)
@@ -106,8 +119,16 @@ class SloMiddleware:
         if not mentions_slo(raw, headers):
             return raw, scope
         notes: list[str] = []
-        preferred = self._facts.preferred
-        carried = carry(body, path, headers, self._table, preferred=preferred, notes=notes)
+        age_ms = 1e3 * (self._clock() - arrived_s)
+        carried = carry(
+            body,
+            path,
+            headers,
+            self._table,
+            age_ms=age_ms if age_ms >= _AGE_STEP_MS else 0.0,
+            preferred=self._facts.preferred,
+            notes=notes,
+        )
         self._tell(notes)
         if not carried.changed:
             return raw, scope

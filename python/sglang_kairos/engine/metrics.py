@@ -6,12 +6,15 @@ set in this process shows there. Rank 0 tells; the other ranks decide alike.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter as Counts
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang_kairos.engine import compat
 from sglang_kairos.engine.ranks import rank_of
 from sglang_kairos.predict.error import PredictError
+from sglang_kairos.slo_attainment import TPOT_EDGES_S, TTFT_EDGES_S, Verdict
 
 EVERY_S = 1.0
 LABELS = ("role", "model_name")
@@ -21,7 +24,7 @@ class SchedulerMetrics:
     """Gauges and counters named ``kairos_…``; updated at most once in `EVERY_S` seconds."""
 
     def __init__(self, scheduler: Any, role: str) -> None:
-        from prometheus_client import Counter, Gauge
+        from prometheus_client import Counter, Gauge, Histogram
 
         self._labels = role, str(scheduler.server_args.served_model_name)
 
@@ -40,6 +43,30 @@ class SchedulerMetrics:
         self._events = Counter(
             "kairos_events", "Counters of /server_info, by name", [*LABELS, "event"]
         )
+
+        def histogram(name: str, text: str, edges: Sequence[float], *more: str) -> Any:
+            labels = [*LABELS, "slo_class", *more]
+            return Histogram(f"kairos_{name}_seconds", text, labels, buckets=edges)
+
+        def of(metric: Any) -> Callable[..., Any]:
+            """Looking a child up by its labels costs more than counting."""
+            return functools.cache(lambda *labels: metric.labels(*self._labels, *labels))
+
+        slo = "Requests served that met their target or did not"
+        self._slo = of(Counter("kairos_slo", slo, [*LABELS, "slo_class", "target", "met"]))
+        outcomes = "Requests that are over, by what became of them; health checks excepted"
+        self._outcome = of(Counter("kairos_requests", outcomes, [*LABELS, "outcome"]))
+        ttft = "Arrival to the first token; on a prefill server, to the end of the prefill"
+        self._ttft = of(histogram("ttft", ttft, TTFT_EDGES_S))
+        tpot = "Seconds per token after the first; 0 for a single token"
+        self._tpot = of(histogram("tpot", tpot, TPOT_EDGES_S))
+        late = (
+            "How late those were that missed: the first token, or the last counted from the first"
+        )
+        self._late = of(histogram("lateness", late, TTFT_EDGES_S, "target"))
+        silent = "The longest wait of a request for its next token"
+        self._silent = of(histogram("silence", silent, TTFT_EDGES_S))
+        self._silence = gauge("silence_max_seconds", "The longest wait for a next token so far")
         self._told: Counts[str] = Counts()
         self._due_s = float("-inf")
 
@@ -56,6 +83,22 @@ class SchedulerMetrics:
             return False
         self._due_s = now_s + EVERY_S
         return True
+
+    def ended(self, outcome: str, verdict: Verdict | None, longest_silence_s: float) -> None:
+        """A request is over; `verdict` if it was served."""
+        self._outcome(outcome).inc()
+        if verdict is None:
+            return
+        label = verdict.slo_class
+        for target, met in verdict.met.items():
+            self._slo(label, target, "true" if met else "false").inc()
+        self._ttft(label).observe(verdict.ttft_s)
+        for target, late_s in verdict.late_s.items():
+            self._late(label, target).observe(late_s)
+        if verdict.tpot_s is not None:
+            self._tpot(label).observe(verdict.tpot_s)
+            self._silent(label).observe(verdict.silent_s)
+            self._silence.labels(*self._labels).set(longest_silence_s)
 
     def tell(
         self, error: PredictError, *, breaker_open: bool, paused: int, counters: Counts[str]

@@ -7,7 +7,7 @@ Here an abort ends the request of that very id; where there is none, the parts o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,26 +34,24 @@ def _is_index(text: str) -> bool:
 
 
 @contextmanager
-def only_the_named(
-    scheduler: Any, recv_req: Any, more: Iterable[Any] = ()
-) -> Iterator[Callable[[Any], bool]]:
+def only_the_named(scheduler: Any, recv_req: Any, more: Iterable[Any] = ()) -> Iterator[list[Any]]:
     """Meanwhile upstream's comparison of beginnings finds those that `recv_req` names and no others.
 
-    Whose id merely begins so goes by another one. Yields whether a request is named. `more`: requests
-    that are in none of upstream's places.
+    Whose id merely begins so goes by another one. Yields those named. `more`: requests that are in
+    none of upstream's places.
     """
+    found = list({id(req): req for req in (*_everyone(scheduler), *more)}.values())
     if recv_req.abort_all:
-        yield lambda req: True
+        yield found
         return
     asked = recv_req.rid
-    found = {id(req): req for req in (*_everyone(scheduler), *more)}.values()
     batches = compat.tokenizer_workers(scheduler) != 1
     named = ids_named(asked, (req.rid for req in found), batches=batches)
     others = [(req, req.rid) for req in found if req.rid.startswith(asked) and req.rid not in named]
     for req, rid in others:
         req.rid = "\0" + rid
     try:
-        yield lambda req: req.rid in named
+        yield [req for req in found if req.rid in named]
     finally:
         for req, rid in others:
             req.rid = rid

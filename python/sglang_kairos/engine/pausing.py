@@ -8,14 +8,16 @@ that looks for requests has a seam here: aborts, timeouts, peers that failed, id
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 from sglang_kairos.engine import compat
+from sglang_kairos.engine.attainment import count_aborted
 from sglang_kairos.engine.named import only_the_named
-from sglang_kairos.engine.state import KairosState, Paused, current
+from sglang_kairos.engine.state import KairosState, current, tokens_left
 
 
 def give_slot(state: KairosState, scheduler: Any, chosen: Any) -> None:
@@ -24,16 +26,15 @@ def give_slot(state: KairosState, scheduler: Any, chosen: Any) -> None:
     if chosen is before:
         return
     if before is not None:
-        state.paused.append(Paused(before, state.now()))
+        state.promise(before).pause(state.now())
+        state.paused.append(before)
         state.counters["pauses"] += 1
     scheduler.chunked_req = None
-    for entry in state.paused:
-        if entry.req is chosen:
-            state.paused.remove(entry)
-            state.promise(chosen).paused_s += state.now() - entry.since_s
-            scheduler.chunked_req = chosen
-            state.counters["resumes"] += 1
-            break
+    if chosen in state.paused:
+        state.paused.remove(chosen)
+        state.promise(chosen).resume(state.now())
+        scheduler.chunked_req = chosen
+        state.counters["resumes"] += 1
     state.counters["max_paused"] = max(state.counters["max_paused"], len(state.paused))
 
 
@@ -44,29 +45,14 @@ def drop_released(state: KairosState) -> None:
     if it was aborted, and starts it anew if its bootstrap is pending: no KV is left to come back to.
     Whoever walks `state.paused` calls this first.
     """
-    kept = [entry for entry in state.paused if not _released(entry.req)]
-    if len(kept) < len(state.paused):
-        state.counters["paused_released"] += len(state.paused) - len(kept)
-        state.paused[:] = kept
+    for req in list(filter(_released, state.paused)):
+        state.paused.remove(req)
+        state.promise(req).paused_since_s = None
+        state.counters["paused_released"] += 1
 
 
 def _released(req: Any) -> bool:
     return bool(req.finished()) or not compat.holds_kv(req)
-
-
-def overdue(state: KairosState, now: float, slot_req: Any) -> int:
-    """Which partial has sat out for `max_pause_ms` in all and runs to its end now.
-
-    0 is the one in the slot, if there is one, the paused follow in the order of `state.paused`;
-    -1: none has.
-    """
-    limit_s = state.config.max_pause_ms / 1e3
-    if slot_req is not None and state.promise(slot_req).paused_s > limit_s:
-        return 0
-    for place, entry in enumerate(state.paused, start=int(slot_req is not None)):
-        if state.promise(entry.req).paused_s + now - entry.since_s > limit_s:
-            return place
-    return -1
 
 
 def process_pending_chunked_abort(original: Callable[..., Any], scheduler: Any) -> None:
@@ -76,10 +62,10 @@ def process_pending_chunked_abort(original: Callable[..., Any], scheduler: Any) 
     if state is None:
         return
     drop_released(state)
-    for entry in [entry for entry in state.paused if entry.aborted]:
-        state.paused.remove(entry)
+    for req in [req for req in state.paused if state.promise(req).aborted]:
+        state.paused.remove(req)
         slot, pending = scheduler.chunked_req, scheduler._pending_chunked_abort_req
-        scheduler.chunked_req = scheduler._pending_chunked_abort_req = entry.req
+        scheduler.chunked_req = scheduler._pending_chunked_abort_req = req
         try:
             original(scheduler)
         finally:
@@ -98,14 +84,15 @@ def abort_request(original: Callable[..., Any], scheduler: Any, recv_req: Any) -
     state = current()
     if state is not None:
         drop_released(state)
-    ours = [] if state is None else [entry.req for entry in state.paused]
-    with only_the_named(scheduler, recv_req, ours) as meant:
+    ours = [] if state is None else list(state.paused)
+    with only_the_named(scheduler, recv_req, ours) as named:
         if state is not None:
-            for entry in state.paused:
-                entry.aborted = entry.aborted or meant(entry.req)
+            state.guarded("attainment", functools.partial(count_aborted, state, named), None)
+            for req in set(named).intersection(state.paused):
+                state.promise(req).aborted = True
             if state.subset is not None:
                 parked = set(scheduler.running_batch.reqs).difference(state.subset.reqs)
-                state.counters["parked_aborts"] += sum(map(meant, parked))
+                state.counters["parked_aborts"] += len(parked.intersection(named))
         return original(scheduler, recv_req)
 
 
@@ -120,7 +107,7 @@ def collect_inflight_batches(original: Callable[..., Any], scheduler: Any) -> li
         drop_released(state)
     if state is None or not state.paused:
         return batches
-    return [*batches, SimpleNamespace(reqs=[entry.req for entry in state.paused])]
+    return [*batches, SimpleNamespace(reqs=list(state.paused))]
 
 
 def resolve_waiting_queue_bootstrap(original: Callable[..., Any], scheduler: Any) -> None:
@@ -135,7 +122,7 @@ def resolve_waiting_queue_bootstrap(original: Callable[..., Any], scheduler: Any
     with _in_the_queue(state, scheduler) as paused:
         original(scheduler)
         left = set(scheduler.waiting_queue)
-        state.paused[:] = [entry for entry in state.paused if entry.req in left]
+        state.paused[:] = [req for req in state.paused if req in left]
         state.counters["paused_failures"] += len(paused) - len(state.paused)
 
 
@@ -143,7 +130,7 @@ def resolve_waiting_queue_bootstrap(original: Callable[..., Any], scheduler: Any
 def _in_the_queue(state: KairosState, scheduler: Any) -> Iterator[set[Any]]:
     """The paused stand at the end of the waiting queue meanwhile; yields them."""
     drop_released(state)
-    paused = {entry.req: None for entry in state.paused}
+    paused = dict.fromkeys(state.paused)
     scheduler.waiting_queue = [*scheduler.waiting_queue, *paused]
     try:
         yield set(paused)
@@ -202,4 +189,4 @@ def report_with_paused(
 
 def _paused_tokens(state: KairosState) -> int:
     drop_released(state)
-    return sum(entry.tokens_left for entry in state.paused)
+    return sum(map(tokens_left, state.paused))

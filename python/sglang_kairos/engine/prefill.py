@@ -7,23 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sglang_kairos.engine import compat
-from sglang_kairos.engine.pausing import drop_released, give_slot, overdue
+from sglang_kairos.engine.decision_log import plain
+from sglang_kairos.engine.pausing import drop_released, give_slot
 from sglang_kairos.engine.roster import Rows
 from sglang_kairos.engine.standstill import give_way
 from sglang_kairos.engine.state import KairosState, current, tokens_left
 from sglang_kairos.engine.steps import learn_from_synchronous_step
+from sglang_kairos.policy.prefill_planner import PrefillView
+from sglang_kairos.policy.prefill_step import PrefillPlan
 from sglang_kairos.policy.reserve import may_begin
-from sglang_kairos.policy.urgency import PrefillPlan, PrefillQueue, plan_prefill, urgency_order
 
-# Looking a prompt up in the radix cache walks it: not every request at every step.
-LOOK_UP_EVERY_PLANS = 16
-LOOK_UPS_PER_PLAN = 32
-
-# A plan as ranks exchange it: order, slot, chunk limit, held back (see PrefillPlan).
-Step = tuple[list[int], int, int | None, list[int]]
+# A plan as ranks exchange it: order, slot, chunk limit, held back, starving (see PrefillPlan).
+Step = tuple[list[int], int, int | None, list[int], int]
 
 
 def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
@@ -59,10 +56,10 @@ def _planned_batch(
         result = original(scheduler, running_batch)
         # Nothing could be admitted (no memory, say): prefills that have begun are the way forward.
         state.plan = None
-        for entry in sorted(state.paused, key=lambda entry: entry.tokens_left):
+        for req in sorted(state.paused, key=tokens_left):
             if result.batch_to_run is not None or _pinned(scheduler.chunked_req):
                 break
-            give_slot(state, scheduler, entry.req)
+            give_slot(state, scheduler, req)
             state.counters["forced_resumes"] += 1
             result = original(scheduler, running_batch)
     finally:
@@ -84,7 +81,7 @@ def calc_priority(
     if state is None or not state.config.order or state.mode == "decode":
         return
     if state.mode == "null":
-        _order_unified(state, waiting_queue)
+        _order_unified(state, state.scheduler, waiting_queue)
     elif state.plan is not None:
         planned = state.plan_order
         if len(waiting_queue) > len(planned):  # upstream adds requests whose grammar is ready
@@ -158,7 +155,7 @@ def add_one_req(
 def _leaves_enough(state: KairosState, adder: Any, req: Any) -> bool:
     """Whether the prefills that have begun can still be taken to their end when `req` begins too."""
     begins = getattr(adder, "new_chunked_req", None)
-    begun = [entry.req for entry in state.paused]
+    begun = list(state.paused)
     begun += [one for one in (state.scheduler.chunked_req, begins) if one is not None]
     if not begun:
         return True
@@ -175,117 +172,76 @@ def _leaves_enough(state: KairosState, adder: Any, req: Any) -> bool:
 
 
 def _account(state: KairosState, batch: Any) -> None:
-    """Keep the books of the starvation bound for a launched batch."""
+    """Tell the planner what was launched."""
     if batch is None or not batch.extend_lens:
         return
-    state.late_share.earn(sum(batch.extend_lens))
-    for req, tokens in zip(batch.reqs, batch.extend_lens, strict=False):
-        if req is state.starving:
-            state.late_share.spend(tokens)
+    rows = zip(batch.reqs, batch.extend_lens, strict=False)
+    of_starving = sum(tokens for req, tokens in rows if req is state.starving)
+    state.planner.ran(sum(batch.extend_lens), of_starving)
 
 
 def _apply_plan(state: KairosState, scheduler: Any) -> list[Any]:
     """Plan the step, move requests in and out of the chunk slot; returns the requests held back."""
-    state.plans += 1
     waiting, slot_req = scheduler.waiting_queue, scheduler.chunked_req
-    partials = [] if slot_req is None else [slot_req]
-    partials += [entry.req for entry in state.paused]
-    at = len(waiting) if slot_req is not None else -1
+    begun = [] if slot_req is None else [slot_req]
+    begun += state.paused
     # As stock would: the queue as it stands behind the chunk in progress.
-    first = len(waiting) if partials else -1
-    as_it_stands: Step = (list(range(len(waiting))), first, None, [])
-    decide = functools.partial(_decide, state, scheduler, waiting, partials, at)
-    order, slot, limit, hold = state.agree(state.guarded("urgency", decide, as_it_stands))
-    state.plan = PrefillPlan(order, slot, limit, 0, hold)
-    give_slot(state, scheduler, None if slot < 0 else partials[slot - len(waiting)])
+    first = len(waiting) if begun else -1
+    as_it_stands: Step = (list(range(len(waiting))), first, None, [], -1)
+    decide = functools.partial(_decide, state, scheduler, waiting, begun)
+    order, slot, limit, hold, starving = state.agree(state.guarded("urgency", decide, as_it_stands))
+    jobs = [*waiting, *begun]
+    state.plan = PrefillPlan(order, slot, limit, 0, hold, starving)
+    state.starving = None if starving < 0 else jobs[starving]
+    give_slot(state, scheduler, None if slot < 0 else jobs[slot])
     scheduler.waiting_queue = [waiting[index] for index in order]
     state.plan_order = scheduler.waiting_queue.copy()
     return [waiting[index] for index in hold]
 
 
-def _decide(
-    state: KairosState, scheduler: Any, waiting: list[Any], partials: list[Any], at: int
-) -> Step:
-    """The plan as plain data. `at` is the index of the chunk slot's request in waiting + partials."""
-    config, count = state.config, len(waiting)
-    chunk_tokens = scheduler.chunked_prefill_size or scheduler.max_prefill_tokens
+def _decide(state: KairosState, scheduler: Any, waiting: list[Any], begun: list[Any]) -> Step:
+    """The plan as plain data."""
     rows = state.roster.rows(waiting)
-    if not getattr(scheduler.tree_cache, "disable", True):
-        _look_up_prefixes(state, scheduler, waiting, rows)
-    rows = np.concatenate([rows, state.roster.rows(partials)])
-    total = state.roster.tokens[rows]
-    tokens = np.maximum(1, total - state.roster.matched_tokens[rows])
-    tokens[count:] = [tokens_left(req) for req in partials]
+    _look_up_prefixes(state, scheduler, waiting, rows)
+    view = _view(state, scheduler, rows, begun)
+    plan = state.planner.plan(view, state.prefill_time)
+    if state.logging:
+        law = state.prefill_time.law.to_json()
+        settings = state.planner.settings()
+        state.record("prefill", view=plain(view), settings=settings, law=law, **plain(plan))
+    return plan.order, plan.slot, plan.chunk_limit, plan.hold, plan.starving
+
+
+def _chunk_tokens(scheduler: Any) -> int:
+    return int(scheduler.chunked_prefill_size or scheduler.max_prefill_tokens)
+
+
+def _view(state: KairosState, scheduler: Any, waiting: Rows, begun: list[Any]) -> PrefillView:
+    """What the planner is told; `waiting` are the roster's rows, the slot's request begins `begun`."""
+    roster, now = state.roster, state.now()
+    rows = np.concatenate([waiting, roster.rows(begun)]) if begun else waiting
+    total = roster.tokens[rows]
+    tokens = np.maximum(1, total - roster.matched_tokens[rows])
+    tokens[len(waiting) :] = [tokens_left(req) for req in begun]
     evictable = int(scheduler.tree_cache.evictable_size())
-    free = scheduler.token_to_kv_pool_allocator.available_size() + evictable
-    pinned = at >= 0 and _pinned(partials[0])
-    partial = np.zeros(len(rows), bool)
-    partial[count:] = True
-    if state.chaos is not None and not pinned:
-        plan = state.chaos.prefill(
-            tokens.tolist(),
-            partial.tolist(),
-            current=at,
-            chunk_tokens=chunk_tokens,
-            free_tokens=int(free),
-            max_paused=state.max_paused,
-        )
-        return plan.order, plan.slot, plan.chunk_limit, plan.hold
-    now = state.now()
-    prefix = total - tokens
-    model = state.prefill_time
-    slack = state.roster.due_s[rows] - now - config.handoff_ms / 1e3
-    work = model.remaining_s(tokens, prefix, chunk_tokens) * (1 + config.margin)
-    late = overdue(state, now, partials[0] if at >= 0 else None)
-    # What a crumb of a chunk costs depends on the prefix it rereads: that of the prefills begun.
-    begun = prefix[count:].max() if partials else 0.0
-    starving = _starving(state, waiting, partials, rows, now)
-    forced = at if pinned else (late if late < 0 else count + late)
-    plan = plan_prefill(
-        PrefillQueue(
-            work_s=work,
-            deadline_s=slack,
-            tokens=tokens,
-            partial=partial,
-            weight=_weights(state.roster.weight[rows]),
-            starving=starving,
-            fixed_s=model.step_s((), ()) * (1 + config.margin),
-            cached=prefix,
-        ),
-        chunk_tokens=chunk_tokens,
-        current=at,
-        free_tokens=int(free),
+    free = int(scheduler.token_to_kv_pool_allocator.available_size())
+    in_slot = scheduler.chunked_req is not None
+    return PrefillView(
+        now_s=now,
+        arrival_s=roster.arrival_s[rows],
+        ttft_s=roster.ttft_s[rows],
+        weight=roster.weight[rows],
+        tokens=tokens,
+        prefix=total - tokens,
+        paused_s=[state.promise(req).sat_out_s(now) for req in begun],
+        in_slot=in_slot,
+        pinned=in_slot and _pinned(scheduler.chunked_req),
+        chunk_tokens=_chunk_tokens(scheduler),
+        free_tokens=free + evictable,
         evictable_tokens=evictable,
         max_paused=state.max_paused,
         page_size=scheduler.page_size,
-        forced=forced,
-        least_tokens=model.worthwhile_tokens(float(begun), chunk_tokens),
     )
-    _check_nobody_is_lost(plan, count)
-    if state.logging:
-        state.record(
-            "prefill",
-            work_s=work.tolist(),
-            deadline_s=slack.tolist(),
-            tokens=tokens.tolist(),
-            prefix=prefix.tolist(),
-            partial=partial.tolist(),
-            starving=[False] * len(rows) if starving is None else starving.tolist(),
-            law=list(model.coefficients.values()),
-            margin=config.margin,
-            current=at,
-            chunk_tokens=chunk_tokens,
-            free_tokens=int(free),
-            evictable_tokens=evictable,
-            max_paused=state.max_paused,
-            forced=forced,
-            order=plan.order,
-            slot=plan.slot,
-            chunk_limit=plan.chunk_limit,
-            on_time=plan.on_time,
-            hold=plan.hold,
-        )
-    return plan.order, plan.slot, plan.chunk_limit, plan.hold
 
 
 def _pinned(slot_req: Any) -> bool:
@@ -295,57 +251,38 @@ def _pinned(slot_req: Any) -> bool:
 
 def _look_up_prefixes(state: KairosState, scheduler: Any, waiting: list[Any], rows: Rows) -> None:
     """Refresh the prefix-cache hits of some waiting requests: each look-up walks a prompt."""
+    if getattr(scheduler.tree_cache, "disable", True):
+        return
     roster = state.roster
-    every = 1 if len(waiting) <= LOOK_UPS_PER_PLAN else LOOK_UP_EVERY_PLANS
-    for index in roster.to_match(rows, state.plans, every, LOOK_UPS_PER_PLAN):
+    for index in state.planner.to_look_up(roster.matched_at[rows]):
         req = waiting[index]
         compat.match_prefix(req, scheduler.tree_cache)
         roster.matched_tokens[rows[index]] = req.num_matched_prefix_tokens
-        roster.matched_at[rows[index]] = state.plans
+        roster.matched_at[rows[index]] = state.planner.plans
 
 
-def _check_nobody_is_lost(plan: PrefillPlan, waiting: int) -> None:
-    """ValueError unless every waiting index is either ordered or held back, once."""
-    named = np.array([*plan.order, *plan.hold], np.intp)
-    if len(named) != waiting or (np.bincount(named, minlength=waiting) != 1).any():
-        raise ValueError(f"a plan over {waiting} waiting requests names {len(named)}")
-
-
-def _starving(
-    state: KairosState, waiting: list[Any], partials: list[Any], rows: Rows, now: float
-) -> Any:
-    """Mask of who may go first: the oldest past the starvation bound, while the late share allows."""
-    state.starving = None
-    past = np.flatnonzero(state.roster.starves_s[rows] < now)
-    if past.size == 0 or not state.late_share.may_spend():
-        return None
-    oldest = int(past[np.argmin(state.roster.arrival_s[rows[past]])])
-    count = len(waiting)
-    state.starving = waiting[oldest] if oldest < count else partials[oldest - count]
-    mask = np.zeros(len(rows), bool)
-    mask[oldest] = True
-    return mask
-
-
-def _weights(weights: NDArray[np.float64]) -> NDArray[np.float64] | None:
-    """Class weights, or None when all are alike (the exact algorithm then applies)."""
-    return weights if weights.size and weights.min() < weights.max() else None
-
-
-def _order_unified(state: KairosState, waiting_queue: list[Any]) -> None:
-    """Urgency order for unified serving: same predictor, no pausing."""
+def _order_unified(state: KairosState, scheduler: Any, waiting_queue: list[Any]) -> None:
+    """Urgency order for unified serving: same planner, no pausing."""
     rows = state.roster.rows(waiting_queue)  # also takes down what each was promised
     state.tell_metrics()
     if len(waiting_queue) < 2:
         return
 
     def decide() -> list[int]:
-        # A retracted request has more to compute than when it came.
+        # Upstream has looked every prompt up, and a retracted request has more to compute now.
         total = np.array([len(req.origin_input_ids) + len(req.output_ids) for req in waiting_queue])
-        matched = np.array([req.num_matched_prefix_tokens for req in waiting_queue])
-        work = state.prefill_time.remaining_s(np.maximum(1, total - matched), matched, 8192)
-        slack = state.roster.due_s[rows] - state.now()
-        return urgency_order(work, slack, _weights(state.roster.weight[rows])).order
+        known = np.array([req.num_matched_prefix_tokens for req in waiting_queue])
+        roster = state.roster
+        view = PrefillView(
+            now_s=state.now(),
+            arrival_s=roster.arrival_s[rows],
+            ttft_s=roster.ttft_s[rows],
+            weight=roster.weight[rows],
+            tokens=np.maximum(1, total - known),
+            prefix=known,
+            chunk_tokens=_chunk_tokens(scheduler),
+        )
+        return state.planner.order(view, state.prefill_time)
 
     as_it_stands = list(range(len(waiting_queue)))
     order = state.agree(state.guarded("urgency", decide, as_it_stands))

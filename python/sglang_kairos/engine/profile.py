@@ -23,8 +23,6 @@ logger = logging.getLogger("sglang_kairos")
 
 SAVE_EVERY_S = 60.0
 UNKNOWN = Seed("", "", 1)
-# What decides which kernels run, by SGLang's names.
-_BACKENDS = ("attention_backend", "moe_runner_backend", "quantization", "kv_cache_dtype", "dtype")
 
 
 class Profile:
@@ -97,15 +95,10 @@ class Profile:
 
 
 def _key(scheduler: Any) -> Key:
-    args = getattr(scheduler, "server_args", None)
-
-    def of(name: str) -> str:
-        return str(getattr(args, name, None) or "")
-
     gpu = "cpu"
     if scheduler.device == "cuda":
         import torch
 
         gpu = torch.cuda.get_device_name()
-    model = of("served_model_name") or of("model_path") or "unknown"
-    return Key(model, gpu, compat.tp_size(scheduler), "/".join(map(of, _BACKENDS)))
+    args = getattr(scheduler, "server_args", None)
+    return Key.of_server(lambda name: getattr(args, name, None), gpu, compat.tp_size(scheduler))

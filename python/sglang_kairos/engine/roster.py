@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-NEVER = -(1 << 40)
+from sglang_kairos.policy.prefill_planner import NEVER
 
 Rows = NDArray[np.intp]
 
@@ -27,12 +27,12 @@ class Roster:
     `matched_tokens` the last prefix-cache hit known, `matched_at` the plan that looked it up.
     """
 
-    def __init__(self, promise: Callable[[Any], Any], max_wait: float, rows: int = 1024) -> None:
-        self._promise, self._max_wait = promise, max_wait
+    def __init__(self, promise: Callable[[Any], Any], rows: int = 1024) -> None:
+        self._promise = promise
         self._row_of: dict[int, int] = {}  # by id(); entries go before their id can come again
         self._guards: dict[int, weakref.ref[Any]] = {}
         self._free: list[int] = []
-        self.arrival_s, self.due_s, self.starves_s, self.weight = (np.zeros(0) for _ in range(4))
+        self.arrival_s, self.ttft_s, self.weight = (np.zeros(0) for _ in range(3))
         self.tokens, self.matched_tokens, self.matched_at = (np.zeros(0, np.int64),) * 3
         self._grow(rows)
 
@@ -41,7 +41,7 @@ class Roster:
 
     def _grow(self, rows: int) -> None:
         self._free += range(len(self.tokens) + rows - 1, len(self.tokens) - 1, -1)
-        for name in ("arrival_s", "due_s", "starves_s", "weight"):
+        for name in ("arrival_s", "ttft_s", "weight"):
             setattr(self, name, np.concatenate([getattr(self, name), np.zeros(rows)]))
         for name in ("tokens", "matched_tokens", "matched_at"):
             column = np.concatenate([getattr(self, name), np.zeros(rows, np.int64)])
@@ -61,8 +61,7 @@ class Roster:
         if not self._free:
             self._grow(len(self.tokens))
         promise, row, key = self._promise(req), self._free.pop(), id(req)
-        self.arrival_s[row], self.due_s[row] = promise.arrival_s, promise.ttft_due_s
-        self.starves_s[row] = promise.arrival_s + self._max_wait * promise.slo.ttft_ms / 1e3
+        self.arrival_s[row], self.ttft_s[row] = promise.arrival_s, promise.slo.ttft_ms / 1e3
         self.weight[row] = promise.slo.weight
         self.tokens[row] = len(req.origin_input_ids) + len(req.output_ids)
         self.matched_tokens[row], self.matched_at[row] = 0, NEVER
@@ -72,15 +71,3 @@ class Roster:
     def _forget(self, key: int, _: Any) -> None:
         self._free.append(self._row_of.pop(key))
         del self._guards[key]
-
-    def to_match(self, rows: Rows, plan: int, every: int, at_most: int) -> list[int]:
-        """Which of `rows` (indices into it) to look up in the prefix cache now, stalest first.
-
-        Those whose last look-up is `every` plans old, at most `at_most` of them. Counts plans, not
-        time, so that all ranks of a server look up the same ones.
-        """
-        age = plan - self.matched_at[rows]
-        stale = np.flatnonzero(age >= every)
-        if stale.size > at_most:
-            stale = stale[np.argsort(-age[stale], kind="stable")[:at_most]]
-        return stale.tolist()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -122,8 +121,8 @@ def _entry(state: KairosState, req: Any) -> Entry:
     if promise.first_token_s is None:
         promise.first_token_s = req.time_stats.decode_prebuilt_finish_time or state.now()
     last = req.time_stats.last_decode_finish_time or promise.first_token_s
-    kept = bool(getattr(req, "_kairos_kept", True))
-    return promise.first_token_s, promise.slo.tpot_ms / 1e3, float(len(req.output_ids)), last, kept
+    emitted = float(len(req.output_ids))
+    return promise.first_token_s, promise.slo.tpot_ms / 1e3, emitted, last, promise.kept
 
 
 def tell_breaker(state: KairosState, error: PredictError | None) -> None:
@@ -135,9 +134,3 @@ def tell_breaker(state: KairosState, error: PredictError | None) -> None:
             f"(--kairos-max-step-error {state.config.max_step_error:g}) and do not follow the "
             f"predictions (response {error.response:.2f})",
         )
-
-
-def plain(view: Any) -> dict[str, Any]:
-    """A view for the decision log: lists for columns."""
-    values = {field.name: getattr(view, field.name) for field in fields(view)}
-    return {name: getattr(value, "tolist", lambda v=value: v)() for name, value in values.items()}

@@ -13,6 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from sglang_kairos.engine import callees
+from sglang_kairos.engine.callees import Callee
+
 SUPPORTED_VERSIONS = ("0.5.23", "0.5.16")  # newest first
 
 
@@ -24,17 +27,20 @@ class Seam:
     scheduler processes, those of them that import ``mooncake``, or the HTTP server. `fingerprints`
     maps an SGLang version to the hash of the function's source (decorators excluded, so that a
     patched tree has the same one). `absent` maps a version that has no such function, or a better
-    place, to the reason.
+    place, to the reason. `relies_on`: other functions of SGLang that the handler calls or replaces.
+    `upstream`: the issue or pull request there that is nearest to making the seam unneeded.
     """
 
     target: str
     handler: str
-    process: str
     why: str
     how: str
     gone_when: str
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
+    process: str = "scheduler"
+    relies_on: tuple[Callee, ...] = ()
+    upstream: str = ""
 
     @property
     def module(self) -> str:
@@ -55,11 +61,11 @@ SEAMS: tuple[Seam, ...] = (
         "SLOs and moves them into custom_params",
         gone_when="SGLang's request schema has ttft_ms and tpot_ms",
         fingerprints={"0.5.23": "bdcd86e50f953de0", "0.5.16": "02aa251b95a8b392"},
+        upstream="sgl-project/sglang#38464: plugins in every process",
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.get_init_info",
         handler="sglang_kairos.engine.state:get_init_info",
-        process="scheduler",
         why="the server must not serve when a scheduler process came up without Kairos",
         how="adds the number of installed seams to the hand-shake; the HTTP server checks it",
         gone_when="SGLang reports loaded plugins in the hand-shake",
@@ -68,7 +74,6 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.run_event_loop",
         handler="sglang_kairos.engine.state:run_event_loop",
-        process="scheduler",
         why="Kairos' state belongs to one scheduler and must refuse what it does not support",
         how="builds the state, refuses what is not supported, then runs the loop",
         gone_when="SGLang has a start-up hook for scheduler plugins",
@@ -77,36 +82,41 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.get_new_batch_prefill",
         handler="sglang_kairos.engine.prefill:get_new_batch_prefill",
-        process="scheduler",
         why="the chunk in progress always runs first: a long prompt blocks every urgent one",
         how="plans by urgency, swaps Scheduler.chunked_req (pause and resume), holds back what must "
         "wait, ends a standstill of optimistic prefills",
         gone_when="the chunk slot is chosen by the schedule policy",
         fingerprints={"0.5.23": "4fd06cb5da9979ae", "0.5.16": "63103245fced8d32"},
+        relies_on=(
+            callees.REQUEUE,
+            callees.HAS_BOOTSTRAPPED,
+            callees.MATCH_CACHE,
+            callees.MATCH_PREFIX,
+        ),
+        upstream="sgl-project/sglang#34623: several chunked prefills at a time",
     ),
     Seam(
         target="sglang.srt.managers.schedule_policy:SchedulePolicy.calc_priority",
         handler="sglang_kairos.engine.prefill:calc_priority",
-        process="scheduler",
         why="the waiting queue is ordered here; no upstream policy knows a deadline",
         how="runs the upstream policy (it matches prefixes), then applies the order of the plan",
         gone_when="schedule policies are pluggable",
         fingerprints={"0.5.23": "55854ff88dd96457", "0.5.16": "1aeee4b3c3b38e22"},
+        upstream="sgl-project/sglang#10063: a schedule policy for short prompts among long ones",
     ),
     Seam(
         target="sglang.srt.managers.schedule_policy:SchedulePolicy.shortest_prefill_chunk_limit",
         handler="sglang_kairos.engine.prefill:chunk_limit",
-        process="scheduler",
         why="the chunk in progress takes the whole token budget, more urgent short prompts get none",
         how="returns the plan's share of the chunk budget",
         gone_when="the chunk budget is split by the schedule policy",
         fingerprints={"0.5.23": "02d0d7a316ec7639"},
         absent={"0.5.16": "PrefillAdder.add_chunked_req is the seam there"},
+        upstream="sgl-project/sglang#39717: controls for what runs beside the chunk in progress",
     ),
     Seam(
         target="sglang.srt.managers.schedule_policy:PrefillAdder.add_chunked_req",
         handler="sglang_kairos.engine.prefill:add_chunked_req",
-        process="scheduler",
         why="the chunk in progress takes the whole token budget, more urgent short prompts get none",
         how="shows it the plan's share of the chunk budget only",
         gone_when="v0.5.16 is no longer supported",
@@ -116,38 +126,37 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         target="sglang.srt.managers.schedule_policy:PrefillAdder.add_one_req",
         handler="sglang_kairos.engine.prefill:add_one_req",
-        process="scheduler",
         why="when the chunk slot took part of the budget, a long request behind it would start a "
         "second chunked prefill, which upstream asserts against; and upstream does not know that "
         "paused prefills need KV for their rest: filled by others, it runs dry and the server ends",
         how="ends admission instead; the request keeps its place",
         gone_when="pausing is upstream",
         fingerprints={"0.5.23": "0ba5f82ef33b3ce8", "0.5.16": "3ca34b28f8f4487e"},
+        relies_on=(callees.LOCK_NODE, callees.ROOM, callees.CEIL_TOKENS),
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.process_pending_chunked_abort",
         handler="sglang_kairos.engine.pausing:process_pending_chunked_abort",
-        process="scheduler",
         why="an aborted request that is paused must be torn down like the chunk in progress",
         how="lends each aborted paused request the chunk slot while upstream tears it down",
         gone_when="pausing is upstream",
         fingerprints={"0.5.23": "73eda6b71a839bed", "0.5.16": "be273ebc8d925553"},
+        relies_on=(callees.SLOT_ABORTS,),
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.abort_request",
         handler="sglang_kairos.engine.pausing:abort_request",
-        process="scheduler",
         why="an abort looks through upstream's queues only, a paused prefill is in none; and it ends "
         "every request whose id begins like the one it names",
         how="marks the paused request of that id, then runs upstream's while those whose ids only "
         "begin so go by others",
         gone_when="pausing is upstream, and aborts compare whole ids",
         fingerprints={"0.5.23": "cebc4184977cd857", "0.5.16": "2765e02f2b4889e4"},
+        upstream="sgl-project/sglang#32237: aborts compare beginnings only where asked to",
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler._collect_inflight_batches",
         handler="sglang_kairos.engine.pausing:collect_inflight_batches",
-        process="scheduler",
         why="running timeouts and weight-version records look for started requests in batches only",
         how="adds the paused requests as one more batch",
         gone_when="pausing is upstream",
@@ -161,7 +170,6 @@ SEAMS: tuple[Seam, ...] = (
         target="sglang.srt.disaggregation.prefill:"
         "SchedulerDisaggregationPrefillMixin.resolve_waiting_queue_bootstrap",
         handler="sglang_kairos.engine.pausing:resolve_waiting_queue_bootstrap",
-        process="scheduler",
         why="a paused request whose decode peer failed would keep its KV until it is resumed",
         how="lets the paused stand in the waiting queue while upstream polls that queue's senders",
         gone_when="pausing is upstream",
@@ -170,7 +178,6 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.is_fully_idle",
         handler="sglang_kairos.engine.pausing:is_fully_idle",
-        process="scheduler",
         why="idle checks and cache flushes would run over the KV of a paused prefill",
         how="not idle while anything is paused",
         gone_when="pausing is upstream",
@@ -179,7 +186,6 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler._record_step_counters",
         handler="sglang_kairos.engine.steps:record_step_counters",
-        process="scheduler",
         why="the prefill predictor learns from executed steps",
         how="reads the busy time that upstream just added for this batch",
         gone_when="SGLang publishes per-step timings",
@@ -187,11 +193,11 @@ SEAMS: tuple[Seam, ...] = (
         absent={
             "0.5.16": "Scheduler.run_batch and Scheduler.process_batch_result are the seams there"
         },
+        upstream="sgl-project/sglang#33067: the time of each step in the log",
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.run_batch",
         handler="sglang_kairos.engine.steps:run_batch",
-        process="scheduler",
         why="the prefill predictor learns from executed steps",
         how="notes when a prefill batch was launched",
         gone_when="v0.5.16 is no longer supported",
@@ -201,7 +207,6 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.process_batch_result",
         handler="sglang_kairos.engine.steps:process_batch_result",
-        process="scheduler",
         why="the prefill predictor learns from executed steps",
         how="takes the time since the launch when the result is there",
         gone_when="v0.5.16 is no longer supported",
@@ -212,7 +217,6 @@ SEAMS: tuple[Seam, ...] = (
         target="sglang.srt.managers.scheduler_components.load_inquirer:"
         "SchedulerLoadInquirer._get_num_pending_tokens",
         handler="sglang_kairos.engine.pausing:num_pending_tokens",
-        process="scheduler",
         why="load reports would not count the work left in paused prefills",
         how="adds it",
         gone_when="pausing is upstream",
@@ -222,7 +226,6 @@ SEAMS: tuple[Seam, ...] = (
         target="sglang.srt.managers.scheduler_components.load_inquirer:"
         "SchedulerLoadInquirer.get_num_waiting_uncached_tokens",
         handler="sglang_kairos.engine.pausing:num_waiting_uncached_tokens",
-        process="scheduler",
         why="load reports would not count the work left in paused prefills",
         how="adds it",
         gone_when="pausing is upstream",
@@ -232,7 +235,6 @@ SEAMS: tuple[Seam, ...] = (
         target="sglang.srt.managers.scheduler_components.load_inquirer:"
         "SchedulerLoadInquirer.get_loads",
         handler="sglang_kairos.engine.pausing:get_loads",
-        process="scheduler",
         why="/v1/loads and data-parallel balancing would not see the paused requests",
         how="counts them as waiting and adds the tokens they still need",
         gone_when="pausing is upstream",
@@ -242,7 +244,6 @@ SEAMS: tuple[Seam, ...] = (
         target="sglang.srt.managers.scheduler_components.metrics_reporter:"
         "SchedulerMetricsReporter.report_prefill_stats",
         handler="sglang_kairos.engine.pausing:report_with_paused",
-        process="scheduler",
         why="the log's #queue-req and the Prometheus queue gauges count the waiting queue only",
         how="lets the paused stand in the waiting queue meanwhile",
         gone_when="pausing is upstream",
@@ -252,7 +253,6 @@ SEAMS: tuple[Seam, ...] = (
         target="sglang.srt.managers.scheduler_components.metrics_reporter:"
         "SchedulerMetricsReporter._build_queued_request_metrics",
         handler="sglang_kairos.engine.pausing:report_with_paused",
-        process="scheduler",
         why="forward-pass metrics describe the waiting queue only",
         how="lets the paused stand in the waiting queue meanwhile",
         gone_when="pausing is upstream",
@@ -262,7 +262,6 @@ SEAMS: tuple[Seam, ...] = (
         target="sglang.srt.managers.scheduler_components.internal_state:"
         "SchedulerInternalStateController.get_internal_state",
         handler="sglang_kairos.engine.state:get_internal_state",
-        process="scheduler",
         why="the router and operators need predictors, errors and counters",
         how="adds a `kairos` entry to /server_info",
         gone_when="never: this is Kairos' own report",
@@ -272,7 +271,6 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.get_internal_state",
         handler="sglang_kairos.engine.state:get_internal_state",
-        process="scheduler",
         why="the router and operators need predictors, errors and counters",
         how="adds a `kairos` entry to /server_info",
         gone_when="never: this is Kairos' own report",
@@ -280,43 +278,55 @@ SEAMS: tuple[Seam, ...] = (
         absent={"0.5.23": "SchedulerInternalStateController.get_internal_state is the seam there"},
     ),
     Seam(
+        target="sglang.srt.managers.scheduler_components.output_streamer:"
+        "SchedulerOutputStreamer.stream_output",
+        handler="sglang_kairos.engine.attainment:stream_output",
+        process="scheduler",
+        why="whether a request got what it was promised is known where its tokens leave, and nowhere "
+        "else do all of them pass that end: finished, failed, aborted while they run",
+        how="notes when each got its first and last token, judges who has ended",
+        gone_when="SGLang's request schema has targets, and its metrics say whether they were met",
+        fingerprints={"0.5.23": "ea8674f3306daab3", "0.5.16": "ea8674f3306daab3"},
+    ),
+    Seam(
         target="sglang.srt.disaggregation.decode:DecodePreallocQueue.pop_preallocated",
         handler="sglang_kairos.engine.decode:pop_preallocated",
-        process="scheduler",
         why="prefill sees a request only after decode reserved its KV, first come first served",
         how="sorts the queue by urgency first",
         gone_when="pre-allocation follows the schedule policy",
         fingerprints={"0.5.23": "cfa52d2f419fd954", "0.5.16": "b39ac15a3026054a"},
+        relies_on=(callees.RESOLVE, callees.HANDSHAKES, callees.PREPARE_ABORT),
+        upstream="sgl-project/sglang#40166: an order for pre-allocation",
     ),
     Seam(
         target="sglang.srt.disaggregation.decode:"
         "SchedulerDisaggregationDecodeMixin.get_new_prebuilt_batch",
         handler="sglang_kairos.engine.decode:get_new_prebuilt_batch",
-        process="scheduler",
         why="the first token is streamed on admission: who gets a free slot decides TTFT",
         how="sorts transferred requests by TTFT slack before upstream admits",
         gone_when="admission follows the schedule policy",
         fingerprints={"0.5.23": "f905242577d5eca6", "0.5.16": "3db78366d146768f"},
+        upstream="sgl-project/sglang#25062: priorities count in PD mode",
     ),
     Seam(
         target="sglang.srt.disaggregation.decode:"
         "SchedulerDisaggregationDecodeMixin.get_next_disagg_decode_batch_to_run",
         handler="sglang_kairos.engine.decode:get_next_decode_batch",
-        process="scheduler",
         why="every running request decodes in every step, whatever its slack",
         how="runs upstream's, then executes the subset chosen while it ran",
         gone_when="the running batch and the executed batch are separate upstream",
         fingerprints={"0.5.23": "8e26fd56c274e1a9", "0.5.16": "8e26fd56c274e1a9"},
+        upstream="sgl-project/sglang#28477: decode batches bounded by a latency target",
     ),
     Seam(
         target="sglang.srt.disaggregation.common.conn:CommonKVManager.update_status",
         handler="sglang_kairos.engine.transfer:update_status",
-        process="scheduler",
         why="two threads read and write a request's status without a lock: decode's hand-shake is "
         "lost when it arrives while the request is opened, and the request waits for its time-out",
         how="one thread at a time",
         gone_when="upstream changes statuses under a lock",
         fingerprints={"0.5.23": "9b5f0f8719e1ac14", "0.5.16": "816c85e37296a34f"},
+        upstream="sgl-project/sglang#19205: a review there says that it is not thread-safe",
     ),
     Seam(
         target="sglang.srt.disaggregation.mooncake.conn:MooncakeKVManager.transfer_worker",
@@ -326,11 +336,12 @@ SEAMS: tuple[Seam, ...] = (
         how="fails that request and runs upstream's loop again",
         gone_when="upstream's transfer thread fails one request only",
         fingerprints={"0.5.23": "b960b38cfbfae100", "0.5.16": "5ad34dcb85d7c5e1"},
+        relies_on=(callees.CONCLUDE_FAILURE, callees.RECORD_FAILURE),
+        upstream="sgl-project/sglang#27162: an error fails one request only",
     ),
     Seam(
         target="sglang.srt.disaggregation.common.conn:CommonKVManager.check_status",
         handler="sglang_kairos.engine.transfer:check_status",
-        process="scheduler",
         why="a request cleared between two look-ups ends the transfer thread, and the server with it",
         how="a room that is not there has failed, instead of a KeyError",
         gone_when="upstream's transfer thread fails one request only",
@@ -339,19 +350,20 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         target="sglang.srt.managers.schedule_batch:ScheduleBatch.retract_decode",
         handler="sglang_kairos.engine.decode:retract_decode",
-        process="scheduler",
         why="who is retracted is who has the fewest output tokens, whatever was promised to him",
         how="has this batch retract in the order of least SLO lost",
         gone_when="upstream's --retraction-policy can be extended",
         fingerprints={"0.5.23": "959dc41176f9d084", "0.5.16": "2f795963dbc8b9f4"},
+        relies_on=(callees.RETRACTION_ORDER,),
+        upstream="sgl-project/sglang#30573: --retraction-policy",
     ),
     Seam(
         target="sglang.srt.managers.schedule_batch:ScheduleBatch.prepare_for_decode",
         handler="sglang_kairos.engine.decode:prepare_for_decode",
-        process="scheduler",
         why="it allocates the next token's KV for the whole batch, after filtering and retraction",
         how="prepares only the chosen subset view and writes the new lengths back",
         gone_when="the running batch and the executed batch are separate upstream",
         fingerprints={"0.5.23": "c19ab26d3aeac033", "0.5.16": "b8e2ede29a386055"},
+        relies_on=(callees.FILTER_BATCH, callees.FILTER_SAMPLING),
     ),
 )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sglang_kairos.engine.callees import Callee
 from sglang_kairos.engine.seams import SEAMS, SUPPORTED_VERSIONS, Seam
 
 State = Literal["same", "changed", "gone"]
@@ -19,29 +20,47 @@ State = Literal["same", "changed", "gone"]
 
 @dataclass(frozen=True)
 class Finding:
-    """How one seam's function stands in an SGLang tree. `problem` is empty when it is the same."""
+    """How a function of a seam stands in an SGLang tree. `problem` is empty when it is the same.
+
+    `callee` is None for the function that the seam wraps, else one that its handler relies on.
+    """
 
     seam: Seam
     state: State
     problem: str = ""
+    callee: Callee | None = None
+
+    @property
+    def function(self) -> Seam | Callee:
+        """The one that was looked for."""
+        return self.callee or self.seam
 
 
 @dataclass(frozen=True)
 class Survey:
-    """A tree against the column of the table that fits it best, whatever version it says it is."""
+    """A tree against the column of the table that fits it best, whatever version it says it is.
+
+    `findings`: of the wrapped functions. `relied_on`: of what their handlers rely on.
+    """
 
     version: str
     findings: list[Finding]
+    relied_on: list[Finding]
+
+    @property
+    def all(self) -> list[Finding]:
+        return [*self.findings, *self.relied_on]
 
     @property
     def problems(self) -> list[str]:
-        """One sentence per seam that is not as known, each naming the upstream function."""
-        return [finding.problem for finding in self.findings if finding.problem]
+        """One sentence per function that is not as known, each naming it."""
+        return [finding.problem for finding in self.all if finding.problem]
 
     @property
     def usable(self) -> list[Seam]:
-        """The seams whose functions are as known."""
-        return [finding.seam for finding in self.findings if not finding.problem]
+        """The seams whose functions are as known, and all that their handlers rely on."""
+        broken = {finding.seam.target for finding in self.all if finding.problem}
+        return [found.seam for found in self.findings if found.seam.target not in broken]
 
 
 def survey(seams: Iterable[Seam] = SEAMS, package: Path | None = None) -> Survey:
@@ -50,32 +69,50 @@ def survey(seams: Iterable[Seam] = SEAMS, package: Path | None = None) -> Survey
     `package` is SGLang's package folder; by default it is looked for as an import would.
     """
     seams = list(seams)
-    surveys = [
-        Survey(v, [_find(seam, v, package) for seam in seams if v in seam.fingerprints])
-        for v in SUPPORTED_VERSIONS
+    surveys: list[Survey] = []
+    for version in SUPPORTED_VERSIONS:
+        surveys.append(_survey(version, seams, package))
+        if not _misfit(surveys[-1]):
+            break
+    return min(surveys, key=_misfit)  # ties go to the newest: `min` keeps the first
+
+
+def _survey(version: str, seams: list[Seam], package: Path | None) -> Survey:
+    there = [seam for seam in seams if version in seam.fingerprints]
+    relied_on = [
+        _find(seam, version, package, callee)
+        for seam in there
+        for callee in seam.relies_on
+        if version in callee.fingerprints
     ]
-    # Ties go to the newest: `min` keeps the first.
-    return min(surveys, key=_misfit)
+    return Survey(version, [_find(seam, version, package) for seam in there], relied_on)
 
 
 def _misfit(found: Survey) -> float:
-    """Share of the seams that are not as known; a version that the table is silent on is no fit."""
-    return len(found.problems) / len(found.findings) if found.findings else 2.0
+    """Share of the functions not as known; a version that the table is silent on is no fit."""
+    return len(found.problems) / len(found.all) if found.findings else 2.0
 
 
-def _find(seam: Seam, version: str, package: Path | None) -> Finding:
-    path = _module_path(seam.module, package)
+def _find(seam: Seam, version: str, package: Path | None, callee: Callee | None = None) -> Finding:
+    function = callee or seam
+    state, trouble = _state(function, version, package)
+    whose = f" ({seam.qualname}'s seam relies on it)" if callee else ""
+    problem = f"{function.target}{whose}: {trouble}" if trouble else ""
+    return Finding(seam, state, problem, callee)
+
+
+def _state(function: Seam | Callee, version: str, package: Path | None) -> tuple[State, str]:
+    """How `function` stands to its fingerprint, and what is wrong with it in words."""
+    path = _module_path(function.module, package)
     if path is None:
-        problem = f"{seam.target}: SGLang has no module {seam.module}"
-        return Finding(seam, "gone", problem)
-    found = fingerprint(path.read_text(encoding="utf-8"), seam.qualname)
+        return "gone", f"SGLang has no module {function.module}"
+    found = fingerprint(path.read_text(encoding="utf-8"), function.qualname)
     if found is None:
-        return Finding(seam, "gone", f"{seam.target}: SGLang has no such function")
-    if found != seam.fingerprints[version]:
-        known = ", ".join(f"v{v}" for v in seam.fingerprints)
-        problem = f"{seam.target}: unknown source {found}; Kairos knows {known}"
-        return Finding(seam, "changed", problem)
-    return Finding(seam, "same")
+        return "gone", "SGLang has no such function"
+    if found != function.fingerprints[version]:
+        known = ", ".join(f"v{v}" for v in function.fingerprints)
+        return "changed", f"unknown source {found}; Kairos knows {known}"
+    return "same", ""
 
 
 def _module_path(module: str, package: Path | None) -> Path | None:
@@ -92,7 +129,7 @@ def _module_path(module: str, package: Path | None) -> Path | None:
     return None
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=32)
 def _parse(source: str) -> ast.Module:
     return ast.parse(source)
 
@@ -118,10 +155,10 @@ def fingerprint(source: str, qualname: str) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def namesakes(seam: Seam, package: Path, at_most: int = 3) -> list[str]:
+def namesakes(seam: Seam | Callee, package: Path, at_most: int = 3) -> list[str]:
     """Where else SGLang defines a function of that name, as ``module:qualified.name``.
 
-    Those in the seam's own module come first, then those in its folder.
+    Those in its own module come first, then those in its folder.
     """
     name, home = seam.qualname.split(".")[-1], seam.module.split(".")
     found: list[tuple[int, str]] = []

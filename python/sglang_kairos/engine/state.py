@@ -4,74 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.engine import compat
-from sglang_kairos.engine.chaos import Chaos
+from sglang_kairos.engine import features
+from sglang_kairos.engine.decision_log import DecisionLog
 from sglang_kairos.engine.graphs import captured_sizes
 from sglang_kairos.engine.latest import LatestSteps
 from sglang_kairos.engine.metrics import SchedulerMetrics
 from sglang_kairos.engine.plugin import INSTALLED, active_config
 from sglang_kairos.engine.profile import Profile
-from sglang_kairos.engine.ranks import Clock, agreement, rank_of
+from sglang_kairos.engine.ranks import Clock, agreement
+from sglang_kairos.engine.request_state import RequestState, kv_tokens
+from sglang_kairos.engine.request_state import tokens_left as tokens_left
 from sglang_kairos.engine.roster import Roster
-from sglang_kairos.policy.urgency import LateShare, PrefillPlan
-from sglang_kairos.slo import WIRE_KEY, RequestSlo, Slo, SloError, SloTable, from_wire
+from sglang_kairos.policy.prefill_planner import prefill_planner
+from sglang_kairos.policy.prefill_step import PrefillPlan
+from sglang_kairos.slo import WIRE_KEY, RequestSlo, SloError, SloTable
+from sglang_kairos.slo_attainment import Attainment, Recent, Silences
 
 logger = logging.getLogger("sglang_kairos")
 
 Decision = TypeVar("Decision")
 LOGGED_ERRORS = 5  # the rest is only counted, or a broken step would fill the disk
-
-
-@dataclass(slots=True)
-class Promise:
-    """What Kairos keeps for one request. Times are `time.perf_counter` seconds of this process.
-
-    `paused_s` is how long its prefill sat out in all, the pause it may be in excepted.
-    """
-
-    slo: Slo
-    arrival_s: float
-    first_token_s: float | None = None
-    paused_s: float = 0.0
-
-    @property
-    def ttft_due_s(self) -> float:
-        return self.arrival_s + self.slo.ttft_ms / 1e3
-
-
-@dataclass(slots=True)
-class Paused:
-    """A half-done chunked prefill that sits out; its KV stays where it is."""
-
-    req: Any
-    since_s: float
-    aborted: bool = False
-
-    @property
-    def kv_tokens(self) -> int:
-        """Prompt tokens computed, whose KV it keeps."""
-        return int(compat.extend_end(self.req) or compat.prefix_len(self.req))
-
-    @property
-    def tokens_left(self) -> int:
-        """Prompt tokens that no launched chunk covers yet."""
-        return tokens_left(self.req)
-
-
-def tokens_left(req: Any) -> int:
-    """Prompt tokens of a started chunked prefill that no launched chunk covers yet."""
-    end = compat.extend_end(req)
-    done = compat.prefix_len(req) if end is None else end
-    return max(1, len(req.origin_input_ids) - done)
 
 
 class KairosState:
@@ -85,15 +43,14 @@ class KairosState:
         self.captured_sizes = captured_sizes(scheduler)
         self.prefill_time, self.step_time = self.profile.start(self.captured_sizes)
         self.steps = LatestSteps()
-        self.late_share = LateShare(config.late_share)
-        self.paused: list[Paused] = []
+        self.paused: list[Any] = []
         self.held: list[Any] = []
         self.plan: PrefillPlan | None = None
         self.plan_order: list[Any] = []
-        self.plans = 0
-        self.roster = Roster(self.promise, config.max_wait)
+        self.planner = prefill_planner(config)
+        self.roster = Roster(self.promise)
         self.starving: Any = None
-        self.cannot_pause = _cannot_pause(scheduler)
+        self.cannot_pause = ", ".join(features.reasons("pause", scheduler))
         # A CPU runs the forward inside the launch; a GPU's launch returns at once.
         self.synchronous: bool = scheduler.device == "cpu"
         self.launched: Any = None
@@ -104,8 +61,12 @@ class KairosState:
         self.counters: Counter[str] = Counter()
         self.logged: set[str] = set()
         self.last_request: RequestSlo | None = None
-        self.chaos = Chaos(config.chaos_seed) if config.chaos_seed >= 0 else None
-        self._log: TextIO | None = open(config.decision_log, "a") if config.decision_log else None  # noqa: SIM115
+        log = config.decision_log
+        self._log = DecisionLog(log, scheduler, self.mode) if log else None
+        self.attainment = Attainment(self.table.classes)
+        self.silences = Silences()
+        self.talking: list[Any] = []
+        self.prefilled = Recent()
         self.clock = Clock(scheduler)
         self.metrics = self.guarded(
             "metrics", lambda: SchedulerMetrics.of(scheduler, self.mode), None
@@ -138,24 +99,23 @@ class KairosState:
         """
         return self._agree(decision)
 
-    def promise(self, req: Any) -> Promise:
-        """The SLO and arrival of a request; a malformed SLO falls back to the server's default."""
-        found: Promise | None = getattr(req, "_kairos", None)
+    def promise(self, req: Any) -> RequestState:
+        """What is kept of a request; a malformed SLO falls back to the server's default."""
+        found: RequestState | None = getattr(req, "_kairos", None)
         if found is None:
             wire = getattr(req.sampling_params, "custom_params", None)
             try:
-                asked = from_wire(
-                    wire.get(WIRE_KEY) if isinstance(wire, dict) else None, self.table
-                )
+                asked = self.table.read(wire.get(WIRE_KEY) if isinstance(wire, dict) else None)
             except SloError as error:
                 self.log_once(
                     f"slo:{error.field}", f"ignored an SLO that came unvalidated: {error}"
                 )
-                asked = from_wire(None, self.table)
+                asked = RequestSlo(self.table.default)
             arrival = req.time_stats.scheduler_recv_time or self.now()
-            found = Promise(asked.slo, arrival - asked.age_ms / 1e3)
+            found = RequestState(asked.slo, arrival - asked.age_ms / 1e3)
             req._kairos = found
-            if not req.rid.startswith("HEALTH_CHECK"):
+            found.counted = req.rid.startswith("HEALTH_CHECK")
+            if not found.counted:
                 self.counters["requests"] += 1
                 self.last_request = asked
         return found
@@ -203,24 +163,9 @@ class KairosState:
         self.guarded("metrics", tell, None)  # its files may not be writable
 
     def record(self, kind: str, **facts: Any) -> None:
-        """Append one decision to the decision log, if there is one.
-
-        Every process of every server may append to the same file: a row says whose it is.
-        """
+        """Append one decision to this process' decision log, if there is one."""
         if self._log is not None:
-            row = {"kind": kind, "role": self.mode, **self._origin, **facts}
-            self._log.write(json.dumps(row) + "\n")
-            self._log.flush()
-
-    @functools.cached_property
-    def _origin(self) -> dict[str, int | None]:
-        """This process among all that write decisions; `port` is its server's."""
-        arguments = getattr(self.scheduler, "server_args", None)
-        return {
-            "port": getattr(arguments, "port", None),
-            "rank": rank_of(self.scheduler),
-            "pid": os.getpid(),
-        }
+            self._log.write(kind, self.mode, facts)
 
     def report(self) -> dict[str, Any]:
         """Plain data for /server_info: predictors, their errors, counters."""
@@ -235,6 +180,7 @@ class KairosState:
             "profile_key": dataclasses.asdict(self.profile.key),
             "captured_sizes": self.captured_sizes,
             "steps": self.steps.report(),
+            "attainment": self.attainment.report(),
         }
         model = getattr(self.scheduler, "model_config", None)
         if model is not None:
@@ -242,13 +188,13 @@ class KairosState:
         if (last := self.last_request) is not None:
             report["last_request"] = {**dataclasses.asdict(last.slo), "age_ms": last.age_ms}
         if self.mode == "decode":
-            report["decode"] = self.step_time.coefficients
+            report["decode"] = self.step_time.law.to_json()
             report["decode_error"] = dataclasses.asdict(self.step_time.error)
         else:
-            report["prefill"] = self.prefill_time.coefficients
+            report["prefill"] = self.prefill_time.law.to_json()
             report["prefill_error"] = dataclasses.asdict(self.prefill_time.error)
             report["paused"] = len(self.paused)
-            report["paused_tokens"] = sum(entry.kv_tokens for entry in self.paused)
+            report["paused_tokens"] = sum(map(kv_tokens, self.paused))
             report["cannot_pause"] = self.cannot_pause
         return report
 
@@ -265,7 +211,7 @@ def run_event_loop(original: Callable[..., Any], scheduler: Any) -> Any:
     """Seam of Scheduler.run_event_loop: set Kairos up, then serve."""
     global CURRENT
     config = active_config()
-    refuse_unsupported()
+    features.refuse_unsupported(scheduler)
     CURRENT = KairosState(scheduler, config)
     logger.info(
         "Kairos is on: mode=%s, default SLO ttft=%g ms tpot=%g ms, order=%s pause=%s park=%s%s",
@@ -277,8 +223,10 @@ def run_event_loop(original: Callable[..., Any], scheduler: Any) -> Any:
         config.park,
         "" if config.chaos_seed < 0 else f", CHAOS seed {config.chaos_seed}",
     )
-    if CURRENT.mode == "prefill" and config.pause and CURRENT.cannot_pause:
-        logger.warning("Kairos: chunked prefills are not paused: %s", CURRENT.cannot_pause)
+    wanted: list[features.Action] = ["pause"] if config.pause else []
+    wanted += ["park", "reserve"] if config.park else []
+    for line in features.lost(CURRENT.mode, scheduler, wanted):
+        logger.warning("Kairos: %s", line)
     if config.order and getattr(scheduler, "enable_priority_scheduling", False):
         logger.warning(
             "Kairos: urgency comes before SGLang's request priorities; use weights of SLO classes"
@@ -293,7 +241,9 @@ def run_event_loop(original: Callable[..., Any], scheduler: Any) -> Any:
 
 def get_init_info(original: Callable[..., Any], scheduler: Any) -> Any:
     """Seam of Scheduler.get_init_info: tell the launcher that this scheduler has Kairos."""
-    refuse_unsupported()  # before the hand-shake: the server must not come up and die then
+    features.refuse_unsupported(
+        scheduler
+    )  # before the hand-shake: the server must not come up and die then
     return {**original(scheduler), "kairos": dict(INSTALLED)}
 
 
@@ -303,37 +253,3 @@ def get_internal_state(original: Callable[..., Any], controller: Any, recv_req: 
     if CURRENT is not None:
         output.internal_state["kairos"] = CURRENT.report()
     return output
-
-
-# Pausing is proven where the identity tests run. Elsewhere a prefill may carry state beside its KV,
-# or be counted somewhere that does not know of pauses: there the chunk in progress runs through.
-_NO_PAUSE = {
-    "is_hybrid_swa": "the model has a sliding-window KV pool",
-    "is_hybrid_ssm": "the model has state-space layers",
-    "enable_lora": "LoRA is on",
-    "enable_hisparse": "hisparse is on",
-    "enable_hierarchical_cache": "the hierarchical cache is on",
-    "enable_lmcache": "LMCache is on",
-    "enable_staging": "KV transfer is staged",
-    "require_mlp_sync": "DP attention synchronises batches",
-    "dllm_config": "the model is a diffusion LLM",
-}
-
-
-def _cannot_pause(scheduler: Any) -> str:
-    """Why this server's chunked prefills must not be paused, in words; empty when they may."""
-    reasons = [text for name, text in _NO_PAUSE.items() if compat.feature(scheduler, name)]
-    speculative = getattr(scheduler, "spec_algorithm", None)
-    if speculative is not None and not speculative.is_none():
-        reasons.append("speculative decoding is on")
-    return ", ".join(reasons)
-
-
-def refuse_unsupported() -> None:
-    """RuntimeError where Kairos cannot schedule correctly at all."""
-    from sglang.srt.runtime_context import get_parallel
-
-    if get_parallel().pp_size > 1:
-        raise RuntimeError(
-            "Kairos does not support pipeline parallelism (--pp-size > 1); start with --kairos off"
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_kairos.engine import http_slo
+from sglang_kairos.engine import features, http_slo
 from sglang_kairos.engine.plugin import active_config
 from sglang_kairos.request_checks import MOST_SAMPLES, RequestLimits
 
@@ -28,11 +28,8 @@ def run_http_server(
             "up without it, so they would schedule as stock SGLang. Look for the plugin's message in "
             "the log above; start with --kairos off for stock scheduling."
         )
-    if getattr(server_args, "tokenizer_worker_num", 1) > 1:
-        raise SystemExit(
-            "Kairos does not support --tokenizer-worker-num > 1: those worker processes load no "
-            "plugins, so SLOs would be dropped silently. Use 1, or start with --kairos off."
-        )
+    if refused := features.why_not("serve", server_args):
+        raise SystemExit(refused)
     from sglang.srt.entrypoints.http_server import app
 
     facts = facts_of(server_args, tokenizer_manager, scheduler_infos)

@@ -22,56 +22,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple
 
 from sglang_kairos.policy.backlog import EMPTY, Backlog
+from sglang_kairos.predict.laws import GENERIC_PREFILL, DecodeLaw, PrefillLaw
 
 # Predictions closer than this are one: they are not that good, and a tie can be spread.
 TIE_S = 1e-4
+# Of a decode server that has not told its law: steep enough for one request more to be no tie.
+UNTOLD_DECODE = DecodeLaw(3.5e-3, 0.22e-3, 0.65e-6)
 LOOK_AT_ALL = 32  # of one role; 64 servers in all
 DRAWN = 8
 # Of the tokens that a request may make, how many it is expected to.
 OUTPUT_SHARE = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillSpeed:
-    """The law of `predict.prefill_time`: seconds per chunk, per token, per token and token of
-    context before it, and per squared context of a chunk."""
-
-    a_s: float = 10e-3
-    b_s: float = 50e-6
-    c_s: float = 1e-9
-    chunk_tokens: int = 8192
-    d_s: float = 0.0
-
-    def work_s(self, tokens: float, prefix: float = 0.0) -> float:
-        """Seconds of prefilling `tokens` after `prefix` cached ones, alone on the server."""
-        if tokens <= 0.0:
-            return 0.0
-        size = self.chunk_tokens
-        chunks = math.ceil(tokens / size)
-        seconds = self.a_s * chunks + (self.b_s + self.c_s * (prefix + tokens / 2)) * tokens
-        if self.d_s:
-            full = chunks - 1
-            once, squared = full * (full + 1) / 2, full * (full + 1) * (2 * full + 1) / 6
-            padded = full * prefix**2 + 2 * prefix * size * once + size**2 * squared
-            seconds += self.d_s * (padded + (prefix + tokens) ** 2)
-        return seconds
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillState:
+class PrefillState(NamedTuple):
     """A prefill server and what it owes: `deadlines_s` ascending, `works_s` beside it.
 
     `progress_s`: done already of that; `extra_s`: work besides, of unknown deadlines;
     `cached_tokens`: of the request's prompt, expected in its prefix cache. `backlog` spares
     building it from the two lists.
+    `chunk_tokens` <= 0: prompts are not chunked.
     """
 
-    speed: PrefillSpeed = PrefillSpeed()
+    law: PrefillLaw = GENERIC_PREFILL
+    chunk_tokens: int = 8192
     deadlines_s: Sequence[float] = ()
     works_s: Sequence[float] = ()
     progress_s: float = 0.0
@@ -82,32 +59,13 @@ class PrefillState:
     backlog: Backlog | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class StepCost:
-    """Seconds of a decode step = a_s + b_s per running request + c_s per KV token, and
-    slope_s * min(running, knee) for each (knee, slope_s) of `knees`."""
-
-    a_s: float = 3.5e-3
-    b_s: float = 0.22e-3
-    c_s: float = 0.65e-6
-    knees: tuple[tuple[float, float], ...] = ()
-
-    def step_s(self, requests: float, tokens: float) -> float:
-        """Seconds of a step over `requests` whose contexts are `tokens` long in all."""
-        seconds = self.a_s + self.b_s * requests + self.c_s * tokens
-        for knee, slope_s in self.knees:
-            seconds += slope_s * min(requests, knee)
-        return seconds
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeState:
+class DecodeState(NamedTuple):
     """A decode server: requests and KV tokens it holds or has been promised, and its KV size.
 
     `tpots_s`: TPOT targets of the requests known there, ascending.
     """
 
-    cost: StepCost = StepCost()
+    law: DecodeLaw = UNTOLD_DECODE
     running: int = 0
     tokens: float = 0.0
     capacity_tokens: float = math.inf
@@ -115,11 +73,10 @@ class DecodeState:
 
     def step_s(self, more_requests: int, more_tokens: float) -> float:
         """Seconds of a step once that much more has joined."""
-        return self.cost.step_s(self.running + more_requests, self.tokens + more_tokens)
+        return self.law.step_s(self.running + more_requests, self.tokens + more_tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class PlacedRequest:
+class PlacedRequest(NamedTuple):
     """`tokens` prompt tokens in all `prompts`; `output_tokens` it is expected to grow by.
 
     `now_s` goes with `deadline_s`; without it nothing counts as late. `margin_s` is kept free
@@ -131,8 +88,8 @@ class PlacedRequest:
     output_tokens: float = 0.0
     prompts: int = 1
     handoff_s: float = 0.0
-    skip_prefills: frozenset[int] = field(default_factory=frozenset)
-    skip_decodes: frozenset[int] = field(default_factory=frozenset)
+    skip_prefills: frozenset[int] = frozenset()
+    skip_decodes: frozenset[int] = frozenset()
     now_s: float = -math.inf
     tpot_s: float = math.inf
     weight: float = 1.0
@@ -172,9 +129,9 @@ class DecodeOutlook(NamedTuple):
 
 def prefill_outlook(server: PrefillState, request: PlacedRequest) -> PrefillOutlook:
     """What `server` would make of the request, and the request of what the server owes."""
-    speed = server.speed
+    law, chunk = server.law, server.chunk_tokens
     cached = min(server.cached_tokens, max(0.0, request.tokens - 1.0))
-    work = speed.work_s(request.tokens - cached, cached)
+    work = law.work_s(request.tokens - cached, cached, chunk)
     limit = request.deadline_s - request.now_s - request.handoff_s - request.margin_s
     backlog = server.backlog
     if backlog is None:
@@ -185,7 +142,7 @@ def prefill_outlook(server: PrefillState, request: PlacedRequest) -> PrefillOutl
     place = backlog.place(request.deadline_s)
     ahead = backlog.before_s(place)
     behind = max(0.0, backlog.total_s - ahead)
-    blocking = min(speed.work_s(speed.chunk_tokens), behind) if behind else 0.0
+    blocking = min(law.work_s(chunk), behind) if behind and chunk > 0 else behind
     done = server.progress_s - server.extra_s
     end = max(0.0, ahead - done) + blocking + work
     lag = -math.inf
@@ -200,11 +157,6 @@ def prefill_outlook(server: PrefillState, request: PlacedRequest) -> PrefillOutl
             return PrefillOutlook(max(work, earlier), request.weight - victim.weight, False)
     late = max(0.0, backlog.on_time_s - done) + backlog.late_before_s(work) + work
     return PrefillOutlook(late, 0.0, False)
-
-
-def prefill_end_s(server: PrefillState, tokens: float, deadline_s: float) -> float:
-    """Seconds from now until `server` has prefilled `tokens` more for a request due then."""
-    return prefill_outlook(server, PlacedRequest(tokens, deadline_s)).end_s
 
 
 def decode_outlook(server: DecodeState, request: PlacedRequest) -> DecodeOutlook:
@@ -234,24 +186,20 @@ def choose_pair(
     """The pair that keeps most promises, or None when either side has no server left."""
     left = [i for i in range(len(prefills)) if i not in request.skip_prefills]
     right = [i for i in range(len(decodes)) if i not in request.skip_decodes]
+    if not left or not right:
+        return None
     ends = {left[i]: prefill_outlook(prefills[left[i]], request) for i in drawn(len(left), rng)}
     steps = {right[i]: decode_outlook(decodes[right[i]], request) for i in drawn(len(right), rng)}
-    if not ends or not steps:
-        return None
-    most = max(found.kept for found in ends.values())
-    soonest = min(found.end_s for found in ends.values() if found.kept == most)
-    prefill = _pick(
-        [i for i, o in ends.items() if o.kept == most and o.end_s <= soonest + TIE_S], rng
-    )
-    full, loss, shortest = min((o.overflow, -o.kept, o.step_s) for o in steps.values())
-    decode = _pick(
-        [
-            i
-            for i, o in steps.items()
-            if o.overflow == full and o.kept == -loss and o.step_s <= shortest + TIE_S
-        ],
-        rng,
-    )
+    loss, soonest = min([(-kept, end_s) for end_s, kept, _ in ends.values()])
+    tied = [i for i, (end_s, kept, _) in ends.items() if kept == -loss and end_s <= soonest + TIE_S]
+    prefill = _pick(tied, rng)
+    full, loss, shortest = min([(over, -kept, step_s) for over, kept, step_s in steps.values()])
+    tied = [
+        i
+        for i, (over, kept, step_s) in steps.items()
+        if over == full and kept == -loss and step_s <= shortest + TIE_S
+    ]
+    decode = _pick(tied, rng)
     first, second = ends[prefill], steps[decode]
     return Pair(
         prefill,

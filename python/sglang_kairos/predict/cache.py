@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,14 @@ from sglang_kairos.predict.seeds import ProfileError, Seed, dump, parse
 from sglang_kairos.predict.step_time import StepTimeModel
 
 LARGEST_BYTES = 64 << 20
+# What decides which kernels run, by SGLang's names.
+KERNEL_SETTINGS = (
+    "attention_backend",
+    "moe_runner_backend",
+    "quantization",
+    "kv_cache_dtype",
+    "dtype",
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,16 @@ class Key:
     gpu: str
     tp: int
     backends: str = ""
+
+    @classmethod
+    def of_server(cls, setting: Callable[[str], Any], gpu: str, tp: int) -> Key:
+        """The key of a server whose SGLang arguments `setting` looks up by name (None: not set)."""
+
+        def of(name: str) -> str:
+            return str(setting(name) or "")
+
+        model = of("served_model_name") or of("model_path") or "unknown"
+        return cls(model, gpu, tp, "/".join(map(of, KERNEL_SETTINGS)))
 
 
 def load_profile(path: str | Path, key: Key) -> Seed | None:

@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 
 from sglang_kairos.predict.error import SHORTEST_S, ErrorWindow, Outliers, PredictError
 
-__all__ = ["PredictError", "Rls", "least_squares"]
-
 Vector = NDArray[np.float64]
 
 KEEP = 0.98

@@ -5,28 +5,30 @@ learns (`cache`):
     {"format": FORMAT, "version": 1, "entries": [
         {"model": "MiniMax-M2.5", "arch": "MiniMaxM2ForCausalLM", "gpu": "H200", "tp": 4,
          "backends": "", "provenance": "...",
-         "prefill": {"a_s": ..., "b_s": ..., "c_s": ..., "d_s": ..., "e_s": ...},
-         "decode": {"a_s": ..., "b_s": ..., "c_s": ..., "knee_s": [..., ...]},
+         "prefill": {"a_s": ..., "b_s": ..., "c_s": ..., "d_s": ..., "e_s": ..., "knee": ...},
+         "decode": {"a_s": ..., "b_s": ..., "c_s": ..., "knees": [[..., ...], [..., ...]]},
          "prefill_state": {...}, "decode_state": {...}}]}
-All but model, gpu and tp may be missing. Laws: `prefill_time`, `step_time`; states: their snapshots.
+All but model, gpu and tp may be missing. Laws: `laws`; states: the predictors' snapshots.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
-from sglang_kairos.predict.prefill_time import NAMES, PrefillTimeModel
-from sglang_kairos.predict.step_time import KNEES, StepTimeModel
+from sglang_kairos.predict.laws import GENERIC_DECODE, DecodeLaw, PrefillLaw
+from sglang_kairos.predict.prefill_time import PrefillTimeModel
+from sglang_kairos.predict.step_time import StepTimeModel
 
 FORMAT = "sglang-kairos step times"
 VERSION = 1
+
+Law = TypeVar("Law")
 
 
 class ProfileError(ValueError):
@@ -35,7 +37,7 @@ class ProfileError(ValueError):
 
 @dataclass(frozen=True)
 class Seed:
-    """One entry of a file. Laws in seconds per unit; None: the entry has none."""
+    """One entry of a file. None: the entry has no such law or state."""
 
     model: str
     gpu: str
@@ -43,8 +45,8 @@ class Seed:
     arch: str = ""
     backends: str = ""
     provenance: str = ""
-    prefill: tuple[float, ...] | None = None
-    decode: tuple[float, float, float, tuple[float, ...]] | None = None
+    prefill: PrefillLaw | None = None
+    decode: DecodeLaw | None = None
     prefill_state: Mapping[str, Any] | None = None
     decode_state: Mapping[str, Any] | None = None
 
@@ -54,10 +56,7 @@ class Seed:
 
     def decode_model(self, captured_sizes: Sequence[int] | None = None) -> StepTimeModel:
         """A new predictor that starts here; the generic one if the entry has no law."""
-        if self.decode is None:
-            return StepTimeModel.generic(captured_sizes)
-        a, b, c, knees = self.decode
-        return StepTimeModel(a, b, c, captured_sizes, knees)
+        return StepTimeModel.of(self.decode or GENERIC_DECODE, captured_sizes)
 
 
 def seed_for(model_name_or_arch: str, gpu_name: str, tp: int) -> Seed | None:
@@ -97,11 +96,9 @@ def dump(seeds: Sequence[Seed]) -> str:
         for name in ("arch", "backends", "provenance", "prefill_state", "decode_state"):
             if getattr(seed, name):
                 entry[name] = getattr(seed, name)
-        if seed.prefill is not None:
-            entry["prefill"] = dict(zip(NAMES, seed.prefill, strict=True))
-        if seed.decode is not None:
-            a, b, c, knees = seed.decode
-            entry["decode"] = {"a_s": a, "b_s": b, "c_s": c, "knee_s": list(knees)}
+        for name, law in (("prefill", seed.prefill), ("decode", seed.decode)):
+            if law is not None:
+                entry[name] = law.to_json()
         entries.append(entry)
     by_hand = not any("_state" in name for entry in entries for name in entry)
     data = {"format": FORMAT, "version": VERSION, "entries": entries}
@@ -132,28 +129,24 @@ def _seed(raw: Any, at: str) -> Seed:
     tp = raw.get("tp")
     if isinstance(tp, bool) or not isinstance(tp, int) or tp < 1:
         raise ProfileError(f"{at}.tp: must be a whole number of at least 1, got {tp!r}")
-    prefill, decode = _object(raw, "prefill", at), _object(raw, "decode", at)
     return Seed(
         tp=tp,
-        prefill=None if prefill is None else _prefill_law(prefill, f"{at}.prefill"),
-        decode=None if decode is None else _decode_law(decode, f"{at}.decode"),
+        prefill=_law(raw, "prefill", at, PrefillLaw.from_json),
+        decode=_law(raw, "decode", at, DecodeLaw.from_json),
         prefill_state=_object(raw, "prefill_state", at),
         decode_state=_object(raw, "decode_state", at),
         **text,
     )
 
 
-def _prefill_law(raw: dict[str, Any], at: str) -> tuple[float, ...]:
-    optional = {"d_s": 0.0, "e_s": 0.0}
-    return tuple(_number(raw.get(name, optional.get(name)), f"{at}.{name}") for name in NAMES)
-
-
-def _decode_law(raw: dict[str, Any], at: str) -> tuple[float, float, float, tuple[float, ...]]:
-    knees = raw.get("knee_s", [0.0] * len(KNEES))
-    if not isinstance(knees, list) or len(knees) != len(KNEES):
-        raise ProfileError(f"{at}.knee_s: must be {len(KNEES)} numbers, got {knees!r:.80}")
-    a, b, c = (_number(raw.get(name), f"{at}.{name}") for name in ("a_s", "b_s", "c_s"))
-    return a, b, c, tuple(_number(knee, f"{at}.knee_s") for knee in knees)
+def _law(
+    raw: dict[str, Any], name: str, at: str, read: Callable[[Mapping[str, Any]], Law]
+) -> Law | None:
+    found = _object(raw, name, at)
+    try:
+        return None if found is None else read(found)
+    except ValueError as error:
+        raise ProfileError(f"{at}.{name}.{error}") from None
 
 
 def _text(raw: dict[str, Any], name: str, at: str) -> str:
@@ -168,13 +161,6 @@ def _object(raw: dict[str, Any], name: str, at: str) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, dict):
         raise ProfileError(f"{at}.{name}: must be an object, got {value!r:.80}")
     return value
-
-
-def _number(value: Any, at: str) -> float:
-    fits = isinstance(value, int | float) and not isinstance(value, bool)
-    if not fits or not 0.0 <= value < 1e3 or not math.isfinite(value):
-        raise ProfileError(f"{at}: must be seconds from 0 to 1000, got {value!r:.80}")
-    return float(value)
 
 
 def _plain(name: str) -> str:

@@ -1,14 +1,10 @@
-"""How long a decode step takes.
+"""How long a decode step takes: `laws.DecodeLaw` and what it leaves over.
 
-    seconds = a + b batch + sum_j d_j min(batch, KNEES_j) + c kv_tokens
-
-with `batch` padded up to the next captured CUDA-graph size and `kv_tokens` the context read in all.
-The knees let the curve flatten: in a mixture of experts a small batch's every request wakes more
-experts, a large one's wakes none. On the measured table of MiniMax-M2.5 on H200, TP4, the straight
-law is 15.9 % off on average, this one 1.8 %. All coefficients are >= 0, so it is monotone in both.
-They follow executed steps (`rls`). What the law leaves over is learnt cell by cell (`table`), which
-keeps the prediction monotone and brings cells it never saw to 1.3 % after one look at the
-others.
+The law is taken at `batch` padded up to the next captured CUDA-graph size. On the measured table of
+MiniMax-M2.5 on H200, TP4, the straight law is 15.9 % off on average, the one with knees 1.8 %. All
+coefficients are >= 0, so it is monotone in both. They follow executed steps (`rls`). What the law
+leaves over is learnt cell by cell (`table`), which keeps the prediction monotone and brings cells
+it never saw to 1.3 % after one look at the others.
 """
 
 from __future__ import annotations
@@ -22,16 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sglang_kairos.predict.error import SHORTEST_S, PredictError
+from sglang_kairos.predict.laws import GENERIC_DECODE, KNEES, DecodeLaw
 from sglang_kairos.predict.rls import Rls, check_kind, least_squares, mapping_of
 from sglang_kairos.predict.table import KV_TOKENS, StepTable, floor
 
-KNEES = (8.0, 64.0)
-SCALE = (1.0, 100.0, *KNEES, 1e5)
 KIND = "step_time"
 
 
 class StepTimeModel:
-    """Predicts, and corrects itself from what steps took. `knee_s`: d_j, seconds per request."""
+    """Predicts, and corrects itself from what steps took.
+
+    `law`: as of now, without what the cells add. `knee_s`: its slopes at `knees`. `of` starts from
+    a law.
+    """
 
     def __init__(
         self,
@@ -40,26 +39,30 @@ class StepTimeModel:
         c_s: float,
         captured_sizes: Sequence[int] | None = None,
         knee_s: Sequence[float] = (0.0, 0.0),
+        knees: Sequence[float] = KNEES,
     ) -> None:
-        self._rls = Rls((a_s, b_s, *knee_s, c_s), SCALE)
+        self.law = DecodeLaw.of((a_s, b_s, *knee_s, c_s), knees)
+        self._rls = Rls(self.law.terms, (1.0, 100.0, *knees, 1e5))
         sizes = sorted(set(() if captured_sizes is None else captured_sizes))
         self._size_of = [
             sizes[bisect_left(sizes, batch)] for batch in range(sizes[-1] + 1 if sizes else 0)
         ]
         self._sizes = np.asarray(self._size_of, np.int64)
         self._cells = StepTable(sizes)
-        rows = self._cells.batches
-        self._rows = np.column_stack(
-            [np.ones_like(rows), rows, *(np.minimum(rows, knee) for knee in KNEES)]
-        )
-        self._law = self._law_table()
+        self._baseline = self._law_table()
         self._learnt = False
         self._table: NDArray[np.float64] | None = None
 
     @classmethod
     def generic(cls, captured_sizes: Sequence[int] | None = None) -> StepTimeModel:
         """A first guess for unknown hardware: replaced by the first few observed steps."""
-        return cls(5e-3, 50e-6, 50e-9, captured_sizes)
+        return cls.of(GENERIC_DECODE, captured_sizes)
+
+    @classmethod
+    def of(cls, law: DecodeLaw, captured_sizes: Sequence[int] | None = None) -> StepTimeModel:
+        """Starts from this law."""
+        a, b, *slopes, c = law.terms
+        return cls(a, b, c, captured_sizes, slopes, [knee for knee, _ in law.knees])
 
     @classmethod
     def fit(
@@ -69,8 +72,8 @@ class StepTimeModel:
         table = list(rows)
         shape = cls(0.0, 0.0, 0.0, captured_sizes)
         features = [shape._features(batch, kv_tokens) for batch, kv_tokens, _ in table]
-        a, b, *knees, c = least_squares(features, [seconds for *_, seconds in table]).tolist()
-        return cls(a, b, c, captured_sizes, knees)
+        terms = least_squares(features, [seconds for *_, seconds in table]).tolist()
+        return cls.of(DecodeLaw.of(terms), captured_sizes)
 
     def padded(self, batch: Any) -> Any:
         """`batch` rounded up to a captured size; above the largest it runs as it is."""
@@ -91,22 +94,14 @@ class StepTimeModel:
         Monotone in both. An array of 256 takes about 30 us on a CPU core.
         """
         if not self._learnt:
-            return self._law_s(batch, kv_tokens)
+            return self.law.step_s(self.padded(batch), kv_tokens)
         if self._table is None:
-            self._table = self._cells.seconds(self._law)
+            self._table = self._cells.seconds(self._baseline)
         if isinstance(batch, np.ndarray):
             return self._cells.many(self._table, batch, kv_tokens)
         if isinstance(kv_tokens, np.ndarray):
             return self._cells.along(self._table, batch, kv_tokens)
         return self._cells.at(self._table, batch, kv_tokens)
-
-    def upper_s(self, batch: Any, kv_tokens: Any, quantile: float = 0.9) -> Any:
-        """Seconds that a step stays below with this probability: `step_s` times one factor.
-
-        The factor is how far the latest steps exceeded their predictions
-        (`error.ErrorWindow.upper_ratio`), so the bound holds over the load, not cell by cell.
-        """
-        return self.step_s(batch, kv_tokens) * self._rls.upper_ratio(quantile)
 
     def marginal_s(self, batch: int, kv_tokens: float, context: Any) -> Any:
         """Seconds that one more request of `context` tokens (number or array) adds to a step.
@@ -123,41 +118,27 @@ class StepTimeModel:
         expected = float(self.step_s(batch, kv_tokens))
         features = self._features(batch, kv_tokens)
         bounded, doubt = self._rls.observe(features, seconds, expected)
-        law = max(float(self._law_s(batch, kv_tokens)), SHORTEST_S)
+        self._follow()
+        law = max(float(self.law.step_s(self.padded(batch), kv_tokens)), SHORTEST_S)
         size = features[1]
         ratio = max(bounded, SHORTEST_S) / law
-        self._law = self._law_table()
-        self._cells.learn(size, kv_tokens, ratio, self._law, doubt)
+        self._cells.learn(size, kv_tokens, ratio, self._baseline, doubt)
         self._learnt, self._table = True, None
 
     def _features(self, batch: int, kv_tokens: float) -> tuple[float, ...]:
-        size = float(self.padded(batch))
-        return 1.0, size, *(min(size, knee) for knee in KNEES), float(kv_tokens)
-
-    def _law_s(self, batch: Any, kv_tokens: Any) -> Any:
-        a, b, *knees, c = self._rls.theta
-        size = self.padded(batch)
-        least = np.minimum if isinstance(size, np.ndarray) else min
-        seconds = a + b * size
-        for knee_s, knee in zip(knees, KNEES, strict=True):
-            seconds = seconds + knee_s * least(size, knee)
-        return seconds + c * kv_tokens
+        return self.law.features(float(self.padded(batch)), kv_tokens)
 
     def _law_table(self) -> NDArray[np.float64]:
-        *fixed, c = self._rls.theta
-        return floor((self._rows @ np.asarray(fixed))[:, None] + c * KV_TOKENS)
+        return floor(self.law.step_s(self._cells.batches[:, None], KV_TOKENS))
+
+    def _follow(self) -> None:
+        self.law = DecodeLaw.of(self._rls.theta, [knee for knee, _ in self.law.knees])
+        self._baseline = self._law_table()
 
     @property
     def error(self) -> PredictError:
         """How wrong the latest predictions were."""
         return self._rls.error
-
-    @property
-    def coefficients(self) -> dict[str, Any]:
-        """The law's a_s, b_s and c_s, in seconds per unit, and its `knees`: [size, seconds] each."""
-        a, b, *knees, c = self._rls.theta
-        pairs = [[knee, slope_s] for knee, slope_s in zip(KNEES, knees, strict=True)]
-        return {"a_s": a, "b_s": b, "c_s": c, "knees": pairs}
 
     def snapshot(self) -> dict[str, Any]:
         """What was learnt, ready for JSON."""
@@ -174,5 +155,5 @@ class StepTimeModel:
         self._cells.check(cells)
         self._rls.restore(law)
         self._cells.restore(cells)
-        self._law = self._law_table()
+        self._follow()
         self._learnt, self._table = True, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -21,7 +22,7 @@ from starlette.routing import Route
 
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.router.admin import Admin
-from sglang_kairos.router.answers import Receive, Scope, Send, refuse
+from sglang_kairos.router.answers import Message, Receive, Scope, Send, refuse
 from sglang_kairos.router.ask import Asker, as_json, error
 from sglang_kairos.router.auth import bears, is_open
 from sglang_kairos.router.call import REQUEST_ID
@@ -101,6 +102,7 @@ class Router:
             # Requests have a timer of their own, which counts retries, too.
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=options.connect_timeout_s),
             auto_decompress=False,
+            skip_auto_headers=("Content-Type", "User-Agent", "Accept"),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
         self._proxy = PairProxy(
@@ -232,7 +234,7 @@ class RouterApp:
         options = router.options
         self._key, self._admin_key = options.client_api_key, options.admin_api_key
         self._id_headers = [name.encode("latin-1") for name in options.id_headers]
-        self._outer: Any = self._serve
+        self._outer: Any = None
         if options.cors_origins:
             # As SGLang's own server answers web pages.
             self._outer = CORSMiddleware(
@@ -246,7 +248,13 @@ class RouterApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and len(scope["path"]) > 1 and scope["path"].endswith("/"):
             scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
-        await self._outer(scope, receive, send)
+        if self._outer is None:
+            await self._serve(scope, receive, send)
+        elif scope["type"] == "http" and not any(name == b"origin" for name, _ in scope["headers"]):
+            # The middleware adds nothing but this to what is no web page's, at a price per event.
+            await self._serve(scope, receive, functools.partial(_vary, send))
+        else:
+            await self._outer(scope, receive, send)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -276,6 +284,13 @@ class RouterApp:
             return scope
         first = next(found[key] for key in self._id_headers if key in found)
         return {**scope, "headers": [*headers, (name, first)]}
+
+
+def _vary(send: Send, message: Message) -> Awaitable[None]:
+    """Caches must not give this answer to a web page: it lacks the headers that one gets."""
+    if message["type"] == "http.response.start":
+        message["headers"] = [*message.get("headers", ()), (b"vary", b"Origin")]
+    return send(message)
 
 
 def create_app(options: RouterOptions, config: KairosConfig) -> RouterApp:

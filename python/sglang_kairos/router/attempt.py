@@ -29,7 +29,6 @@ from sglang_kairos.router.prompt import name_requests, pair_up
 from sglang_kairos.router.relay import Passage, Relayed
 from sglang_kairos.router.servers import Server
 from sglang_kairos.router.tokens import Meter, ask_for_counts
-from sglang_kairos.slo import SloTable
 from sglang_kairos.slo_http import GENERATE, error_body
 
 _DRAIN_S = 30.0
@@ -51,14 +50,11 @@ class Attempts:
         self,
         fleet: Fleet,
         session: aiohttp.ClientSession,
-        table: SloTable,
         metrics: RouterMetrics,
-        carries: bool,
         calls: CallRegistry,
     ) -> None:
         self._calls = calls
         self._fleet, self._session, self._metrics = fleet, session, metrics
-        self._table, self._carries = table, carries
         self._background: set[asyncio.Task[Any]] = set()
 
     async def serve(
@@ -80,7 +76,7 @@ class Attempts:
             prefill,
             decode,
             call.path,
-            call.payload(self._table, self._carries),
+            call.payload(),
             call.headers,
             rids,
             KEEP_LOGPROBS if merge else KEEP_BYTES,
@@ -163,8 +159,10 @@ class Attempts:
                 call.aborting = self._spawn(_abort(first, exchange, named))
         if seen.whole:
             self._observe_end(call, placement, seen)
-        if not (first.done() and passage.exhausted):
+        if not passage.exhausted:
             self._spawn(self._finish(call, placement, passage, first, exchange))
+        elif not first.done():
+            self._let_finish(first, exchange)
         return status
 
     async def finish(self) -> None:
@@ -223,6 +221,18 @@ class Attempts:
         finally:
             prefill.cancel()
             exchange.close()
+
+    def _let_finish(self, prefill: asyncio.Task[Any], exchange: Exchange) -> None:
+        """As `_finish`, where decode has: without a task that waits for the task."""
+        timer = asyncio.get_running_loop().call_later(_DRAIN_S, prefill.cancel)
+
+        def over(_: asyncio.Task[Any]) -> None:
+            timer.cancel()
+            exchange.close()
+            self._background.discard(prefill)
+
+        self._background.add(prefill)
+        prefill.add_done_callback(over)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

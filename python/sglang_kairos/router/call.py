@@ -31,7 +31,7 @@ from sglang_kairos.router.prompt import (
 from sglang_kairos.router.relay import Relayed
 from sglang_kairos.router.servers import Server
 from sglang_kairos.slo import HeaderNotes, RequestSlo, Slo, SloError, SloTable
-from sglang_kairos.slo_http import carry, dump
+from sglang_kairos.slo_http import Carried, carry, dump
 
 REQUEST_ID = "x-request-id"
 _AGE_STEP_S = 1e-3
@@ -54,7 +54,8 @@ class Call:
     """A request the router has accepted. Times are `time.monotonic` seconds.
 
     `gone`: servers that could not be reached; `failed`: those of pairs that failed it otherwise.
-    `aborted`: somebody asked for its end. `server_ids`: made up for the attempt under way.
+    `carried`: its SLOs where they lie in the body. `aborted`: somebody asked for its end.
+    `server_ids`: made up for the attempt under way.
     `relegated`: how to reach it while it waits here for its turn.
     """
 
@@ -65,6 +66,7 @@ class Call:
     prompt: Prompt
     blocks: Blocks
     slo: Slo
+    carried: Carried
     arrived_s: float
     deadline_s: float
     aged_s: float
@@ -100,11 +102,11 @@ class Call:
             margin_s=fleet.margin.value_s,
         )
 
-    def payload(self, table: SloTable, carries: bool) -> bytes:
+    def payload(self) -> bytes:
         """The body to send now, its age brought up to date. BadRequest if it cannot be written."""
         now = time.monotonic()
-        if carries and now - self.aged_s > _AGE_STEP_S:
-            carry(self.body, self.path, {}, table, age_ms=1e3 * (now - self.aged_s))
+        if now - self.aged_s > _AGE_STEP_S:
+            self.carried.grow_older(1e3 * (now - self.aged_s))
             self.aged_s = now
         try:
             return dump(self.body)
@@ -159,7 +161,8 @@ def accept(
     except TooManySamples as error:
         raise TooLarge(str(error)) from None
     notes: HeaderNotes = []
-    slo = _slo(body, scope, arrived_s, table, carries, notes)
+    carried = _carried(body, scope, arrived_s, table, carries, notes)
+    slo = carried.slo
     prompt = describe(body, path)
     blocks = prompt_blocks(body, path, fleet.bytes_per_token.value)
     if unfolded is not None:
@@ -180,6 +183,7 @@ def accept(
         prompt=prompt,
         blocks=blocks,
         slo=slo.slo,
+        carried=carried,
         arrived_s=arrived_s,
         deadline_s=now + (slo.slo.ttft_ms - slo.age_ms) / 1e3,
         aged_s=now,
@@ -189,20 +193,20 @@ def accept(
     )
 
 
-def _slo(
+def _carried(
     body: dict[str, Any],
     scope: Scope,
     arrived_s: float,
     table: SloTable,
     carries: bool,
     notes: HeaderNotes,
-) -> RequestSlo:
+) -> Carried:
     if not carries:
-        return RequestSlo(table.default)
+        return Carried(RequestSlo(table.default), changed=False)
     headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
     age_ms = 1e3 * (time.monotonic() - arrived_s)
     try:
         path = scope["path"]
-        return carry(body, path, headers, table, age_ms=age_ms, always=True, notes=notes).slo
+        return carry(body, path, headers, table, age_ms=age_ms, always=True, notes=notes)
     except SloError as error:
         raise BadRequest(str(error), error.field) from None

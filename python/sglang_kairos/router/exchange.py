@@ -128,10 +128,9 @@ class Exchange:
 
     async def _post(self, server: PrefillServer | DecodeServer) -> aiohttp.ClientResponse:
         response = await self._session.post(
-            server.url + self._path,
+            server.at(self._path),
             data=self._payload,
             headers=self._headers,
-            skip_auto_headers=("Content-Type", "User-Agent", "Accept"),
             allow_redirects=False,
         )
         self._responses[server.role] = response

@@ -9,9 +9,8 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from random import Random
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from sglang_kairos.policy.overload import Outcome
 from sglang_kairos.policy.placement import DRAWN, LOOK_AT_ALL, PlacedRequest, choose_pair
@@ -29,8 +28,7 @@ _NO_BLOCKS = Blocks()
 _HOMES = 50_000
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """The pair for a request, what is predicted of it, and the prompt tokens expected in the
     prefill server's cache."""
 
@@ -145,12 +143,6 @@ class Fleet:
         """Whether another server of its role is up."""
         return self.others(server) > 0
 
-    def could_serve(self, without: set[Server]) -> bool:
-        """Whether a pair is left without those, of servers that are up."""
-        return any(s.up for s in self.prefills if s not in without) and any(
-            s.up for s in self.decodes if s not in without
-        )
-
     def choose(
         self, request: PlacedRequest, tried: Iterable[Server] = (), blocks: Blocks = _NO_BLOCKS
     ) -> Placement | None:
@@ -171,7 +163,7 @@ class Fleet:
             if home is not None and home not in excluded and home.up and home not in prefills:
                 prefills = [*prefills, home]
         if request.now_s == -math.inf:
-            request = replace(request, now_s=time.monotonic(), margin_s=self.margin.value_s)
+            request = request._replace(now_s=time.monotonic(), margin_s=self.margin.value_s)
         now = request.now_s
         prefill, decode, pair = self._chooser.choose((prefills, decodes), request, blocks)
         if pair is None:
@@ -208,7 +200,8 @@ class Fleet:
                     if len(found) == DRAWN:
                         return list(found.values())
         left = [s for s in servers if s not in excluded and not s.draining and not s.misplaced]
-        return [server for server in left if server.up] or left
+        now = time.monotonic()
+        return [server for server in left if server.health.takes_requests(now)] or left
 
 
 def _holds(decode: DecodeServer, tokens: float) -> bool:

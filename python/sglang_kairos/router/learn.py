@@ -5,7 +5,7 @@ All of it is a prior that observations move; none of it needs a Kairos server.
 
 from __future__ import annotations
 
-from sglang_kairos.policy.placement import PrefillSpeed
+from sglang_kairos.predict.laws import PrefillLaw
 from sglang_kairos.predict.rls import Rls
 
 # Completions this close together (seconds) came out of one batch.
@@ -17,21 +17,18 @@ class SpeedEstimate:
 
     A server works without pause while it owes anything, so the time between two completions (or
     since the request was sent, if that is later) is what the work in between took.
+    `chunk_tokens`: prompt tokens the server takes in one step; <= 0: all of a prompt.
     """
 
-    def __init__(self, prior: PrefillSpeed) -> None:
+    def __init__(self, prior: PrefillLaw, chunk_tokens: int) -> None:
         # c stays the prior: whole requests behind a prefix cache do not tell it apart from b.
         self._rls = Rls((prior.a_s, prior.b_s), (1.0, 1e3))
         self._c_s = prior.c_s
-        self._chunk = prior.chunk_tokens
+        self.chunk_tokens = chunk_tokens
         self._tokens: list[float] = []
         self._started_s = 0.0
         self._ended_s = float("-inf")
         self.batches = 0
-
-    def set_chunk(self, tokens: int) -> None:
-        """Prompt tokens the server takes in one step."""
-        self._chunk = max(1, tokens)
 
     def finished(self, tokens: float, sent_s: float, now_s: float) -> None:
         """A prompt of `tokens` tokens, sent at `sent_s`, was prefilled by `now_s` (seconds)."""
@@ -42,13 +39,14 @@ class SpeedEstimate:
         self._tokens.append(tokens)
         self._ended_s = now_s
 
-    def speed(self) -> PrefillSpeed:
+    def law(self) -> PrefillLaw:
         """The estimate as of the last batch that is certainly complete."""
         a, b = self._rls.theta
-        return PrefillSpeed(a, b, self._c_s, self._chunk)
+        return PrefillLaw(a, b, self._c_s)
 
     def _observe(self) -> None:
-        chunks = sum(max(1.0, -(-n // self._chunk)) for n in self._tokens)
+        size = self.chunk_tokens
+        chunks = sum(max(1.0, -(-n // size)) if size > 0 else 1.0 for n in self._tokens)
         seconds = self._ended_s - self._started_s
         seconds -= sum(self._c_s * n * n / 2 for n in self._tokens)
         self._rls.observe((chunks, sum(self._tokens)), seconds)

@@ -9,8 +9,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 8, 13, 21, 34, 60, 120)
-_STEPS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2)
+from sglang_kairos.slo_attainment import TPOT_EDGES_S, TTFT_EDGES_S
+
 _MISSES = (-10, -3, -1, -0.3, -0.1, -0.03, 0, 0.03, 0.1, 0.3, 1, 3, 10)
 
 
@@ -64,10 +64,13 @@ class RouterMetrics:
             "ttft_seconds",
             "Arrival to the first byte of a stream",
             ["slo_class"],
-            ttft_buckets or _BUCKETS,
+            ttft_buckets or TTFT_EDGES_S,
         )
         self._tpot = histogram(
-            "tpot_seconds", "Seconds per token after the first, of streams", ["slo_class"], _STEPS
+            "tpot_seconds",
+            "Seconds per token after the first, of streams",
+            ["slo_class"],
+            TPOT_EDGES_S,
         )
         self._ttft_miss = histogram(
             "ttft_miss_seconds", "Observed minus predicted TTFT", ["server"], _MISSES

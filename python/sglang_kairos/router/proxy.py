@@ -84,7 +84,7 @@ class PairProxy:
         self._max_wait = max_wait
         self._metrics = metrics
         self._options = options
-        self._attempts = Attempts(fleet, session, table, metrics, carries, self.calls)
+        self._attempts = Attempts(fleet, session, metrics, self.calls)
         self._live: set[Attention] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

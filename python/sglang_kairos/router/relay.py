@@ -83,17 +83,22 @@ class Passage:
         chunk, content = self._head.first, response.content
         try:
             while chunk:
-                await self._pass(chunk)
+                # With its last byte here, an answer is ended with one message instead of two.
+                last = not self._holds and content.at_eof()
+                await self._pass(chunk, more=not last)
+                if last:
+                    seen.whole = seen.ended = True
+                    return None
                 # With the last byte of a body of known length its end is known as well.
-                seen.whole = self._done() or (not self._holds and self.exhausted)
+                seen.whole = self._done() or (not self._holds and content.at_eof())
                 chunk = await content.readany()
         except (aiohttp.ClientError, OSError) as error:
             if not seen.whole:
                 return error
-        last = b"" if self._hidden is Hidden.NOTHING else self._splitter.rest
+        rest = b"" if self._hidden is Hidden.NOTHING else self._splitter.rest
         if self._merger is not None:
-            last = self._merger.feed(last) + self._merger.end()
-        await self._send({"type": "http.response.body", "body": last})
+            rest = self._merger.feed(rest) + self._merger.end()
+        await self._send({"type": "http.response.body", "body": rest})
         seen.whole = seen.ended = True
         return None
 
@@ -109,7 +114,7 @@ class Passage:
             self._seen.ended = True
             await self._send({"type": "http.response.body", "body": b""})
 
-    async def _pass(self, chunk: bytes) -> None:
+    async def _pass(self, chunk: bytes, more: bool) -> None:
         now = time.monotonic()
         events: list[bytes] = []
         if self._hidden is not Hidden.NOTHING:
@@ -117,7 +122,7 @@ class Passage:
             chunk = b"".join([without(self._hidden, event) for event in events])
         shown = chunk if self._merger is None else self._merger.feed(chunk)
         if shown:
-            await self._send({"type": "http.response.body", "body": shown, "more_body": True})
+            await self._send({"type": "http.response.body", "body": shown, "more_body": more})
         if self._seen.meter is not None:
             if self._hidden is Hidden.NOTHING:
                 events = self._splitter.feed(chunk)

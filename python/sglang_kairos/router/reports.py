@@ -6,16 +6,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from sglang_kairos.policy.placement import StepCost
+from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
 from sglang_kairos.request_checks import RequestLimits
 
 _MODES = ("prefill", "decode", "null")
 # Below this many observed steps, a predictor is still its first guess.
 ENOUGH_SAMPLES = 5
+
+Law = TypeVar("Law", PrefillLaw, DecodeLaw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,37 +78,24 @@ def kairos_reports(info: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
             yield report
 
 
-def prefill_law(report: Mapping[str, Any]) -> tuple[float, float, float, float] | None:
-    """(a_s, b_s, c_s, d_s), or None unless they make sense. d_s may be left out."""
-    raw = report.get("prefill")
-    if not isinstance(raw, Mapping):
-        return None
-    a, b, c = (number(raw, key, 0.0, 1e3) for key in ("a_s", "b_s", "c_s"))
-    d = number(raw, "d_s", 0.0, 1e3) if "d_s" in raw else 0.0
-    if a is None or b is None or c is None or d is None or a + b <= 0.0:
-        return None
-    return a, b, c, d
+def prefill_law(report: Mapping[str, Any]) -> PrefillLaw | None:
+    """How fast it prefills, or None unless that makes sense."""
+    return _law(report.get("prefill"), PrefillLaw.from_json)
 
 
-def step_cost(report: Mapping[str, Any]) -> StepCost | None:
-    """A decode server's step law, with ``knees`` (pairs of batch size and seconds per request)."""
-    raw = report.get("decode")
+def decode_law(report: Mapping[str, Any]) -> DecodeLaw | None:
+    """How long its decode steps take, or None unless that makes sense."""
+    return _law(report.get("decode"), DecodeLaw.from_json)
+
+
+def _law(raw: Any, read: Callable[[Mapping[str, Any]], Law]) -> Law | None:
     if not isinstance(raw, Mapping):
         return None
-    a, b, c = (number(raw, key, 0.0, 1e3) for key in ("a_s", "b_s", "c_s"))
-    if a is None or b is None or c is None or a + b <= 0.0:
+    try:
+        law = read(raw)
+    except ValueError:
         return None
-    knees: list[tuple[float, float]] = []
-    listed = raw.get("knees")
-    for pair in listed if isinstance(listed, list) else ():
-        if not isinstance(pair, list) or len(pair) != 2:
-            return None
-        both = {"knee": pair[0], "slope": pair[1]}
-        knee, slope = number(both, "knee", 0.0, 1e6), number(both, "slope", 0.0, 1e3)
-        if knee is None or slope is None:
-            return None
-        knees.append((knee, slope))
-    return StepCost(a, b, c, tuple(knees))
+    return law if law.a_s + law.b_s > 0.0 else None
 
 
 def roles(info: Mapping[str, Any]) -> frozenset[str]:

@@ -106,6 +106,7 @@ def serve(app: RouterApp) -> int:
         host=options.host,
         port=options.port,
         loop="uvloop",
+        http="httptools",
         log_level=options.log_level,
         access_log=False,
         timeout_graceful_shutdown=int(options.drain_s + _LAST_WORDS_S) + 1,

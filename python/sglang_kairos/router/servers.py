@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
+from yarl import URL
+
 from sglang_kairos.policy.backlog import EMPTY, Backlog
-from sglang_kairos.policy.placement import DecodeState, PrefillSpeed, PrefillState, StepCost
+from sglang_kairos.policy.placement import UNTOLD_DECODE, DecodeState, PrefillState
+from sglang_kairos.predict.laws import GENERIC_PREFILL, PrefillLaw
 from sglang_kairos.request_checks import NO_LIMITS, RequestLimits
 from sglang_kairos.router.attention import Attention
 from sglang_kairos.router.health import Health, HealthRules
@@ -23,6 +26,7 @@ from sglang_kairos.router.prefix import BLOCK_TOKENS, MOST_BLOCKS, Blocks, Prefi
 from sglang_kairos.router.reports import (
     ENOUGH_SAMPLES,
     Load,
+    decode_law,
     kairos_reports,
     misplaced,
     number,
@@ -30,10 +34,10 @@ from sglang_kairos.router.reports import (
     request_limits,
     roles,
     settled,
-    step_cost,
 )
 
 DEFAULT_BOOTSTRAP_PORT = 8998
+DEFAULT_CHUNK_TOKENS = 8192
 # A load report older than this says nothing about now.
 FRESH_S = 5.0
 # A plan is made anew when the server has fallen this far behind it.
@@ -60,6 +64,7 @@ class Server:
 
     def __init__(self, url: str, rules: HealthRules | None = None) -> None:
         self.url = url
+        self._urls: dict[str, URL] = {}
         self.health = Health(rules or HealthRules())
         self.kairos = False
         self.draining = False
@@ -77,6 +82,13 @@ class Server:
         self.limits: RequestLimits = NO_LIMITS
         self._load: Load | None = None
         self._load_at_s = float("-inf")
+
+    def at(self, path: str) -> URL:
+        """Where it serves that path; parsed once."""
+        found = self._urls.get(path)
+        if found is None:
+            found = self._urls[path] = URL(self.url + path)
+        return found
 
     @property
     def up(self) -> bool:
@@ -152,11 +164,11 @@ class PrefillServer(Server):
         self.prefix = PrefixIndex()
         self._given_port = bootstrap_port
         self._reported_port = DEFAULT_BOOTSTRAP_PORT
-        self._estimate = SpeedEstimate(PrefillSpeed())
-        self._law: tuple[float, float, float, float] | None = None
-        self._law_settled = False
+        self._estimate = SpeedEstimate(GENERIC_PREFILL, DEFAULT_CHUNK_TOKENS)
+        self._said: PrefillLaw | None = None
+        self._said_settled = False
         self._pace = Pace()
-        self._speed = PrefillSpeed()
+        self._law = GENERIC_PREFILL
         self._busy_since_s = 0.0
         self._foreign_tokens = 0.0
         self._owed_tokens = 0.0
@@ -184,7 +196,7 @@ class PrefillServer(Server):
     @property
     def known(self) -> bool:
         """Whether its speed has been observed, by itself or by this router."""
-        return self._law_settled or self._estimate.batches >= ENOUGH_SAMPLES
+        return self._said_settled or self._estimate.batches >= ENOUGH_SAMPLES
 
     def owe(
         self,
@@ -199,8 +211,8 @@ class PrefillServer(Server):
         `settle` takes the ticket back.
         """
         cached = min(cached, max(0.0, tokens - 1.0))
-        work = self._speed.work_s(tokens - cached, cached)
-        pace = self._pace.factor if self._law is not None else 1.0
+        work = self._law.work_s(tokens - cached, cached, self._estimate.chunk_tokens)
+        pace = self._pace.factor if self._said is not None else 1.0
         ticket = Ticket(tokens - cached, deadline_s, work, now_s, weight, pace)
         if not self._tickets:
             self._busy_since_s = now_s
@@ -223,12 +235,13 @@ class PrefillServer(Server):
         self._owed_tokens = self._owed_tokens - ticket.tokens if self._tickets else 0.0
         self._plan = None
         if served:
-            if self._law is not None:
+            if self._said is not None:
                 work = ticket.work_s / ticket.pace
                 self._pace.observe(now_s - self._busy_since_s, work)
+            if not self._said_settled:
+                self._estimate.finished(ticket.tokens, ticket.sent_s, now_s)
             self._busy_since_s = now_s
-            self._estimate.finished(ticket.tokens, ticket.sent_s, now_s)
-            self._set_speed()
+            self._set_law()
 
     def state(
         self, now_s: float, handoff_s: float = 0.0, blocks: Blocks | None = None
@@ -248,12 +261,13 @@ class PrefillServer(Server):
             )
         foreign = self._foreign_tokens if self._fresh_load(now_s) else 0.0
         return PrefillState(
-            self._speed,
+            self._law,
+            self._estimate.chunk_tokens,
             self._deadlines,
             self._works,
             progress,
             self.kairos,
-            foreign * self._speed.b_s,
+            foreign * self._law.b_s,
             self.prefix.cached_tokens(blocks) if blocks is not None else 0.0,
             plan,
         )
@@ -264,9 +278,9 @@ class PrefillServer(Server):
         self._reported_port = int(
             number(info, "disaggregation_bootstrap_port", 1, 65535) or self._reported_port
         )
-        chunk = number(info, "chunked_prefill_size", 1, 1e9)
-        if chunk:
-            self._estimate.set_chunk(int(chunk))
+        chunk = number(info, "chunked_prefill_size", -1, 1e9)
+        if chunk is not None:
+            self._estimate.chunk_tokens = int(chunk)
         capacity = number(info, "max_total_num_tokens", 1, 1e15)
         if info.get("disable_radix_cache") is True:
             self.prefix.limit(0)
@@ -275,8 +289,8 @@ class PrefillServer(Server):
         for report in kairos_reports(info):
             law = prefill_law(report)
             if law:
-                self._law, self._law_settled = law, settled(report, "prefill_error")
-        self._set_speed()
+                self._said, self._said_settled = law, settled(report, "prefill_error")
+        self._set_law()
 
     def learn_load(self, load: Load | None, now_s: float) -> None:
         """Also: what it has to prefill beyond what this router sent it."""
@@ -290,24 +304,21 @@ class PrefillServer(Server):
         super().forget()
         self.prefix.clear()
 
-    def _set_speed(self) -> None:
-        speed = self._estimate.speed()
-        if self._law is not None:
-            pace = self._pace.factor
-            a, b, c, d = (pace * value for value in self._law)
-            speed = PrefillSpeed(a, b, c, speed.chunk_tokens, d)
-        self._speed = speed
+    def _set_law(self) -> None:
+        if self._said is not None:
+            self._law = self._said.scaled(self._pace.factor)
+        else:
+            self._law = self._estimate.law()
 
     def describe(self) -> dict[str, Any]:
         """For the router's own /server_info and the admin calls."""
-        speed = self._speed
         return {
             **super().describe(),
             "bootstrap_port": self.bootstrap_port,
             "owed_requests": len(self._tickets),
             "owed_s": round(self.owed_s, 6),
             "foreign_tokens": round(self._foreign_tokens),
-            "speed": [speed.a_s, speed.b_s, speed.c_s, speed.d_s],
+            "speed": list(self._law[:5]),
             "speed_known": self.known,
             "pace": round(self._pace.factor, 3),
             "prefix_blocks": len(self.prefix),
@@ -324,7 +335,7 @@ class DecodeServer(Server):
         self.running = 0
         self.tokens = 0.0
         self.known = False
-        self._cost = StepCost()
+        self._law = UNTOLD_DECODE
         self._capacity = math.inf
         self._tpots: list[float] = []
         self._foreign = (0, 0.0)
@@ -345,7 +356,7 @@ class DecodeServer(Server):
         """As `policy.placement` sees it now."""
         requests, tokens = self._foreign if self._fresh_load(now_s) else (0, 0.0)
         return DecodeState(
-            self._cost, self.running + requests, self.tokens + tokens, self._capacity, self._tpots
+            self._law, self.running + requests, self.tokens + tokens, self._capacity, self._tpots
         )
 
     def learn(self, info: Mapping[str, Any]) -> None:
@@ -357,9 +368,9 @@ class DecodeServer(Server):
         if capacity:
             self._capacity = capacity * max(1, ranks)
         for report in kairos_reports(info):
-            cost = step_cost(report)
-            if cost:
-                self._cost, self.known = cost, settled(report, "decode_error")
+            law = decode_law(report)
+            if law:
+                self._law, self.known = law, settled(report, "decode_error")
 
     def learn_load(self, load: Load | None, now_s: float) -> None:
         """Also: what it holds beyond what this router sent it."""
@@ -377,6 +388,6 @@ class DecodeServer(Server):
             "running": self.running,
             "tokens": round(self.tokens),
             "foreign": [self._foreign[0], round(self._foreign[1])],
-            "step": [self._cost.a_s, self._cost.b_s, self._cost.c_s],
+            "step": list(self._law[:3]),
             "step_known": self.known,
         }

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_kairos.predict.prefill_time import KNEE
 from sglang_kairos.sim.cluster import Setup, cache_block_tokens, make_requests, too_large
 from sglang_kairos.sim.times import LawTimes, StepTimes
 from sglang_kairos.tools.traces import Request
@@ -88,12 +87,12 @@ def floor_law(
     otherwise, and then the law is proven between as far as the times are straight there.
     """
     if isinstance(times, LawTimes):
-        law = times.prefill_model().coefficients
-        if min(law.values()) < 0:
+        law = times.prefill_law
+        if min(law) < 0:
             raise ValueError(f"a bound needs a law without negative coefficients, got {law}")
-        # A step of s <= chunk_tokens tokens pays e min(s, KNEE) >= e s min(1, KNEE / chunk_tokens).
-        b = law["b_s"] + law.get("e_s", 0.0) * min(1.0, KNEE / chunk_tokens)
-        return law["a_s"], b, law["c_s"], law["d_s"]
+        # A step of s <= chunk_tokens tokens pays e min(s, knee) >= e s min(1, knee / chunk_tokens).
+        b = law.b_s + law.e_s * min(1.0, law.knee / chunk_tokens)
+        return law.a_s, b, law.c_s, law.d_s
     from scipy.optimize import linprog
 
     new, prefix = _knots(times, chunk_tokens, longest)

@@ -18,7 +18,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
 from itertools import accumulate
 from random import Random
 from statistics import median
@@ -27,13 +26,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_kairos.predict.prefill_time import PrefillTimeModel
+from sglang_kairos.predict.laws import GENERIC_DECODE, GENERIC_PREFILL, DecodeLaw, PrefillLaw
 from sglang_kairos.predict.rls import least_squares
-from sglang_kairos.predict.step_time import StepTimeModel
 from sglang_kairos.sim.cluster import Setup
 from sglang_kairos.sim.learnt import LearntCluster
 from sglang_kairos.sim.policies import Policy
-from sglang_kairos.sim.recording import DecodeStep, PrefillStep, Recording, cycles, delays
+from sglang_kairos.sim.recording import Recording, cycles, delays
 from sglang_kairos.sim.times import LawTimes, System
 from sglang_kairos.tools.replay import Outcome, Result
 from sglang_kairos.tools.traces import Request
@@ -109,8 +107,8 @@ class PacedTimes(LawTimes):
 
     def __init__(
         self,
-        prefill: tuple[float, float, float, float],
-        decode: tuple[float, float, float, float, float],
+        prefill: PrefillLaw,
+        decode: DecodeLaw,
         prefill_pace: Pace,
         decode_pace: Pace,
         seed: int,
@@ -142,8 +140,8 @@ class Calibration:
     loop does where the forward runs inside the launch (a CPU).
     """
 
-    prefill: tuple[float, float, float, float]
-    decode: tuple[float, float, float, float, float]
+    prefill: PrefillLaw
+    decode: DecodeLaw
     prefill_pace: Pace
     decode_pace: Pace
     front_s: float
@@ -153,9 +151,14 @@ class Calibration:
     sizes: Mapping[str, int] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
-        """For JSON: the coefficients, and each pace in a few numbers."""
-        paces = {"prefill_pace": self.prefill_pace, "decode_pace": self.decode_pace}
-        return {**asdict(self), **{name: pace.summary() for name, pace in paces.items()}}
+        """For JSON: the laws, and each pace in a few numbers."""
+        return {
+            **asdict(self),
+            "prefill": self.prefill.to_json(),
+            "decode": self.decode.to_json(),
+            "prefill_pace": self.prefill_pace.summary(),
+            "decode_pace": self.decode_pace.summary(),
+        }
 
     def system(self, seed: int) -> System:
         """The simulated servers; `seed` says where in the paces they start."""
@@ -199,9 +202,11 @@ def calibrate(recording: Recording, sizes: Mapping[str, int], late_results: bool
 
     CalibrationError when there are too few steps or no request found a server idle.
     """
-    prefill_x = np.array([_prefill_features(step) for step in recording.prefill]).reshape(-1, 4)
+    features = [GENERIC_PREFILL.features(step.new, step.prefix)[:4] for step in recording.prefill]
+    prefill_x = np.array(features).reshape(-1, 4)
     prefill_s = np.array(cycles(recording.prefill))
-    decode_x = np.array([_decode_features(step) for step in recording.decode]).reshape(-1, 5)
+    features = [GENERIC_DECODE.features(len(step.rooms), step.kv) for step in recording.decode]
+    decode_x = np.array(features).reshape(-1, 5)
     decode_s = np.array(cycles(recording.decode))
     for name, taken in (("prefill", prefill_s), ("decode", decode_s)):
         if taken.size < LEAST_STEPS:
@@ -210,13 +215,12 @@ def calibrate(recording: Recording, sizes: Mapping[str, int], late_results: bool
     for name, samples in asdict(found).items():
         if not samples:
             raise CalibrationError(f"no {name} delay could be measured: send a lighter load")
-    a, b, c, d = bulk_law(prefill_x, prefill_s)
-    fixed, each, near, far, token = bulk_law(decode_x, decode_s)
+    prefill, decode = bulk_law(prefill_x, prefill_s), bulk_law(decode_x, decode_s)
     return Calibration(
-        prefill=(a, b, c, d),
-        decode=(fixed, each, near, far, token),
-        prefill_pace=pace_of(prefill_x @ (a, b, c, d), prefill_s),
-        decode_pace=pace_of(decode_x @ (fixed, each, near, far, token), decode_s),
+        prefill=PrefillLaw(*prefill),
+        decode=DecodeLaw.of(decode),
+        prefill_pace=pace_of(prefill_x @ prefill, prefill_s),
+        decode_pace=pace_of(decode_x @ decode, decode_s),
         front_s=max(0.0, median(found.front)),
         handoff_s=max(0.0, median(found.handoff)),
         delivery_s=median(found.delivery),
@@ -244,23 +248,3 @@ def bulk_law(features: Floats, seconds: Floats) -> list[float]:
         keep = (ratio < TRIM) & (ratio > 1 / TRIM)
     coefficients: list[float] = least_squares(features[keep], seconds[keep]).tolist()
     return coefficients
-
-
-def _prefill_features(step: PrefillStep) -> list[float]:
-    """Of `predict.prefill_time`'s law: its value per unit of each coefficient."""
-    return [unit.step_s(step.new, step.prefix) for unit in _prefill_units()]
-
-
-def _decode_features(step: DecodeStep) -> list[float]:
-    """Of `predict.step_time`'s law: its value per unit of each coefficient a, b, d_1, d_2, c."""
-    return [unit.step_s(len(step.rooms), float(step.kv)) for unit in _decode_units()]
-
-
-@cache
-def _prefill_units() -> list[PrefillTimeModel]:
-    return [PrefillTimeModel(*unit) for unit in np.eye(4).tolist()]
-
-
-@cache
-def _decode_units() -> list[StepTimeModel]:
-    return [StepTimeModel(a, b, c, None, (near, far)) for a, b, near, far, c in np.eye(5).tolist()]

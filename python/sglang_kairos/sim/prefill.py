@@ -2,8 +2,7 @@
 
 One step computes at most `chunk_tokens` new tokens: the chunked request in the slot first, then the
 waiting ones in order, up to the first that does not fit; that one starts as the next chunked
-request if there is none. `_plan` mirrors `engine/prefill.py` (`_decide`, `_apply_plan`) line by
-line, on the same policy functions.
+request if there is none. `policy.prefill_planner` decides, as on a real server.
 """
 
 from __future__ import annotations
@@ -13,18 +12,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sglang_kairos.policy.urgency import LateShare, PrefillPlan, PrefillQueue, plan_prefill
+from sglang_kairos.policy.prefill_planner import NEVER, PrefillPlanner, PrefillView
 from sglang_kairos.sim.cache import PrefixCache
 from sglang_kairos.sim.clock import Clock
 from sglang_kairos.sim.orders import CACHE_AWARE, ORDERS, chunk_limit
 from sglang_kairos.sim.policies import Policy
 from sglang_kairos.sim.predictions import Predictor
-from sglang_kairos.sim.request import NEVER, SimRequest
+from sglang_kairos.sim.request import SimRequest
 from sglang_kairos.sim.times import System
-
-# As in engine/prefill.py.
-REMATCH_EVERY_PLANS = 16
-REMATCH_ALL_BELOW = 32
 
 Arrived = Callable[[SimRequest], None]
 
@@ -50,13 +45,11 @@ class PrefillServer:
         self.paused: list[SimRequest] = []
         self.counters: Counter[str] = Counter()
         self.busy_s = 0.0
-        self._late_share = LateShare(policy.config.late_share)
+        self._planner = PrefillPlanner(policy.config)
+        self._starving: SimRequest | None = None
         self._processed = 0
-        self._plans = 0
         self._busy = False
         self._link_free_s = 0.0
-        self.watch: Callable[[PrefillServer, PrefillPlan], None] | None = None
-        """Sees every plan, before it is carried out."""
 
     def add(self, req: SimRequest) -> None:
         """A decode server has reserved KV for `req`: it may be computed."""
@@ -92,10 +85,8 @@ class PrefillServer:
         self._predictor.saw_prefill(new, prefix, seconds)
         total = sum(new)
         self._processed += total
-        self._late_share.earn(total)
+        self._planner.ran(total, sum(tokens for req, tokens in batch if req is self._starving))
         for req, tokens in batch:
-            if req.starving:
-                self._late_share.spend(tokens)
             unsent = tokens + (req.hit if req.computed == 0 else 0)
             req.computed += tokens
             req.done += tokens
@@ -143,7 +134,11 @@ class PrefillServer:
         return self._fill(limit)
 
     def _planned_batch(self) -> list[tuple[SimRequest, int]]:
-        plan, jobs, starts_with = self._plan()
+        waiting = self.waiting
+        jobs = [*waiting, *([] if self.slot is None else [self.slot]), *self.paused]
+        self._look_up_prefixes(waiting)
+        plan = self._planner.plan(self._view(jobs), self._predictor.prefill)
+        self._starving = None if plan.starving < 0 else jobs[plan.starving]
         chosen = None if plan.slot < 0 else jobs[plan.slot]
         if chosen is not self.slot:
             if self.slot is not None:
@@ -153,18 +148,13 @@ class PrefillServer:
             self.slot = None
             if chosen is not None:
                 self._resume(chosen)
-        held = [jobs[index] for index in plan.hold]
-        without = set(plan.hold)
-        rest = [i for i in range(starts_with) if i not in without]
-        rank = {index: place for place, index in enumerate(plan.order)}
-        rest.sort(key=lambda index: rank.get(index, len(rank)))
-        self.waiting = [jobs[index] for index in rest]
+        self.waiting = [waiting[index] for index in plan.order]
         batch = self._fill(plan.chunk_limit)
         if not batch and self.slot is None and self.paused:
             self._resume(self.paused[0])
             self.counters["forced_resumes"] += 1
             batch = self._fill(None)
-        self.waiting.extend(held)
+        self.waiting.extend(waiting[index] for index in plan.hold)
         return batch
 
     def _resume(self, req: SimRequest) -> None:
@@ -210,54 +200,32 @@ class PrefillServer:
         del self.waiting[:admitted]
         return batch
 
-    def _plan(self) -> tuple[PrefillPlan, list[SimRequest], int]:
-        """The plan, what its indices mean, and how many of those are waiting (they come first)."""
-        self._plans += 1
-        now, config, waiting = self._clock.now_s, self._policy.config, self.waiting
-        chunk_tokens = self._system.chunk_tokens
-        partials = [] if self.slot is None else [self.slot]
-        partials += self.paused
-        match_all = len(waiting) <= REMATCH_ALL_BELOW
-        for req in waiting:
-            if req.blocks and (
-                match_all or self._plans - req.matched_at_plan >= REMATCH_EVERY_PLANS
-            ):
-                self._match(req)
-                req.matched_at_plan = self._plans
-        jobs = waiting + partials
-        tokens = [req.prompt - req.matched for req in waiting]
-        tokens += [req.prompt - req.done for req in partials]
-        count = np.array(tokens, np.int64)
-        prefix = np.array([req.prompt for req in jobs], np.int64) - count
-        model = self._predictor.prefill
-        work = model.remaining_s(count, prefix, chunk_tokens) * (1 + config.margin)
-        work = work * np.array([req.work_error for req in jobs])
-        slack = np.array([req.due_s - now for req in jobs]) - config.handoff_ms / 1e3
-        self._mark_starving(jobs)
-        queue = PrefillQueue(
-            work_s=work,
-            deadline_s=slack,
-            tokens=count,
-            partial=[False] * len(waiting) + [True] * len(partials),
-            starving=[req.starving for req in jobs],
-            fixed_s=model.step_s((), ()) * (1 + config.margin),
-            cached=prefix,
-        )
-        current = len(waiting) if self.slot is not None else -1
-        begun = float(prefix[len(waiting) :].max(initial=0.0))
-        plan = plan_prefill(
-            queue,
-            chunk_tokens=chunk_tokens,
-            current=current,
+    def _look_up_prefixes(self, waiting: list[SimRequest]) -> None:
+        last = np.array([req.matched_at_plan for req in waiting], np.int64)
+        for index in self._planner.to_look_up(last):
+            self._match(waiting[index])
+            waiting[index].matched_at_plan = self._planner.plans
+
+    def _view(self, jobs: list[SimRequest]) -> PrefillView:
+        """What the planner is told of those who wait and, behind them, those who have begun."""
+        now, begun = self._clock.now_s, jobs[len(self.waiting) :]
+        done = [req.matched for req in self.waiting] + [req.done for req in begun]
+        prefix = np.array(done, np.int64)
+        paused = [req.paused_s + now - req.paused_since_s for req in self.paused]
+        return PrefillView(
+            now_s=now,
+            arrival_s=np.array([req.arrival_s for req in jobs]),
+            ttft_s=np.array([req.ttft_s for req in jobs]),
+            tokens=np.array([req.prompt for req in jobs], np.int64) - prefix,
+            prefix=prefix,
+            chunk_tokens=self._system.chunk_tokens,
+            paused_s=paused if self.slot is None else [self.slot.paused_s, *paused],
+            in_slot=self.slot is not None,
             free_tokens=self.free_tokens,
             evictable_tokens=self.cache.evictable_tokens,
-            max_paused=config.max_paused if config.pause else 0,
-            forced=self._overdue(len(waiting) + (self.slot is not None)),
-            least_tokens=model.worthwhile_tokens(begun, chunk_tokens),
+            max_paused=self._policy.config.max_paused if self._policy.config.pause else 0,
+            work_factor=np.array([req.work_error for req in jobs]),
         )
-        if self.watch is not None:
-            self.watch(self, plan)
-        return plan, jobs, len(waiting)
 
     @property
     def free_tokens(self) -> int:
@@ -265,26 +233,3 @@ class PrefillServer:
         it begins, there chunk by chunk."""
         begun = [*self.paused, *([] if self.slot is None else [self.slot])]
         return self.cache.free_tokens + sum(min(req.held, req.prompt - req.done) for req in begun)
-
-    def _mark_starving(self, jobs: list[SimRequest]) -> None:
-        """Let the oldest request past the starvation bound go first, within the late share."""
-        now, bound = self._clock.now_s, self._policy.config.max_wait
-        starving: SimRequest | None = None
-        for req in jobs:
-            req.starving = False
-            if now - req.arrival_s > bound * req.ttft_s and (
-                starving is None or req.arrival_s < starving.arrival_s
-            ):
-                starving = req
-        if starving is not None and self._late_share.may_spend():
-            starving.starving = True
-
-    def _overdue(self, first: int) -> int:
-        """Index of a request paused for too long in all, -1 when there is none."""
-        now, limit_s = self._clock.now_s, self._policy.config.max_pause_ms / 1e3
-        if self.slot is not None and self.slot.paused_s > limit_s:
-            return first - 1
-        for offset, req in enumerate(self.paused):
-            if req.paused_s + now - req.paused_since_s > limit_s:
-                return first + offset
-        return -1

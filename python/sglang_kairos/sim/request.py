@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sglang_kairos.policy.prefill_planner import NEVER
 from sglang_kairos.tools.replay import OK, Outcome
 from sglang_kairos.tools.traces import Request
-
-NEVER = -1_000_000
 
 
 @dataclass(slots=True, eq=False)
@@ -32,7 +31,6 @@ class SimRequest:
     matched: int = 0
     matched_at_plan: int = NEVER
     arrival_processed_tokens: int = 0
-    starving: bool = False
     paused_since_s: float = 0.0
     paused_s: float = 0.0
     hit: int = 0

@@ -14,9 +14,7 @@ from sglang_kairos.policy.placement import (
     OUTPUT_SHARE,
     DecodeState,
     PlacedRequest,
-    PrefillSpeed,
     PrefillState,
-    StepCost,
     choose_pair,
 )
 from sglang_kairos.router.prefix import Blocks, PrefixIndex
@@ -84,7 +82,8 @@ class Router:
             owed.busy_since_s = now_s
         cached = min(states[req.prefill].cached_tokens, req.prompt - 1.0)
         owed.prefix.add(blocks)
-        work = self._speed(req.prefill).work_s(req.prompt - cached, cached)
+        law = self._prefills[req.prefill].prefill.law
+        work = law.work_s(req.prompt - cached, cached, self._system.chunk_tokens)
         insort(owed.tickets, (req.due_s, req.index, work))
         self._promise(req, 1)
 
@@ -105,11 +104,6 @@ class Router:
         grown = req.prompt + OUTPUT_SHARE * req.output
         self._promised[req.decode] = running + sign, tokens + sign * grown
 
-    def _speed(self, index: int) -> PrefillSpeed:
-        law = self._prefills[index].prefill.coefficients
-        chunk = self._system.chunk_tokens
-        return PrefillSpeed(law["a_s"], law["b_s"], law["c_s"], chunk, law["d_s"])
-
     def _prefill_state(self, index: int, now_s: float, blocks: Blocks) -> PrefillState:
         owed = self._owed[index]
         works = [work for *_, work in owed.tickets]
@@ -117,7 +111,8 @@ class Router:
         deadlines = [deadline for deadline, *_ in owed.tickets]
         began = now_s - progress + self._policy.config.handoff_ms / 1e3
         return PrefillState(
-            self._speed(index),
+            self._prefills[index].prefill.law,
+            self._system.chunk_tokens,
             deadlines,
             works,
             progress,
@@ -127,8 +122,5 @@ class Router:
         )
 
     def _decode_state(self, index: int) -> DecodeState:
-        law = self._decodes[index].decode.coefficients
-        knees = tuple((knee, slope_s) for knee, slope_s in law["knees"])
-        cost = StepCost(law["a_s"], law["b_s"], law["c_s"], knees)
-        running, tokens = self._promised[index]
-        return DecodeState(cost, running, tokens, self._system.decode_kv_tokens)
+        law = self._decodes[index].decode.law
+        return DecodeState(law, *self._promised[index], self._system.decode_kv_tokens)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from typing import Any, Protocol
 
+from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
 from sglang_kairos.predict.prefill_time import PrefillTimeModel
 from sglang_kairos.predict.step_time import StepTimeModel
 
@@ -46,40 +47,33 @@ class StepTimes(Protocol):
 
 
 class LawTimes:
-    """Step times that follow the predictors' own laws exactly.
-
-    `prefill`: a, b, c, d and maybe e of `predict.prefill_time`. `decode`: a, b, the knees' d_j and
-    c of `predict.step_time`.
-    """
+    """Step times that follow the predictors' own laws exactly."""
 
     def __init__(
         self,
-        prefill: tuple[float, ...],
-        decode: tuple[float, float, float, float, float],
+        prefill: PrefillLaw,
+        decode: DecodeLaw,
         captured_sizes: Sequence[int] | None = CAPTURED_SIZES,
     ) -> None:
         self.captured_sizes = captured_sizes
-        self._coefficients = prefill, decode
-        self._prefill, law = self.prefill_model(), self.decode_model()
-        most = max(captured_sizes or (1024,))
+        self.prefill_law, self.decode_law = prefill, decode
+        most, padded = max(captured_sizes or (1024,)), self.decode_model().padded
         # The law is a straight line in the KV tokens: what it adds to is looked up.
-        self._decode, self._fixed_s = law, [law.step_s(size, 0.0) for size in range(most + 1)]
-        self._kv_token_s = decode[-1]
+        self._fixed_s: list[float] = [decode.step_s(padded(size), 0.0) for size in range(most + 1)]
 
     def prefill_s(self, new_tokens: Sequence[int], prefix_tokens: Sequence[int]) -> float:
-        return self._prefill.step_s(new_tokens, prefix_tokens)
+        return self.prefill_law.step_s(new_tokens, prefix_tokens)
 
     def decode_s(self, batch: int, kv_tokens: int) -> float:
         if batch < len(self._fixed_s):
-            return self._fixed_s[batch] + self._kv_token_s * kv_tokens
-        return float(self._decode.step_s(batch, kv_tokens))
+            return self._fixed_s[batch] + self.decode_law.c_s * kv_tokens
+        return self.decode_law.step_s(batch, kv_tokens)
 
     def prefill_model(self) -> PrefillTimeModel:
-        return PrefillTimeModel(*self._coefficients[0])
+        return PrefillTimeModel(*self.prefill_law)
 
     def decode_model(self) -> StepTimeModel:
-        a, b, near, far, c = self._coefficients[1]
-        return StepTimeModel(a, b, c, self.captured_sizes, (near, far))
+        return StepTimeModel.of(self.decode_law, self.captured_sizes)
 
 
 @dataclass(frozen=True)
@@ -138,7 +132,9 @@ def system_of(entry: Mapping[str, Any], times: StepTimes, about_times: str) -> S
 def law_of(entry: Mapping[str, Any]) -> LawTimes:
     """The laws stored with an entry."""
     prefill, decode = entry["prefill"]["coefficients"], entry["decode"]["coefficients"]
-    return LawTimes(tuple(prefill), tuple(decode), captured_up_to(entry["largest_captured"]))
+    return LawTimes(
+        PrefillLaw(*prefill), DecodeLaw.of(decode), captured_up_to(entry["largest_captured"])
+    )
 
 
 def origin(entry: Mapping[str, Any]) -> str:

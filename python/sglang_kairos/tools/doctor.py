@@ -17,7 +17,7 @@ from sglang_kairos.config import ConfigError
 from sglang_kairos.cpu import runtime, site
 from sglang_kairos.engine.plugin import PLUGIN_GROUP, PLUGIN_NAME, check_loadable
 from sglang_kairos.engine.seams import SUPPORTED_VERSIONS
-from sglang_kairos.engine.sources import Survey, namesakes
+from sglang_kairos.engine.sources import Finding, Survey, namesakes
 from sglang_kairos.engine.sources import survey as survey_seams
 from sglang_kairos.other_sglang import NoSuchSglang, folder_of
 from sglang_kairos.tools import patch
@@ -52,7 +52,8 @@ def examine(where: str | None = None) -> Iterator[Check]:
         return
     found = survey_seams(package=tree.root)
     yield about_sglang(tree, found)
-    yield about_seams(tree, found)
+    yield about_functions("seams", found.findings, tree, found.version)
+    yield about_functions("relied on", found.relied_on, tree, found.version)
     yield about_patches(tree, found.version)
 
 
@@ -111,20 +112,25 @@ def about_sglang(tree: patch.Tree, found: Survey) -> Check:
     return Check("SGLang", not found.problems, f"{headline}: {state} {found.version}", (supported,))
 
 
-def about_seams(tree: patch.Tree, found: Survey) -> Check:
-    """Each function that Kairos wraps: the same, changed or gone."""
+def about_functions(topic: str, looked: list[Finding], tree: patch.Tree, version: str) -> Check:
+    """Each function that Kairos wraps, or that its handlers rely on: the same, changed or gone."""
     details: list[str] = []
-    for finding in found.findings:
-        if finding.problem:
-            details.append(f"{finding.state}: {finding.problem}")
+    for finding in looked:
+        if not finding.problem:
+            continue
+        details.append(f"{finding.state}: {finding.problem}")
         if finding.state == "gone":
-            named = namesakes(finding.seam, tree.root)
+            named = namesakes(finding.function, tree.root)
             details.append(f"      same name: {', '.join(named) or 'nowhere'}")
+        elif finding.callee is not None:
+            details.append(f"      taken for granted: {finding.callee.taken}")
+        if finding.callee is None and finding.seam.upstream:
+            details.append(f"      see {finding.seam.upstream}")
     if details:
         details.append("what to do: docs/upstream.md; until then --kairos off serves stock SGLang")
-    same, all_of_them = len(found.usable), len(found.findings)
-    headline = f"{same} of {all_of_them} as Kairos knows them from v{found.version}"
-    return Check("seams", not details, headline, tuple(details))
+    same = sum(finding.state == "same" for finding in looked)
+    headline = f"{same} of {len(looked)} as Kairos knows them from v{version}"
+    return Check(topic, not details, headline, tuple(details))
 
 
 def about_patches(tree: patch.Tree, version: str) -> Check:

@@ -78,12 +78,10 @@ def entry(
         "decode_state": old and old.decode_state,
     }
     if prefill is not None:
-        laws["prefill"] = tuple(prefill.model.coefficients.values())
+        laws["prefill"] = prefill.model.law
         laws["prefill_state"] = prefill.model.snapshot()
     if decode is not None:
-        law = decode.model.coefficients
-        slopes = tuple(slope for _, slope in law["knees"])
-        laws["decode"] = (law["a_s"], law["b_s"], law["c_s"], slopes)
+        laws["decode"] = decode.model.law
         laws["decode_state"] = decode.model.snapshot()
     return Seed(key.model, key.gpu, key.tp, backends=key.backends, provenance=provenance, **laws)
 

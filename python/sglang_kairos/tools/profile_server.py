@@ -32,7 +32,6 @@ PREFIX = (0, 512, 2048, 8192, 32_768)
 BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXT = (64, 512, 2048, 8192, 32_768)
 REPEATS, STEPS = 3, 40
-ATTENTION = ("attention_backend", "moe_runner_backend", "quantization", "kv_cache_dtype", "dtype")
 
 
 class ProfileFailed(RuntimeError):
@@ -97,12 +96,7 @@ def key_of(server: Server, report: Mapping[str, Any], gpu: str = "") -> Key:
         return Key(**told)
     if not gpu:
         raise ProfileFailed("a server without Kairos does not say what it runs on: give --gpu NAME")
-
-    def of(name: str) -> str:
-        return str(server.info.get(name) or "")
-
-    model = of("served_model_name") or of("model_path") or "unknown"
-    return Key(model, gpu, int(server.info.get("tp_size") or 1), "/".join(map(of, ATTENTION)))
+    return Key.of_server(server.info.get, gpu, int(server.info.get("tp_size") or 1))
 
 
 class Measurement:

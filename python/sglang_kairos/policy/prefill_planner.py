@@ -1,0 +1,232 @@
+"""What a prefill server does next, from what it sees: the one place of the rules, for two hosts.
+
+A host, SGLang's scheduler or the simulated server, describes the moment in columns (`PrefillView`),
+carries the plan out, and tells what ran. The rules that need more than one moment live here: who
+starves and whether the late share pays for it, who sat paused for too long, which prompts to look up
+in the prefix cache, margins on predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from random import Random
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sglang_kairos.config import KairosConfig
+from sglang_kairos.policy.prefill_step import PrefillPlan, PrefillQueue, plan_prefill
+from sglang_kairos.policy.urgency import LateShare, urgency_order
+from sglang_kairos.predict.prefill_time import PrefillTimeModel
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+# Looking a prompt up in the radix cache walks it: not every request at every step.
+LOOK_UP_EVERY_PLANS = 16
+LOOK_UPS_PER_PLAN = 32
+NEVER = -(1 << 40)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillView:
+    """A prefill server at a scheduling point. Seconds of any one clock, tokens.
+
+    Columns, (n,): first those who wait, then the begun, the one in the chunk slot before the paused.
+    `tokens`: prompt tokens left to compute; `prefix`: those before them, computed or expected in the
+    prefix cache. `paused_s`, one per begun: how long it has sat out in all. `in_slot`: whether the
+    first of the begun is in the chunk slot, `pinned`: and must stay there. `free_tokens`: KV, of
+    which `evictable_tokens` belong to cached prefixes. `work_factor` (n,): what predictions of work
+    are multiplied with, by a simulation of wrong ones.
+    """
+
+    now_s: float
+    arrival_s: Floats
+    ttft_s: Floats
+    tokens: Ints
+    prefix: Ints
+    chunk_tokens: int
+    paused_s: Sequence[float] = ()
+    in_slot: bool = False
+    pinned: bool = False
+    free_tokens: int = 0
+    evictable_tokens: int = 0
+    max_paused: int = 0
+    weight: Floats | None = None
+    page_size: int = 1
+    work_factor: Floats | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many wait; the others have begun."""
+        return len(self.tokens) - len(self.paused_s)
+
+    @property
+    def slot(self) -> int:
+        """Index of the one in the chunk slot, -1: nobody."""
+        return self.waiting if self.in_slot else -1
+
+
+class PrefillPlanner:
+    """The rules of one prefill server; see the module's text."""
+
+    def __init__(self, config: KairosConfig) -> None:
+        self.config = config
+        self.late_share = LateShare(config.late_share)
+        self.plans = 0
+
+    def to_look_up(self, looked_up_at: Ints) -> list[int]:
+        """Begins a plan. Which waiting ones (indices) to look up in the prefix cache for it.
+
+        `looked_up_at` (n,): the `plans` of the last time, NEVER at first. All of a short queue, else
+        those whose look-up is LOOK_UP_EVERY_PLANS old, the stalest first. Plans are counted, not
+        time, so that all ranks of a server look up the same ones.
+        """
+        self.plans += 1
+        short = len(looked_up_at) <= LOOK_UPS_PER_PLAN
+        age = self.plans - looked_up_at
+        stale = np.flatnonzero(age >= (1 if short else LOOK_UP_EVERY_PLANS))
+        if stale.size > LOOK_UPS_PER_PLAN:
+            stale = stale[np.argsort(-age[stale], kind="stable")[:LOOK_UPS_PER_PLAN]]
+        return stale.tolist()
+
+    def plan(self, view: PrefillView, times: PrefillTimeModel) -> PrefillPlan:
+        """The next step. ValueError if somebody who waits would be lost by it."""
+        fixed_s = times.law.a_s * (1 + self.config.margin)
+        least_tokens = 0
+        if view.paused_s:
+            # What a crumb of a chunk costs depends on the prefix it rereads: that of the begun.
+            reread = float(view.prefix[view.waiting :].max())
+            least_tokens = times.worthwhile_tokens(reread, view.chunk_tokens)
+        starving = self._starving(view)
+        plan = plan_prefill(
+            PrefillQueue(
+                work_s=self._work_s(view, times),
+                deadline_s=_due_s(view) - self.config.handoff_ms / 1e3,
+                tokens=view.tokens,
+                partial=np.arange(len(view.tokens)) >= view.waiting,
+                weight=_weights(view),
+                starving=None if starving < 0 else np.arange(len(view.tokens)) == starving,
+                fixed_s=fixed_s,
+                cached=view.prefix,
+            ),
+            chunk_tokens=view.chunk_tokens,
+            current=view.slot,
+            free_tokens=view.free_tokens,
+            evictable_tokens=view.evictable_tokens,
+            max_paused=view.max_paused,
+            page_size=view.page_size,
+            forced=view.slot if view.pinned else self._overdue(view),
+            least_tokens=least_tokens,
+        )
+        if not names_all(plan, view.waiting):
+            raise ValueError(f"a plan over {view.waiting} waiting requests loses some")
+        return replace(plan, starving=starving)
+
+    def order(self, view: PrefillView, times: PrefillTimeModel) -> list[int]:
+        """All who wait, the most urgent first, where nobody is paused and the host fills the step.
+
+        There prefill and decode are one server: no hand-off comes between.
+        """
+        return urgency_order(self._work_s(view, times), _due_s(view), _weights(view)).order
+
+    def ran(self, tokens: int, of_starving: int) -> None:
+        """A step of `tokens` was launched, `of_starving` of them for whom a plan called starving."""
+        self.late_share.earn(tokens)
+        if of_starving:
+            self.late_share.spend(of_starving)
+
+    def settings(self) -> dict[str, float]:
+        """What a plan depends on beside view and times: a planner of these plans the same."""
+        config = self.config
+        return {
+            "margin": config.margin,
+            "handoff_ms": config.handoff_ms,
+            "max_wait": config.max_wait,
+            "late_share": config.late_share if self.late_share.may_spend() else 0.0,
+            "max_pause_ms": config.max_pause_ms,
+        }
+
+    def _work_s(self, view: PrefillView, times: PrefillTimeModel) -> Floats:
+        work = times.remaining_s(view.tokens, view.prefix, view.chunk_tokens)
+        work *= 1 + self.config.margin
+        return work if view.work_factor is None else work * view.work_factor
+
+    def _starving(self, view: PrefillView) -> int:
+        """Who may go first: the oldest past the starvation bound, while the late share allows."""
+        past = np.flatnonzero(view.arrival_s + self.config.max_wait * view.ttft_s < view.now_s)
+        if past.size == 0 or not self.late_share.may_spend():
+            return -1
+        return int(past[np.argmin(view.arrival_s[past])])
+
+    def _overdue(self, view: PrefillView) -> int:
+        """The first begun one that was paused for `max_pause_ms` in all and runs to its end now."""
+        limit_s = self.config.max_pause_ms / 1e3
+        begun = enumerate(view.paused_s, start=view.waiting)
+        return next((index for index, paused_s in begun if paused_s > limit_s), -1)
+
+
+class ChaosPrefillPlanner(PrefillPlanner):
+    """Random but legal plans from a seed, to prove that no plan can change a token.
+
+    Never switched on by anything but ``--kairos-chaos-seed``.
+    """
+
+    def __init__(self, config: KairosConfig) -> None:
+        super().__init__(config)
+        self._random = Random(config.chaos_seed)
+
+    def plan(self, view: PrefillView, times: PrefillTimeModel) -> PrefillPlan:
+        """Any order, slot and chunk share within the limits that `plan_prefill` keeps.
+
+        All but one: who fits a step is offered whatever KV that takes. The seam of `add_one_req`
+        must be enough to keep the KV that begun prefills need.
+        """
+        if view.pinned:
+            return super().plan(view, times)
+        tokens: list[int] = view.tokens.tolist()
+        waiting = list(range(view.waiting))
+        begun = list(range(view.waiting, len(tokens)))
+        draw = self._random
+        draw.shuffle(waiting)
+        slot = draw.choice([*begun, -1]) if begun else -1
+        if len(begun) - (slot >= 0) > view.max_paused:
+            slot = view.slot if view.in_slot else begun[0]
+        hold: set[int] = set()
+        if begun and slot < 0:  # who begins beside them must find a place and KV for all
+            full = view.max_paused < len(begun)
+            room = view.free_tokens - sum(tokens[index] for index in begun)
+            long = [index for index in waiting if tokens[index] > view.chunk_tokens // 4]
+            hold.update(index for index in long if full or tokens[index] > room)
+        if waiting and draw.random() < 0.1:
+            hold.add(draw.choice(waiting))
+        order = [index for index in waiting if index not in hold]
+        limit = draw.choice([None, max(1, view.chunk_tokens // 2)]) if slot >= 0 else None
+        return PrefillPlan(order, slot, limit, 0, sorted(hold))
+
+
+def prefill_planner(config: KairosConfig) -> PrefillPlanner:
+    """The planner that these settings ask for."""
+    return ChaosPrefillPlanner(config) if config.chaos_seed >= 0 else PrefillPlanner(config)
+
+
+def names_all(plan: PrefillPlan, waiting: int) -> bool:
+    """Whether every waiting index is either ordered or held back, once."""
+    named = [*plan.order, *plan.hold]
+    # So many different ones below `waiting` add up to this only if none is negative.
+    whole = len(named) == len(set(named)) == waiting
+    return whole and (
+        not waiting or (max(named) < waiting and 2 * sum(named) == waiting * (waiting - 1))
+    )
+
+
+def _due_s(view: PrefillView) -> Floats:
+    """Time left until each first token is due, (n,)."""
+    return view.arrival_s + view.ttft_s - view.now_s
+
+
+def _weights(view: PrefillView) -> Floats | None:
+    """Class weights, or None when all are alike (the exact algorithm then applies)."""
+    weight = view.weight
+    return weight if weight is not None and weight.size and weight.min() < weight.max() else None

@@ -1,0 +1,265 @@
+"""Which requests a prefill step computes: the urgency order, walked with the step's token budget.
+
+A request that fits whole is admitted. One that does not fit starts as a new chunked prefill with
+what is left, if nobody else stays in the chunk slot beyond this step. If it may not start, the most
+urgent begun prefill runs in its place, as only that unblocks it.
+
+Begun prefills. All but the one in the chunk slot sit paused; at most `max_paused` may. A begun one
+takes all that is left of the step or nothing: less than the least share is not worth rereading its
+prefix for. Beside begun ones nobody is admitted who would leave them too little KV for their rest
+(`policy.reserve`), nor anybody behind him.
+
+Deadlines. Whoever is in a step has its first token when the step ends. So a step is full once what
+comes next would end it after the deadline of a member that would make it without.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sglang_kairos.policy.reserve import Reserve
+from sglang_kairos.policy.urgency import Floats, Mask, urgency_order
+
+# Nobody knows how full the coming steps will be: the middle (docs/simulator.md has both ends).
+SHARED = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillQueue:
+    """Everything with prefill work left, one entry per request in each array.
+
+    `tokens` left to compute (prefix cache excluded), `work_s` the time predicted for them in steps
+    of their own, of which `fixed_s` is what each step costs whatever is in it; `partial` marks
+    half-done chunked prefills, `starving` those entitled to go first now; `cached` tokens of each
+    prompt are in the prefix cache (None: none are; read for those that have not begun).
+    """
+
+    work_s: Floats
+    deadline_s: Floats
+    tokens: Sequence[int] | NDArray[np.int64]
+    partial: Mask
+    weight: Floats | None = None
+    starving: Mask | None = None
+    fixed_s: float = 0.0
+    cached: Sequence[int] | NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPlan:
+    """One step. `order`: waiting indices to offer, those that run now first. `slot`: the partial in
+    the chunk slot (-1: none runs), `chunk_limit`: tokens it may take (None: no cap). `on_time`: how
+    many are predicted to meet their deadline. `hold`: waiting indices that must not be offered.
+    `starving`: who was put first because it starves (-1: nobody)."""
+
+    order: list[int]
+    slot: int
+    chunk_limit: int | None
+    on_time: int
+    hold: list[int]
+    starving: int = -1
+
+
+def plan_prefill(
+    queue: PrefillQueue,
+    *,
+    chunk_tokens: int,
+    current: int,
+    free_tokens: int,
+    max_paused: int,
+    page_size: int = 1,
+    forced: int = -1,
+    least_tokens: int = 0,
+    evictable_tokens: int = 0,
+) -> PrefillPlan:
+    """What runs in the next step of at most `chunk_tokens` (>= `page_size`) tokens.
+
+    `current` (-1: none) is in the chunk slot; it cannot be paused when `max_paused` is 0. `forced`
+    (-1: none) is a partial that runs now, uncapped. `least_tokens` (0: an eighth of the chunk) is
+    the least share of a step for a partial. Of `free_tokens` KV tokens `evictable_tokens` are cached.
+
+    Work in the on-time set counts with half of what sharing steps can save (`_saved_s`), its
+    deadlines half a step's fixed cost earlier, as a request is done only when its step is.
+    """
+    urgency = urgency_order(
+        np.asarray(queue.work_s, float) - _saved_s(queue, chunk_tokens),
+        np.asarray(queue.deadline_s, float) - SHARED * queue.fixed_s,
+        queue.weight,
+        queue.starving,
+    )
+    step = _Step(queue, urgency.order, chunk_tokens, page_size, least_tokens, max_paused, current)
+    reserve = Reserve(
+        step.begun_left,
+        free_tokens=free_tokens,
+        evictable_tokens=evictable_tokens,
+        page_size=page_size,
+    )
+    if forced >= 0:
+        step.run_begun(forced)
+    order, hold = step.walk(urgency.order, reserve)
+    return PrefillPlan(order, step.slot, step.chunk_limit, urgency.on_time, hold)
+
+
+class _Step:
+    """A step that is being filled. `left`: tokens of its budget that nobody has taken."""
+
+    def __init__(
+        self,
+        queue: PrefillQueue,
+        order: list[int],
+        chunk_tokens: int,
+        page_size: int,
+        least_tokens: int,
+        max_paused: int,
+        current: int,
+    ) -> None:
+        self._tokens: list[int] = np.asarray(queue.tokens, np.int64).tolist()
+        self._cached, self._clock = queue.cached, _StepClock(queue, chunk_tokens)
+        self._chunk, self._page, self._max_paused = chunk_tokens, page_size, max_paused
+        self._least = min(max(page_size, least_tokens or chunk_tokens // 8), chunk_tokens)
+        begun: list[int] = np.flatnonzero(np.asarray(queue.partial, bool)).tolist()
+        self._begun = frozenset(begun)
+        self.begun_left = [self._tokens[index] for index in begun]
+        if len(begun) > 1:
+            begun = [index for index in order if index in self._begun]
+        # Whom the slot may go to, the most urgent first; without pausing it stays where it is.
+        self._may_run = [current] if max_paused == 0 and current >= 0 else begun
+        self._must_run = len(begun) > max_paused
+        self.left, self.slot = chunk_tokens, -1
+        self.chunk_limit: int | None = None
+        self._slot_stays = False  # taken beyond this step, by a begun one or one that begins
+        self._too_little = False  # a begun one found less left than is worth its while
+
+    def walk(self, order: list[int], reserve: Reserve) -> tuple[list[int], list[int]]:
+        """Fills the step in this order. Waiting indices: whom to offer, whom to hold back."""
+        offer: list[int] = []
+        hold: list[int] = []
+        end = len(order)
+        for place, index in enumerate(order):
+            if self._full():
+                end = place
+                break
+            if index in self._begun:
+                if self.slot < 0 and not self._slot_stays and index in self._may_run:
+                    self.run_begun(index)
+                continue
+            cached = 0 if self._cached is None else int(self._cached[index])
+            if not reserve.fits(self._tokens[index], cached):
+                self._run_most_urgent()
+                end = place
+                break
+            if not self._has_place(index):
+                self._run_most_urgent()  # only that makes one
+            if not self._has_place(index):
+                (offer if self._full() else hold).append(index)
+                continue
+            if not self._clock.allows(index, min(self._tokens[index], self.left)):
+                if self._must_run:
+                    self._run_most_urgent()
+                end = place
+                break
+            reserve.take(self._tokens[index], cached)
+            self._admit(index)
+            offer.append(index)
+        rest = order[end:]
+        if self._begun:
+            rest = [index for index in rest if index not in self._begun]
+        # Of a full step upstream looks at nobody else; else they must not slip in.
+        return (offer + rest, hold) if self._full() else (offer, hold + rest)
+
+    def run_begun(self, index: int) -> None:
+        """Give a begun prefill the slot and all that is left, if that is worth its while."""
+        count, room = self._tokens[index], self._whole_pages(self.left)
+        if not self._must_run:
+            in_time = self._clock.tokens_in_time(index)
+            if in_time < min(count, room):
+                room = self._whole_pages(in_time)
+        if room < min(self._whole_pages(self._least), count):
+            self._too_little = True
+            return
+        self.slot, self._slot_stays = index, count > room
+        self.chunk_limit = None if room == self._whole_pages(self._chunk) else room
+        self._clock.add(index, min(count, room))
+        self.left -= min(self._pages_of(count), room)
+
+    def _run_most_urgent(self) -> None:
+        if self.slot < 0 and self._may_run and not (self._slot_stays or self._too_little):
+            self.run_begun(self._may_run[0])
+
+    def _has_place(self, index: int) -> bool:
+        return self._fits_whole(index) or self._may_start_chunking()
+
+    def _fits_whole(self, index: int) -> bool:
+        owed = 0
+        if self._must_run and self.slot < 0:
+            owed = min(self._least, self._pages_of(self._tokens[self._may_run[0]]))
+        return self._pages_of(self._tokens[index]) <= self.left - owed
+
+    def _may_start_chunking(self) -> bool:
+        paused = len(self._begun) - (self.slot >= 0)
+        free = not (self._slot_stays or self._too_little)
+        return free and self.left >= self._page and paused <= self._max_paused
+
+    def _admit(self, index: int) -> None:
+        if self._fits_whole(index):
+            self._clock.add(index, self._tokens[index])
+            self.left -= self._pages_of(self._tokens[index])
+        else:  # it starts as a chunked prefill
+            self._clock.add(index, min(self._tokens[index], self.left))
+            self.left, self._slot_stays = self.left % self._page, True
+
+    def _pages_of(self, tokens: int) -> int:
+        return -(-tokens // self._page) * self._page
+
+    def _whole_pages(self, tokens: int) -> int:
+        return tokens // self._page * self._page
+
+    def _full(self) -> bool:
+        return self.left < self._page
+
+
+class _StepClock:
+    """When the step would end as it stands, and by when it has to."""
+
+    def __init__(self, queue: PrefillQueue, chunk_tokens: int) -> None:
+        self._queue, self._chunk = queue, chunk_tokens
+        self._ends_s, self._latest_s = queue.fixed_s, math.inf
+
+    def allows(self, index: int, tokens: int) -> bool:
+        """Whether the step may take so many tokens of that request without making a member late."""
+        return self.tokens_in_time(index) >= tokens
+
+    def tokens_in_time(self, index: int) -> int:
+        """Tokens of that request which the step may take without making a member late."""
+        count, pace_s = int(self._queue.tokens[index]), self._pace_s(index)
+        if self._latest_s == math.inf or pace_s <= 0:
+            return count
+        return int(min(count, max(0.0, (self._latest_s - self._ends_s) / pace_s)))
+
+    def add(self, index: int, tokens: int) -> None:
+        """The step takes so many tokens of it; one that ends in it, on time so far, is a member."""
+        self._ends_s += tokens * self._pace_s(index)
+        due_s = float(self._queue.deadline_s[index])
+        if tokens == self._queue.tokens[index] and self._ends_s <= due_s:
+            self._latest_s = min(self._latest_s, due_s)
+
+    def _pace_s(self, index: int) -> float:
+        """Seconds a token, the steps' fixed cost left out."""
+        count = int(self._queue.tokens[index])
+        own = self._queue.work_s[index] - self._queue.fixed_s * -(-count // self._chunk)
+        return max(0.0, float(own)) / max(1, count)
+
+
+def _saved_s(queue: PrefillQueue, chunk_tokens: int) -> NDArray[np.float64]:
+    """Seconds by which each request is cheaper than its `work_s` as it shares steps, (n,).
+
+    Of a step's fixed cost a request has to bear between all, alone in it, and its share of the
+    tokens, if steps are full: what is saved lies between nothing and the difference.
+    """
+    tokens, work = np.asarray(queue.tokens, float), np.asarray(queue.work_s, float)
+    spare = np.ceil(tokens / chunk_tokens) - tokens / chunk_tokens
+    return np.asarray(np.minimum(SHARED * queue.fixed_s * spare, work), float)

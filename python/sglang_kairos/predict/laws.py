@@ -1,0 +1,199 @@
+"""How long a prefill or a decode step takes: the two laws that server, router and simulator share.
+
+A prefill step over requests with n new tokens each, after `prefix` cached ones:
+
+    seconds = a + b sum(n) + c sum(n (prefix + n / 2)) + d sum((prefix + n)^2) + e min(sum(n), knee)
+
+a fixed cost, the matrix products, attention (new tokens times what they look at), and what a
+backend without a paged prefill kernel pays, whose queries are padded to the whole context (SGLang's
+`torch_native` on a CPU; d is 0 for FlashInfer and its like). The knee is that of a mixture of
+experts, where the first tokens of a step wake more and more experts; e is 0 for a dense model.
+
+A decode step over `requests` whose contexts are `tokens` long in all:
+
+    seconds = a + b requests + c tokens + sum_j slope_j min(requests, knee_j)
+
+The knees let the curve flatten: in a mixture of experts a small batch's every request wakes more
+experts, a large one's wakes none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Tokens = float | Sequence[float] | NDArray[Any]
+
+KNEE = 256.0
+KNEES = (8.0, 64.0)
+NO_SLOPES = tuple((knee, 0.0) for knee in KNEES)
+LONGEST_S = 1e3  # no coefficient is larger
+
+
+class PrefillLaw(NamedTuple):
+    """Seconds per step, token, token and token of context, squared context, and token up to `knee`."""
+
+    a_s: float
+    b_s: float
+    c_s: float
+    d_s: float = 0.0
+    e_s: float = 0.0
+    knee: float = KNEE
+
+    def features(self, new_tokens: Tokens, prefix_tokens: Tokens) -> tuple[float, ...]:
+        """What a to e are multiplied with for one step over these requests, (n,) or ()."""
+        n, prefix = np.asarray(new_tokens, float), np.asarray(prefix_tokens, float)
+        attended = float((n * (prefix + n / 2)).sum())
+        total = float(n.sum())
+        return 1.0, total, attended, float(((prefix + n) ** 2).sum()), min(total, self.knee)
+
+    def step_s(self, new_tokens: Tokens, prefix_tokens: Tokens) -> float:
+        """Seconds of one step over these requests, (n,) or ()."""
+        features = self.features(new_tokens, prefix_tokens)
+        return sum(k * x for k, x in zip(self[:5], features, strict=True))
+
+    @overload
+    def work_s(self, tokens: float, prefix: float = 0.0, chunk_tokens: float = 0) -> float: ...
+    @overload
+    def work_s(self, tokens: Floats, prefix: Floats, chunk_tokens: float = 0) -> Floats: ...
+    def work_s(self, tokens: Any, prefix: Any = 0.0, chunk_tokens: float = 0) -> Any:
+        """Seconds to prefill `tokens` more after `prefix`, alone; each on its own in an array.
+
+        Closed form: attention over consecutive chunks adds up to that of the whole; the fixed cost
+        comes once a chunk, and the padded one with the context so far: a sum of squares over the
+        full chunks and the whole for the last. `chunk_tokens` <= 0: not chunked. Arrays: shapes
+        broadcast, and `tokens` is one whenever `prefix` is.
+        """
+        do = _ARRAY if isinstance(tokens, np.ndarray) else _SCALAR
+        steps = do.ceil(tokens / chunk_tokens) if chunk_tokens > 0 else do.minimum(tokens, 1)
+        seconds = self.a_s * steps + self.b_s * tokens
+        seconds = seconds + self.c_s * tokens * (prefix + tokens / 2)
+        if not self.d_s and not self.e_s:
+            return seconds
+        full, size = do.maximum(steps - 1, 0), float(max(chunk_tokens, 0))
+        if self.d_s:
+            once, squared = full * (full + 1) / 2, full * (full + 1) * (2 * full + 1) / 6
+            padded = full * prefix**2 + 2 * prefix * size * once + size**2 * squared
+            padded = padded + do.minimum(steps, 1) * (prefix + tokens) ** 2
+            seconds = seconds + self.d_s * padded
+        if self.e_s:
+            last = do.minimum(tokens - full * size, self.knee)
+            seconds = seconds + self.e_s * (full * min(size, self.knee) + last)
+        return seconds
+
+    @classmethod
+    def of(cls, terms: Sequence[float], knee: float) -> PrefillLaw:
+        """From a to e."""
+        a, b, c, d, e = terms
+        return cls(a, b, c, d, e, knee)
+
+    def scaled(self, factor: float) -> PrefillLaw:
+        """The law of a server that takes `factor` times as long."""
+        return self.of([factor * value for value in self[:5]], self.knee)
+
+    def to_json(self) -> dict[str, Any]:
+        """a_s to e_s, and the knee in tokens."""
+        return self._asdict()
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> PrefillLaw:
+        """From `to_json`; d_s, e_s and knee may be missing. ValueError naming the field."""
+        optional = {"d_s": 0.0, "e_s": 0.0}
+        terms = [_seconds(raw.get(name, optional.get(name)), name) for name in cls._fields[:5]]
+        return cls.of(terms, _size(raw.get("knee", KNEE), "knee"))
+
+
+class DecodeLaw(NamedTuple):
+    """Seconds per step, request and token of context; `knees`: (requests, slope in seconds)."""
+
+    a_s: float
+    b_s: float
+    c_s: float
+    knees: tuple[tuple[float, float], ...] = NO_SLOPES
+
+    @overload
+    def step_s(self, requests: float, tokens: float) -> float: ...
+    @overload
+    def step_s(self, requests: Any, tokens: Any) -> Any: ...
+    def step_s(self, requests: Any, tokens: Any) -> Any:
+        """Seconds of a step; numbers or arrays, shapes broadcast."""
+        least = np.minimum if isinstance(requests, np.ndarray) else min
+        seconds = self.a_s + self.b_s * requests
+        for knee, slope_s in self.knees:
+            seconds = seconds + slope_s * least(requests, knee)
+        return seconds + self.c_s * tokens
+
+    def features(self, requests: float, tokens: float) -> tuple[float, ...]:
+        """What `terms` are multiplied with."""
+        return 1.0, requests, *(min(requests, knee) for knee, _ in self.knees), float(tokens)
+
+    @property
+    def terms(self) -> tuple[float, ...]:
+        """a, b, the knees' slopes, c: seconds."""
+        return self.a_s, self.b_s, *(slope_s for _, slope_s in self.knees), self.c_s
+
+    @classmethod
+    def of(cls, terms: Sequence[float], knees: Sequence[float] = KNEES) -> DecodeLaw:
+        """From `terms`, and where the knees are. ValueError when there are not as many."""
+        a, b, *slopes, c = terms
+        return cls(a, b, c, tuple(zip(knees, slopes, strict=True)))
+
+    def to_json(self) -> dict[str, Any]:
+        """a_s, b_s, c_s and `knees`."""
+        return {**self._asdict(), "knees": [list(pair) for pair in self.knees]}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> DecodeLaw:
+        """From `to_json`; `knees` may be missing, or `knee_s` in their place: the slopes at KNEES.
+
+        ValueError naming the field.
+        """
+        a, b, c = (_seconds(raw.get(name), name) for name in ("a_s", "b_s", "c_s"))
+        slopes, knees = raw.get("knee_s", [0.0] * len(KNEES)), raw.get("knees")
+        if knees is None:
+            if not isinstance(slopes, list) or len(slopes) != len(KNEES):
+                raise ValueError(f"knee_s: must be {len(KNEES)} numbers, got {slopes!r:.80}")
+            return cls.of([a, b, *(_seconds(slope, "knee_s") for slope in slopes), c])
+        fits = isinstance(knees, list) and all(isinstance(p, list) and len(p) == 2 for p in knees)
+        if not fits:
+            raise ValueError(f"knees: must be pairs of requests and seconds, got {knees!r:.80}")
+        pairs = ((_size(knee, "knees"), _seconds(slope, "knees")) for knee, slope in knees)
+        return cls(a, b, c, tuple(pairs))
+
+
+# Of unknown hardware.
+GENERIC_PREFILL = PrefillLaw(10e-3, 50e-6, 1e-9)
+GENERIC_DECODE = DecodeLaw(5e-3, 50e-6, 50e-9)
+
+
+class _Operations(NamedTuple):
+    """What `PrefillLaw.work_s` does, to numbers or to arrays."""
+
+    ceil: Callable[[Any], Any]
+    minimum: Callable[[Any, Any], Any]
+    maximum: Callable[[Any, Any], Any]
+
+
+_SCALAR = _Operations(math.ceil, min, max)
+_ARRAY = _Operations(np.ceil, np.minimum, np.maximum)
+
+
+def _seconds(value: Any, field: str) -> float:
+    if not _is_number(value) or not 0.0 <= value <= LONGEST_S:
+        raise ValueError(f"{field}: must be seconds from 0 to 1000, got {value!r:.80}")
+    return float(value)
+
+
+def _size(value: Any, field: str) -> float:
+    if not _is_number(value) or not 1.0 <= value <= 1e9:
+        raise ValueError(f"{field}: must be a number from 1 to 1e9, got {value!r:.80}")
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,62 @@
+"""Writes the tables in docs/ that come from tables in the code.
+
+    PYTHONPATH=python python scripts/doc_tables.py
+
+Each stands between ``<!-- NAME: … -->`` and ``<!-- end of NAME -->``. A test compares them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from sglang_kairos.engine import features
+from sglang_kairos.engine.seams import SEAMS, Seam
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+MIXIN = "SchedulerDisaggregationPrefillMixin."
+UPSTREAM = "https://github.com/sgl-project/sglang/issues/"  # leads to pull requests as well
+
+
+def seams_table() -> str:
+    """The seams whose handlers rely on more of SGLang, or that something there is close to."""
+    lines = [
+        "| wraps | its handler also calls or replaces | nearest upstream |",
+        "|---|---|---|",
+    ]
+    return "\n".join([*lines, *(_row(s) for s in SEAMS if s.relies_on or s.upstream)])
+
+
+def _row(seam: Seam) -> str:
+    names = [callee.qualname.removeprefix(MIXIN) for callee in seam.relies_on]
+    relied_on = ", ".join(f"`{name}`" for name in names)
+    _, _, reference = seam.upstream.partition("#")
+    number, _, what = reference.partition(": ")
+    link = f"[#{number}]({UPSTREAM}{number}): {what}" if number else "–"
+    return f"| `{seam.qualname}` | {relied_on or '–'} | {link} |"
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "features": ("architecture.md", features.table),
+    "seams": ("upstream.md", seams_table),
+}
+
+
+def renewed(page: str, name: str, table: str) -> str:
+    """`page` with `table` between the marks of `name`. ValueError unless they are there once."""
+    marks = re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)", re.S)
+    text, count = marks.subn(lambda found: f"{found[1]}{table}\n{found[2]}", page)
+    if count != 1:
+        raise ValueError(f"the marks of the table {name!r} are there {count} times")
+    return text
+
+
+def main() -> None:
+    for name, (file, table) in TABLES.items():
+        path = DOCS / file
+        path.write_text(renewed(path.read_text("utf-8"), name, table()), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
