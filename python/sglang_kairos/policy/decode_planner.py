@@ -13,7 +13,7 @@ the circuit breaker: where steps do not follow the predictions, nobody sits out 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -92,22 +92,6 @@ class RunningView:
         return self.first_token_s + (self.emitted - 1.0) * self.tpot_s - self.now_s
 
 
-@dataclass(frozen=True, slots=True)
-class ServerView:
-    """What a server has, what is taken of it, and by whom that is on its way.
-
-    `coming_tokens`, `coming_tpot_s` (m,): of those with KV reserved and not running yet whom the
-    plan that let them in means to keep on pace.
-    """
-
-    kv_tokens: float
-    slots: int
-    used_tokens: float
-    used_slots: int
-    coming_tokens: Floats
-    coming_tpot_s: Floats
-
-
 class DecodePlanner:
     """The rules of one decode server; see the module's text.
 
@@ -124,10 +108,11 @@ class DecodePlanner:
         """Why the breaker is open; None while it is closed."""
 
     def admit(
-        self, queue: QueueView, running: RunningView, server: ServerView, times: StepTimes
+        self, queue: QueueView, running: RunningView, server: Occupancy, times: StepTimes
     ) -> AdmissionPlan:
         """The order of the queue, how many of it come in, who of them starves. For n > 0.
 
+        `server` has those to be kept who have KV and do not run yet; who runs is added here.
         All come in, by deadline, while the breaker is open.
         """
         error = times.error
@@ -218,16 +203,13 @@ class DecodePlanner:
         return oldest if waited and self.late_share.may_spend() else -1
 
     def _occupancy(
-        self, running: RunningView, server: ServerView, reserve_tokens: float
+        self, running: RunningView, server: Occupancy, reserve_tokens: float
     ) -> Occupancy:
         """Those to be kept on pace count with the pace they need now, no looser than their target."""
         kept, tpot = running.served, running.tpot_s
-        pace = pace_s(running.lead_s, tpot, reserve_tokens, self.horizon_tokens)
-        return Occupancy(
-            np.append(running.context_tokens[kept], server.coming_tokens),
-            np.append(np.minimum(pace, tpot)[kept], server.coming_tpot_s),
-            server.kv_tokens,
-            server.slots,
-            server.used_tokens,
-            server.used_slots,
+        pace = np.minimum(pace_s(running.lead_s, tpot, reserve_tokens, self.horizon_tokens), tpot)
+        return replace(
+            server,
+            context_tokens=np.append(running.context_tokens[kept], server.context_tokens),
+            tpot_s=np.append(pace[kept], server.tpot_s),
         )
