@@ -21,9 +21,10 @@ import numpy as np
 
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine.running import RunningTable
-from sglang_kairos.policy.admission import Occupancy, Waiting, plan_admission
+from sglang_kairos.policy.admission import Occupancy, QueueView, plan_admission
 from sglang_kairos.policy.decode_planner import DecodePlanner, RunningView
 from sglang_kairos.policy.packing import choose_step
+from sglang_kairos.predict.stay import Stay
 from sglang_kairos.predict.step_time import StepTimeModel
 
 SIZES = (16, 64, 256, 512, 2048)
@@ -60,8 +61,8 @@ def measure(count: int, rounds: int) -> list[dict[str, Any]]:
     served = rng.random(count) < 0.9
     queue = 64
     prompt, due = context[rng.integers(0, count, queue)], rng.uniform(-1.0, 2.0, queue)
-    lead, ttft = prompt * 2e-5, np.full(queue, 2.0)
-    waiting = Waiting(prompt, due, lead, lead, ttft, np.full(queue, tpot[0]))
+    ttft, stay = np.full(queue, 2.0), Stay()
+    waiting = QueueView(0.0, due - ttft, ttft, np.full(queue, tpot[0]), prompt)
     full = Occupancy(context, tpot, 2.0 * context.sum(), 2 * count, float(context.sum()), count)
     reqs = [object() for _ in range(count)]
     table = RunningTable(lambda _: (0.0, float(tpot[0]), 1.0, 0.0, True))
@@ -82,7 +83,7 @@ def measure(count: int, rounds: int) -> list[dict[str, Any]]:
         planner.choose(view, model)
 
     def admit() -> None:
-        plan_admission(waiting, full, model.step_s, expected_output=200.0)
+        plan_admission(waiting, full, model.step_s, stay)
 
     def change() -> None:
         flip.reverse()

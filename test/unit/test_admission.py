@@ -15,7 +15,7 @@ from sglang_kairos.policy.admission import (
     TARGET,
     AdmissionPlan,
     Occupancy,
-    Waiting,
+    QueueView,
     deadline_order,
     plan_admission,
 )
@@ -37,28 +37,43 @@ def server(kept: int, tpot: float = 0.05, used: float = 1.0, slots: float = 1.0)
     )
 
 
+class FixedStay(Stay):
+    """100 ms from the reservation to the first token, 100 tokens a request."""
+
+    def lead_s(self, prompt_tokens: Any, quantile: float = 0.5) -> Any:
+        return np.full(len(prompt_tokens), 0.1)
+
+
+STAY = FixedStay()
+STAY.output_tokens = 100.0
+
+
+def queue(prompt: list[float], due: Any, tpot: Any = 0.05, ready: Any = None, **more: Any) -> Any:
+    """Those who wait, at time 0, with a TTFT target of two seconds."""
+    n = len(prompt)
+    arrival = np.broadcast_to(due, n) - 2.0
+    mask = None if ready is None else np.array(ready)
+    tokens, targets = np.array(prompt, float), np.broadcast_to(tpot, n).astype(float)
+    return QueueView(0.0, arrival, np.full(n, 2.0), targets, tokens, ready=mask, **more)
+
+
 def plan(
     prompt: list[float],
     due: Any,
     occupancy: Occupancy,
     tpot: Any = 0.05,
     min_throughput: float = 0.0,
+    starving: int = -1,
+    clock: Any = None,
     **more: Any,
 ) -> AdmissionPlan:
-    n = len(prompt)
     return plan_admission(
-        Waiting(
-            prompt,
-            np.broadcast_to(due, n).astype(float),
-            np.full(n, 0.1),
-            np.full(n, 0.1),
-            np.full(n, 2.0),
-            np.broadcast_to(tpot, n).astype(float),
-            **more,
-        ),
+        queue(prompt, due, tpot, **more),
         occupancy,
         step_s,
-        expected_output=100.0,
+        STAY,
+        starving=starving,
+        clock=None if clock is None else np.array(clock, float),
         min_throughput=min_throughput,
     )
 
@@ -77,14 +92,14 @@ K = 1000.0
         ("one place is left", plan([K, K], [1.9, 1.0], server(18)), [1, 0], 1, 1),
         ("an empty one takes somebody, whatever it is", plan([90 * K], 1.0, server(0)), [0], 0, 1),
         ("where no TPOT is within reach there is no gate",
-         plan([K, K, K], [-0.5, 1.9, 0.1], server(0, used=0.95), tpot=0.011), [1, 0, 2], 0, 3),
+         plan([K, K, K], [-0.5, 1.9, 0.05], server(0, used=0.95), tpot=0.011), [1, 0, 2], 0, 3),
         ("whose TPOT is out of reach comes in behind the others, at once, late or not",
          plan([K, K, K], [-0.5, 1.9, 1.9], server(20, used=0.2, slots=0.2), tpot=[0.011, 0.05, 0.011]),
          [2, 0, 1], 0, 2),
         ("but not where memory is short",
          plan([K, K], 1.9, server(15), tpot=[0.011, 0.05]), [1, 0], 1, 1),
         ("unless it starves, and then first",
-         plan([K, K], [-9, 1.9], server(1), tpot=[0.011, 0.05], starving=[True, False]), [0, 1], 2, 2),
+         plan([K, K], [-9, 1.9], server(1), tpot=[0.011, 0.05], starving=0), [0, 1], 2, 2),
         ("with memory to spare, who is due comes in unkept, who is not waits",
          plan([K, K, K], [1.9, 0.5, -0.5], server(20, used=0.2, slots=0.2)), [1, 0, 2], 0, 1),
         ("slots alone can be short",
@@ -92,7 +107,7 @@ K = 1000.0
         ("a loose TPOT takes a fraction of the steps",
          plan([K] * 4, 1.0, server(18), tpot=[0.1] * 4), [0, 1, 2, 3], 3, 3),
         ("a starving one goes first",
-         plan([9 * K, K], [-9, 1], server(3), starving=[True, False]), [0, 1], 2, 2),
+         plan([9 * K, K], [-9, 1], server(3), starving=0), [0, 1], 2, 2),
         ("where all tokens/s are wanted, whoever fits comes in, unkept",
          plan([K] * 9, 1.0, server(20, used=0.2, slots=0.2), min_throughput=1.0),
          list(range(9)), 0, 9),
@@ -112,11 +127,11 @@ K = 1000.0
         ("whose time is up goes behind those who still have some",
          plan([K] * 3, [1.0, -9, -8], server(20, used=0.9), clock=[0.9, 0.0, 0.4]), [2, 1, 0], 0, 2),
         ("before a starving one, and where no TPOT is within reach",
-         plan([K] * 3, 1.0, server(0), tpot=0.011, starving=[True, False, False], clock=[1, 1, 0.5]),
+         plan([K] * 3, 1.0, server(0), tpot=0.011, starving=0, clock=[1, 1, 0.5]),
          [2, 0, 1], 0, 3),
         ("whom no server of this size can hold goes last, starving or not",
-         plan([K, 99 * K, K], [1.0, -9, 0.5], server(0), starving=[False, True, False],
-              clock=[1, 0.1, 1], least_kv=[K, 101 * K, K]), [2, 0, 1], 2, 2),
+         plan([K, 99 * K, K], [1.0, -9, 0.5], server(0), starving=1,
+              clock=[1, 0.1, 1], growth_tokens=np.array([0, 2 * K, 0])), [2, 0, 1], 2, 2),
         ("who is not ready is not planned with",
          plan([K] * 3, [0.1, 1.9, 1.0], server(0), ready=[False, True, True]), [2, 1, 0], 2, 2),
         ("nor does it take the place that an empty server has for somebody",
@@ -200,7 +215,9 @@ def test_who_is_not_ready_changes_nothing_for_who_is(
 @given(queues, clocks)
 def test_without_a_gate_the_clock_comes_before_the_deadline(rows: Any, clock: list[float]) -> None:
     prompt, due, _ = (list(column) for column in zip(*rows, strict=True))
-    order = deadline_order(due, prompt, clock[: len(rows)])
+    waiting = queue(prompt, due)
+    order = deadline_order(waiting, np.array(clock[: len(rows)]))
+    due = waiting.due_s.tolist()
 
     def key(i: int) -> tuple[int, float]:
         if clock[i] <= PRESSED:

@@ -11,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_kairos.config import KairosConfig
+from sglang_kairos.policy.admission import Occupancy, QueueView
 from sglang_kairos.policy.chaos_decode import ChaosDecodePlanner
 from sglang_kairos.policy.decode_planner import (
     GIVE_UP_S,
     DecodePlanner,
-    QueueView,
     RunningView,
-    ServerView,
 )
 from sglang_kairos.policy.packing import choose_step, horizon_of, reserve_of
 from sglang_kairos.predict.error import LEARNT_STEPS, PredictError
@@ -68,10 +67,10 @@ def queue(age: Any, prompt: Any = 1000.0, ttft: float = 2.0, **more: Any) -> Que
     return QueueView(NOW, arrival, np.full(n, ttft), np.full(n, TPOT), tokens, **more)
 
 
-def server(view: RunningView, coming: int = 0) -> ServerView:
+def server(view: RunningView, coming: int = 0) -> Occupancy:
     used = float(view.context_tokens.sum()) + 1000.0 * coming
     slots = len(view.tpot_s) + coming
-    return ServerView(KV, SLOTS, used, slots, np.full(coming, 1000.0), np.full(coming, TPOT))
+    return Occupancy(np.full(coming, 1000.0), np.full(coming, TPOT), KV, SLOTS, used, slots)
 
 
 def admit(

@@ -16,7 +16,8 @@ from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import admission, decode, state
 from sglang_kairos.engine.running import EMITTED, FIRST_S, memory_of
 from sglang_kairos.policy import decode_planner
-from sglang_kairos.policy.decode_planner import DecodePlanner, QueueView, RunningView, ServerView
+from sglang_kairos.policy.admission import Occupancy, QueueView
+from sglang_kairos.policy.decode_planner import DecodePlanner, RunningView
 from sglang_kairos.policy.packing import StepChoice
 from sglang_kairos.predict.error import LEARNT_STEPS
 from sglang_kairos.predict.step_time import StepTimeModel
@@ -431,7 +432,7 @@ def test_a_logged_admission_is_the_planners_again(
     plan = DecodePlanner(kairos.config, Counter()).admit(
         view(QueueView, row["queue"]),
         view(RunningView, row["running"]),
-        view(ServerView, row["server"]),
+        view(Occupancy, row["server"]),
         kairos.step_time,
     )
     assert dataclasses.asdict(plan) == {name: row[name] for name in dataclasses.asdict(plan)}

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_kairos.policy import standstill
-from sglang_kairos.policy.admission import Occupancy, Waiting, plan_admission
+from sglang_kairos.policy.admission import Occupancy, QueueView, plan_admission
+from sglang_kairos.predict.stay import Stay
 
 PREFILL_KV, DECODE_KV, SLOTS = 600, 500, 24
 TURN_S, MANY_TURNS = 0.05, 2000
@@ -73,13 +74,12 @@ class Pair:
         ready = np.array([self.early or job.computed for job in self.asking])
         held = [*self.running, *self.coming]
         plan = plan_admission(
-            Waiting(
-                column("prompt"),
-                column("ttft_s") + column("arrival") * TURN_S - now,
-                np.full(len(self.asking), 0.2),
-                np.full(len(self.asking), 0.1),
+            QueueView(
+                now,
+                column("arrival") * TURN_S,
                 column("ttft_s"),
                 column("tpot_s"),
+                column("prompt"),
                 ready=ready if self.ready_only else None,
             ),
             Occupancy(
@@ -91,7 +91,7 @@ class Pair:
                 len(held),
             ),
             lambda batch, tokens: 10e-3 + 1e-3 * batch + 1e-6 * tokens,
-            expected_output=20.0,
+            Stay(),
         )
         through = [self.asking[index] for index in plan.order[: plan.count]]
         for job in through:

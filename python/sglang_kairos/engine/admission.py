@@ -15,8 +15,7 @@ from sglang_kairos.engine import compat
 from sglang_kairos.engine.decision_log import plain
 from sglang_kairos.engine.running import memory_of, tell_breaker
 from sglang_kairos.engine.state import KairosState
-from sglang_kairos.policy.admission import AdmissionPlan
-from sglang_kairos.policy.decode_planner import QueueView, ServerView
+from sglang_kairos.policy.admission import AdmissionPlan, Occupancy, QueueView
 from sglang_kairos.request_checks import RequestLimits
 
 
@@ -127,7 +126,7 @@ def _plan(state: KairosState, queue: Any) -> AdmissionPlan:
     memory, now, batch = memory_of(state), state.now(), state.scheduler.running_batch
     memory.follow(batch.reqs)
     asking, running = _asking(state, queue, now), memory.view(batch, now)
-    server = _server_view(state, queue)
+    server = _occupancy(state, queue)
     plan = memory.planner.admit(asking, running, server, state.step_time)
     tell_breaker(state, memory.planner.breaker)
     if state.logging:
@@ -188,17 +187,17 @@ def clock_s(state: KairosState, queue: Any, now: float) -> NDArray[np.float64]:
     return np.array([began_s(entry) for entry in queue.queue])
 
 
-def _server_view(state: KairosState, queue: Any) -> ServerView:
+def _occupancy(state: KairosState, queue: Any) -> Occupancy:
     scheduler = state.scheduler
     joining = [entry.req for entry in queue.transfer_queue.queue] + list(scheduler.waiting_queue)
     kept = [req for req in joining if state.promise(req).kept]
     size = float(scheduler.max_total_num_tokens)
-    return ServerView(
+    return Occupancy(
+        # One that comes back from retraction brings its output.
+        np.array([len(req.origin_input_ids) + max(0, len(req.output_ids) - 1) for req in kept]),
+        np.array([state.promise(req).slo.tpot_ms / 1e3 for req in kept]),
         size,
         min(scheduler.req_to_token_pool.size, scheduler.max_running_requests),
         size - scheduler.token_to_kv_pool_allocator.available_size(),
         len(scheduler.running_batch.reqs) + len(joining),
-        # One that comes back from retraction brings its output.
-        np.array([len(req.origin_input_ids) + max(0, len(req.output_ids) - 1) for req in kept]),
-        np.array([state.promise(req).slo.tpot_ms / 1e3 for req in kept]),
     )

@@ -29,14 +29,14 @@ Our own design. Constants: chosen in simulation, flat around these values (docs/
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_kairos.policy.load import Floats, StepTime, step_costs, within_reach
-from sglang_kairos.policy.urgency import Mask, urgency_order
+from sglang_kairos.policy.load import Array, StepTime, step_costs, within_reach
+from sglang_kairos.policy.urgency import urgency_order
+from sglang_kairos.predict.stay import BEST, Stay
 
 TARGET = 0.99
 PLENTY = 0.8
@@ -45,35 +45,41 @@ PRESSED = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
-    """The queue. `due_s`: time left until the first token is due; `ttft_s`: what it was at arrival;
-    `lead_s`: time from the reservation of KV to the first token, `least_lead_s` when all goes well:
-    only whom that leaves no time is late. `starving`: entitled to go first. `clock`: the part of
-    SGLang's time-out that is left, 1 to 0. `ready`: who can be reserved now, if not all. `least_kv`:
-    tokens without which not even an empty server takes it; whom it can never take goes last.
+class QueueView:
+    """Who waits, for KV or for a slot. Columns (n,), seconds of any one clock, tokens.
+
+    `clock_s`: when SGLang's time-out of it began, `now_s` if it has not; None: it has none here.
+    `weight`: of its SLO class, None where all are equal. `ready`: who can be reserved now, None for
+    all. `growth_tokens`: that must be free beside its prompt before an empty server takes it, None
+    for none.
     """
 
-    prompt_tokens: Floats
-    due_s: Floats
-    lead_s: Floats
-    least_lead_s: Floats
-    ttft_s: Floats
-    tpot_s: Floats
-    weight: Floats | None = None
-    starving: Mask | None = None
-    clock: Floats | None = None
-    ready: Mask | None = None
-    least_kv: Floats | None = None
+    now_s: float
+    arrival_s: Array
+    ttft_s: Array
+    tpot_s: Array
+    prompt_tokens: Array
+    clock_s: Array | None = None
+    weight: Array | None = None
+    ready: NDArray[np.bool_] | None = None
+    growth_tokens: Array | None = None
 
-    def only(self, places: NDArray[np.intp]) -> Waiting:
-        """These of the queue, all of them ready."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        columns: dict[str, Any] = {
-            name: np.asarray(column)[places]
-            for name, column in given.items()
-            if column is not None and name != "ready"
-        }
-        return Waiting(**columns)
+    @property
+    def due_s(self) -> Array:
+        """Time left until the first token is due, (n,)."""
+        return self.arrival_s + self.ttft_s - self.now_s
+
+    @property
+    def places(self) -> NDArray[np.intp]:
+        """Indices of who is ready."""
+        if self.ready is None:
+            return np.arange(len(self.prompt_tokens))
+        return np.flatnonzero(self.ready)
+
+    def never_fits(self, kv_tokens: float) -> NDArray[np.bool_]:
+        """Whom a server of this size can never take, (n,)."""
+        growth = 0.0 if self.growth_tokens is None else self.growth_tokens
+        return self.prompt_tokens + growth > kv_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +87,8 @@ class Occupancy:
     """A decode server. `context_tokens`, `tpot_s` (m,): of the kept, be they running, in transfer or
     about to join. `kv_tokens`, `slots`: what it has; `used_tokens`, `used_slots`: by whomever."""
 
-    context_tokens: Floats
-    tpot_s: Floats
+    context_tokens: Array
+    tpot_s: Array
     kv_tokens: float
     slots: int
     used_tokens: float
@@ -102,56 +108,26 @@ class AdmissionPlan:
 
 
 def plan_admission(
-    waiting: Waiting,
+    queue: QueueView,
     server: Occupancy,
     step_s: StepTime,
+    stay: Stay,
     *,
-    expected_output: float,
+    starving: int = -1,
+    clock: Array | None = None,
     min_throughput: float = 0.0,
 ) -> AdmissionPlan:
     """Order of the queue and how many of it may come in; somebody if the server keeps nobody.
 
-    Those who are not ready stand behind all others, as they came, and are not counted.
-    `expected_output`: tokens, the mean of recent requests (lengths are not known before the end).
-    `min_throughput`: 0 to 1.
+    Those who are not ready stand behind all others, as they came, and are not counted. `starving`:
+    one that is entitled to go first. `clock` (n,): the part of SGLang's time-out that is left, 1 to
+    0; None where nobody's matters. `min_throughput`: 0 to 1.
     """
-    ready = None if waiting.ready is None else np.asarray(waiting.ready, bool)
-    if ready is None or ready.all():
-        return _plan(waiting, server, step_s, expected_output, min_throughput)
-    here = np.flatnonzero(ready)
-    plan = _plan(waiting.only(here), server, step_s, expected_output, min_throughput)
-    order = [*here[plan.order].tolist(), *np.flatnonzero(~ready).tolist()]
-    return AdmissionPlan(order, plan.kept, plan.count)
-
-
-def deadline_order(due_s: Floats, prompt_tokens: Floats, clock: Floats | None = None) -> list[int]:
-    """All indices where there is no gate: pressed ones by their clock, then by deadline, late last.
-
-    Those late already go shortest prompt first. Ties fall to the lower index.
-    """
-    due = _floats(due_s)
-    late = due <= 0.0
-    group, key = late.astype(int), np.where(late, _floats(prompt_tokens), due)
-    if clock is not None:
-        pressed = _floats(clock) <= PRESSED
-        group, key = np.where(pressed, -1, group), np.where(pressed, _time_left(clock), key)
-    order: list[int] = np.lexsort((key, group)).tolist()
-    return order
-
-
-def _plan(
-    waiting: Waiting,
-    server: Occupancy,
-    step_s: StepTime,
-    expected_output: float,
-    min_throughput: float,
-) -> AdmissionPlan:
-    prompt, tpot = np.asarray(waiting.prompt_tokens, float), np.asarray(waiting.tpot_s, float)
-    if prompt.size == 0:
-        return AdmissionPlan([], 0, 0)
-    due = np.asarray(waiting.due_s, float)
-    start_by = due - np.asarray(waiting.lead_s, float)
-    held, held_tpot = np.asarray(server.context_tokens, float), np.asarray(server.tpot_s, float)
+    here = queue.places
+    if here.size == 0:
+        return AdmissionPlan(list(range(len(queue.prompt_tokens))), 0, 0)
+    prompt, tpot, due = queue.prompt_tokens[here], queue.tpot_s[here], queue.due_s[here]
+    held, held_tpot = server.context_tokens, server.tpot_s
     reach = within_reach(step_s, prompt, tpot)
     if reach is None:
         reach = np.ones(prompt.size, bool)
@@ -162,24 +138,26 @@ def _plan(
     free = np.maximum(tpot - base, 0.05 * tpot)
     memory = np.maximum(prompt / server.kv_tokens, 1.0 / server.slots)
     share = np.where(reach, np.maximum(cost / free, memory), memory)
-    work = share * expected_output * tpot
-    hopeful = due - np.asarray(waiting.least_lead_s, float)
+    work = share * stay.output_tokens * tpot
+    hopeful = due - stay.lead_s(prompt, BEST)
     latest_end = np.where(hopeful > 0.0, hopeful + work, -1.0)
-    nobody = np.zeros(prompt.size, bool)
-    never = nobody if waiting.least_kv is None else _floats(waiting.least_kv) > server.kv_tokens
-    starving = nobody if waiting.starving is None else np.asarray(waiting.starving, bool) & ~never
-    clock = None if waiting.clock is None else _floats(waiting.clock)
-    pressed = nobody if clock is None else (clock <= PRESSED) & ~never
-    order = np.asarray(urgency_order(work, latest_end, waiting.weight, starving).order, np.intp)
-    may_be_kept = (reach | starving | pressed) & ~never
+    never = queue.never_fits(server.kv_tokens)[here]
+    left = np.ones(here.size) if clock is None else clock[here]
+    starves, pressed = (here == starving) & ~never, (left <= PRESSED) & ~never
+    weight = None if queue.weight is None else queue.weight[here]
+    if weight is not None and (weight == weight[0]).all():
+        weight = None
+    order = np.asarray(urgency_order(work, latest_end, weight, starves).order, np.intp)
+    may_be_kept = (reach | starves | pressed) & ~never
     group = np.where(never, 2, np.where(may_be_kept | (not gated), 0, 1))
-    if clock is None:
-        order = order[np.argsort(group[order], kind="stable")]
+    if pressed.any():
+        turn = np.where(pressed, _time_left(left), 0.0)
+        order = order[np.lexsort((turn[order], np.where(pressed, -1, group)[order]))]
     else:
-        left = np.where(pressed, _time_left(clock), 0.0)
-        order = order[np.lexsort((left[order], np.where(pressed, -1, group)[order]))]
+        order = order[group[order].argsort(kind="stable")]
+    others = [] if queue.ready is None else np.flatnonzero(~queue.ready).tolist()
     if not gated:
-        return AdmissionPlan(order.tolist(), 0, order.size)
+        return AdmissionPlan([*here[order].tolist(), *others], 0, order.size, starving)
 
     load = base / tightest + float((held_cost / held_tpot).sum())
     loads = np.where(may_be_kept, cost / tpot, np.inf)[order]
@@ -187,34 +165,41 @@ def _plan(
     if held.size == 0:
         kept = max(1, kept)
     rest = order[kept:]
-    called = (due[rest] > 0.0) & (
-        start_by[rest] <= LAST_CALL * np.asarray(waiting.ttft_s, float)[rest]
-    )
+    start_by = due[rest] - stay.lead_s(prompt[rest])
+    called = (due[rest] > 0.0) & (start_by <= LAST_CALL * queue.ttft_s[here[rest]])
     called |= ~reach[rest] | pressed[rest]
     tokens = server.used_tokens + prompt[order[:kept]].sum()
     called &= tokens + np.cumsum(np.where(called, prompt[rest], 0.0)) <= PLENTY * server.kv_tokens
     called &= server.used_slots + kept + np.cumsum(called) <= PLENTY * server.slots
     called |= pressed[rest]
-    final = [*order[:kept].tolist(), *rest[called].tolist(), *rest[~called].tolist()]
+    final = np.concatenate((order[:kept], rest[called], rest[~called]))
     count = kept + int(np.count_nonzero(called))
     if min_throughput > 0.0:
         count = max(count, _least_count(prompt[final], server, step_s, min_throughput))
-    return AdmissionPlan(final, kept, count)
+    return AdmissionPlan([*here[final].tolist(), *others], kept, count, starving)
 
 
-def _time_left(clock: Floats) -> NDArray[np.float64]:
+def deadline_order(queue: QueueView, clock: Array | None = None) -> list[int]:
+    """All indices where there is no gate: pressed ones by their clock, then by deadline, late last.
+
+    Those late already go shortest prompt first. Ties fall to the lower index.
+    """
+    due = queue.due_s
+    late = due <= 0.0
+    group, key = late.astype(int), np.where(late, queue.prompt_tokens, due)
+    if clock is not None:
+        pressed = clock <= PRESSED
+        group, key = np.where(pressed, -1, group), np.where(pressed, _time_left(clock), key)
+    order: list[int] = np.lexsort((key, group)).tolist()
+    return order
+
+
+def _time_left(clock: Array) -> Array:
     """What pressed ones are ordered by: whose time is up may be lost already, and goes behind."""
-    left = _floats(clock)
-    return np.where(left > 0.0, left, 1.0)
+    return np.where(clock > 0.0, clock, 1.0)
 
 
-def _floats(values: Floats) -> NDArray[np.float64]:
-    return np.asarray(values, float)
-
-
-def _least_count(
-    prompt: NDArray[np.float64], server: Occupancy, step_s: StepTime, min_throughput: float
-) -> int:
+def _least_count(prompt: Array, server: Occupancy, step_s: StepTime, min_throughput: float) -> int:
     """How many must come in, in this order, for that share of the tokens/s with all that fit."""
     batch = server.used_slots + np.arange(prompt.size + 1)
     tokens = server.used_tokens + np.append(0.0, np.cumsum(prompt))

@@ -12,12 +12,10 @@ from random import Random
 import numpy as np
 
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.policy.admission import AdmissionPlan
+from sglang_kairos.policy.admission import AdmissionPlan, Occupancy, QueueView
 from sglang_kairos.policy.decode_planner import (
     DecodePlanner,
-    QueueView,
     RunningView,
-    ServerView,
     StepTimes,
 )
 from sglang_kairos.policy.packing import StepChoice
@@ -31,7 +29,7 @@ class ChaosDecodePlanner(DecodePlanner):
         self._random = Random(config.chaos_seed)
 
     def admit(
-        self, queue: QueueView, running: RunningView, server: ServerView, times: StepTimes
+        self, queue: QueueView, running: RunningView, server: Occupancy, times: StepTimes
     ) -> AdmissionPlan:
         """Any order of who is ready, the others behind, and any number of them, one at least."""
         n = len(queue.prompt_tokens)

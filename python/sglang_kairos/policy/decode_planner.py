@@ -24,7 +24,7 @@ from sglang_kairos.policy.admission import (
     PRESSED,
     AdmissionPlan,
     Occupancy,
-    Waiting,
+    QueueView,
     deadline_order,
     plan_admission,
 )
@@ -40,7 +40,7 @@ from sglang_kairos.policy.packing import (
 from sglang_kairos.policy.retraction import keep_order
 from sglang_kairos.policy.urgency import LateShare
 from sglang_kairos.predict.error import PredictError
-from sglang_kairos.predict.stay import BEST, Stay
+from sglang_kairos.predict.stay import Stay
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -92,42 +92,6 @@ class RunningView:
         return self.first_token_s + (self.emitted - 1.0) * self.tpot_s - self.now_s
 
 
-@dataclass(frozen=True, slots=True)
-class QueueView:
-    """Who waits, for KV or for a slot. Columns (n,), seconds of the same clock, tokens.
-
-    `clock_s`: when SGLang's time-out of it began, `now_s` if it has not; None: it has none here.
-    `ready`: who can be reserved now, None for all. `growth_tokens`: that must be free beside its
-    prompt before an empty server takes it, None for none.
-    """
-
-    now_s: float
-    arrival_s: Floats
-    ttft_s: Floats
-    tpot_s: Floats
-    prompt_tokens: Floats
-    clock_s: Floats | None = None
-    weight: Floats | None = None
-    ready: Mask | None = None
-    growth_tokens: Floats | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ServerView:
-    """What a server has, what is taken of it, and by whom that is on its way.
-
-    `coming_tokens`, `coming_tpot_s` (m,): of those with KV reserved and not running yet whom the
-    plan that let them in means to keep on pace.
-    """
-
-    kv_tokens: float
-    slots: int
-    used_tokens: float
-    used_slots: int
-    coming_tokens: Floats
-    coming_tpot_s: Floats
-
-
 class DecodePlanner:
     """The rules of one decode server; see the module's text.
 
@@ -144,51 +108,33 @@ class DecodePlanner:
         """Why the breaker is open; None while it is closed."""
 
     def admit(
-        self, queue: QueueView, running: RunningView, server: ServerView, times: StepTimes
+        self, queue: QueueView, running: RunningView, server: Occupancy, times: StepTimes
     ) -> AdmissionPlan:
         """The order of the queue, how many of it come in, who of them starves. For n > 0.
 
+        `server` has those to be kept who have KV and do not run yet; who runs is added here.
         All come in, by deadline, while the breaker is open.
         """
         error = times.error
         if not self.trusted(error):
             order = self.order(queue)
             return AdmissionPlan(order, len(order), len(order))
-        count = len(queue.prompt_tokens)
-        ready = np.ones(count, bool) if queue.ready is None else queue.ready
-        least_kv = queue.prompt_tokens
-        if queue.growth_tokens is not None:
-            least_kv = least_kv + queue.growth_tokens
-        starving = self._starving(queue, ready & (least_kv <= server.kv_tokens))
         clock = self.clock_left(queue)
-        pressed = 0 if clock is None else int(np.count_nonzero(clock[ready] <= PRESSED))
-        plan = plan_admission(
-            Waiting(
-                queue.prompt_tokens,
-                queue.arrival_s + queue.ttft_s - queue.now_s,
-                self.stay.lead_s(queue.prompt_tokens),
-                self.stay.lead_s(queue.prompt_tokens, BEST),
-                queue.ttft_s,
-                queue.tpot_s,
-                _unless_equal(queue.weight),
-                None if starving < 0 else np.arange(count) == starving,
-                clock if pressed else None,
-                ready,
-                least_kv if least_kv.max() > server.kv_tokens else None,
-            ),
+        if clock is not None and (pressed := int(np.count_nonzero(clock[queue.places] <= PRESSED))):
+            self.counters["pressed"] += pressed
+        return plan_admission(
+            queue,
             self._occupancy(running, server, reserve_of(error.mape)),
             times.step_s,
-            expected_output=self.stay.output_tokens,
+            self.stay,
+            starving=self._starving(queue, server.kv_tokens),
+            clock=clock,
             min_throughput=self.config.min_throughput,
         )
-        if pressed:
-            self.counters["pressed"] += pressed
-        return plan if starving < 0 else replace(plan, starving=starving)
 
     def order(self, queue: QueueView) -> list[int]:
         """All who wait, by deadline, where nobody is held back."""
-        due = queue.arrival_s + queue.ttft_s - queue.now_s
-        return deadline_order(due, queue.prompt_tokens, self.clock_left(queue))
+        return deadline_order(queue, self.clock_left(queue))
 
     def let_in(self, prompt_tokens: int, starving: bool) -> None:
         """KV was reserved for one, `starving` if the plan said so: the late share earns and pays."""
@@ -247,28 +193,23 @@ class DecodePlanner:
         """In how many tokens leads are to be made up or used."""
         return horizon_of(self.stay.output_tokens)
 
-    def _starving(self, queue: QueueView, eligible: Mask) -> int:
+    def _starving(self, queue: QueueView, kv_tokens: float) -> int:
         """Index of who goes first because it has waited too long; -1: nobody, or it cannot pay."""
-        arrival = np.where(eligible, queue.arrival_s, np.inf)
+        arrival = np.where(queue.never_fits(kv_tokens), np.inf, queue.arrival_s)
+        if queue.ready is not None:
+            arrival = np.where(queue.ready, arrival, np.inf)
         oldest = int(np.argmin(arrival))
         waited = queue.now_s - arrival[oldest] > self.config.max_wait * queue.ttft_s[oldest]
         return oldest if waited and self.late_share.may_spend() else -1
 
     def _occupancy(
-        self, running: RunningView, server: ServerView, reserve_tokens: float
+        self, running: RunningView, server: Occupancy, reserve_tokens: float
     ) -> Occupancy:
         """Those to be kept on pace count with the pace they need now, no looser than their target."""
         kept, tpot = running.served, running.tpot_s
-        pace = pace_s(running.lead_s, tpot, reserve_tokens, self.horizon_tokens)
-        return Occupancy(
-            np.append(running.context_tokens[kept], server.coming_tokens),
-            np.append(np.minimum(pace, tpot)[kept], server.coming_tpot_s),
-            server.kv_tokens,
-            server.slots,
-            server.used_tokens,
-            server.used_slots,
+        pace = np.minimum(pace_s(running.lead_s, tpot, reserve_tokens, self.horizon_tokens), tpot)
+        return replace(
+            server,
+            context_tokens=np.append(running.context_tokens[kept], server.context_tokens),
+            tpot_s=np.append(pace[kept], server.tpot_s),
         )
-
-
-def _unless_equal(weight: Floats | None) -> Floats | None:
-    return None if weight is None or (weight == weight[0]).all() else weight

@@ -14,7 +14,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_kairos.policy.decode_planner import DecodePlanner, QueueView, RunningView, ServerView
+from sglang_kairos.policy.admission import Occupancy, QueueView
+from sglang_kairos.policy.decode_planner import DecodePlanner, RunningView
 from sglang_kairos.sim.clock import Clock
 from sglang_kairos.sim.policies import Policy
 from sglang_kairos.sim.predictions import Predictor
@@ -211,15 +212,15 @@ class DecodeServer:
             self._tightest_s,
         )
 
-    def _taken(self) -> ServerView:
+    def _taken(self) -> Occupancy:
         joining = [req for req in (*self._coming, *self.ready) if req not in self._unkept]
-        return ServerView(
+        return Occupancy(
+            np.array([req.context for req in joining]),
+            np.array([req.tpot_s for req in joining]),
             self._system.decode_kv_tokens,
             self._system.max_running,
             self.kv_tokens,
             len(self.running) + self.in_flight + len(self.ready),
-            np.array([req.context for req in joining]),
-            np.array([req.tpot_s for req in joining]),
         )
 
     def _sort(self, queue: list[SimRequest]) -> None:
