@@ -30,7 +30,8 @@ _LOST: dict[str, dict[Action, str]] = {
 class Feature:
     """One feature of SGLang and what it forbids.
 
-    `reason` completes "… while"; `flag` is what users know it by. It is looked for on the scheduler
+    `reason` completes "… is off while", a refusal's is the whole message; `flag` is what users know
+    it by. It is looked for on the scheduler
     (`server`) and, for parking, on each running batch (`batch`). Forbidden may be: to pause a
     chunked prefill, to park running requests, to have predicted steps limit the reservations, to
     start a scheduler at all, to start the HTTP server (there `server` gets SGLang's server
