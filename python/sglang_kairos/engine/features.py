@@ -31,11 +31,10 @@ class Feature:
     """One feature of SGLang and what it forbids.
 
     `reason` completes "… is off while", a refusal's is the whole message; `flag` is what users know
-    it by. It is looked for on the scheduler
-    (`server`) and, for parking, on each running batch (`batch`). Forbidden may be: to pause a
-    chunked prefill, to park running requests, to have predicted steps limit the reservations, to
-    start a scheduler at all, to start the HTTP server (there `server` gets SGLang's server
-    arguments).
+    it by. It is looked for on the scheduler (`server`) and, for parking, on each running batch
+    (`batch`). Forbidden may be: to pause a chunked prefill, to park running requests, to have
+    predicted steps limit the reservations, to start a scheduler at all, to start the HTTP server
+    (there `server` gets SGLang's server arguments).
     """
 
     name: str
