@@ -11,12 +11,30 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from sglang_kairos.engine import features
+from sglang_kairos.engine.features import FEATURES, Action
 from sglang_kairos.engine.seams import SEAMS, Seam
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 MIXIN = "SchedulerDisaggregationPrefillMixin."
 UPSTREAM = "https://github.com/sgl-project/sglang/issues/"  # leads to pull requests as well
+
+
+def features_table() -> str:
+    """What SGLang's features forbid Kairos to do."""
+    actions: tuple[Action, ...] = ("pause", "park", "reserve")
+    lines = [
+        "| SGLang feature | pausing | parking | steps limit admission | found |",
+        "|---|---|---|---|---|",
+    ]
+    for row in FEATURES:
+        name = row.name + (f" (`{row.flag}`)" if row.flag else "")
+        refused = not set(row.forbids).isdisjoint(("start", "serve"))
+        cells = [
+            "refused" if refused else "off" if action in row.forbids else "on" for action in actions
+        ]
+        where = "each batch" if row.server is None else "at start-up"
+        lines.append(f"| {name} | {' | '.join(cells)} | {where} |")
+    return "\n".join(lines)
 
 
 def seams_table() -> str:
@@ -38,7 +56,7 @@ def _row(seam: Seam) -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
-    "features": ("architecture.md", features.table),
+    "features": ("architecture.md", features_table),
     "seams": ("upstream.md", seams_table),
 }
 

@@ -89,7 +89,7 @@ class Bench:
             "server_args": self.flags(),
             "env": {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"},
             "log_dir": self.given.out / "logs" / f"{name}-{system}",
-            "stop_grace_s": 5.0,
+            "stop_grace_s": 0.0 if self.dry else 5.0,
             "ready_timeout_s": 420.0,
             "zygote": self.zygote,
         }

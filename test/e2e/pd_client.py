@@ -205,7 +205,7 @@ class PdClient:
                             break
                     if time.monotonic() > deadline:
                         return False
-                    await asyncio.sleep(0.5)
+                    await asyncio.sleep(0.1)
         await asyncio.sleep(1.0)  # the idle check runs in the scheduler's next idle pass
         return True
 

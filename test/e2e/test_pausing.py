@@ -149,7 +149,7 @@ class Scene:
 
 @asynccontextmanager
 async def paused_scene(cluster: Cluster, seed: int, crowd: int = CROWD) -> AsyncIterator[Scene]:
-    limits = aiohttp.ClientTimeout(total=40)
+    limits = aiohttp.ClientTimeout(total=120)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=limits, connector=connector) as session:
         servers = Servers(cluster, session)

@@ -436,3 +436,27 @@ def test_a_zygote_starts_polls_and_stops(tmp_path: Path, monkeypatch: pytest.Mon
     assert words[0][-1] != words[1][-1], "each fork draws its own random numbers"
     with pytest.raises(RuntimeError, match="ended"):
         parent.start("napper", [], log=logs[0])
+
+
+def test_a_zygote_buries_the_orphans_of_a_child_that_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zygote, "PRELOADED", ())
+    monkeypatch.setenv("PYTHONPATH", str(SOURCE) + os.pathsep + str(tmp_path))
+    (tmp_path / "mother.py").write_text(
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with zygote.Zygote() as parent:
+        mother = parent.start("mother", [], log=tmp_path / "log")
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "log").read_text().endswith("\n") and time.monotonic() < deadline:
+            time.sleep(0.02)
+        child = Path("/proc", (tmp_path / "log").read_text().strip())
+        assert child.exists()
+        mother.stop(grace_s=0)
+        while child.exists() and time.monotonic() < deadline:
+            assert mother.poll() is not None
+        assert not child.exists(), "it stays as a zombie"

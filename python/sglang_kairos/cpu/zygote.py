@@ -220,10 +220,12 @@ def _serve(orders: IO[str], answers: IO[str]) -> None:
 
 
 def _poll(pid: int, statuses: dict[int, int | None]) -> int | None:
-    if statuses[pid] is None:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            statuses[pid] = os.waitstatus_to_exitcode(status)
+    """How this child ended, None if it has not. Buries adopted orphans on the way."""
+    with contextlib.suppress(ChildProcessError):  # no child is left
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            child, status = ended
+            if child in statuses:
+                statuses[child] = os.waitstatus_to_exitcode(status)
     return statuses[pid]
 
 

@@ -30,11 +30,11 @@ _LOST: dict[str, dict[Action, str]] = {
 class Feature:
     """One feature of SGLang and what it forbids.
 
-    `reason` completes "… while"; `flag` is what users know it by. It is looked for on the scheduler
-    (`server`) and, for parking, on each running batch (`batch`). Forbidden may be: to pause a
-    chunked prefill, to park running requests, to have predicted steps limit the reservations, to
-    start a scheduler at all, to start the HTTP server (there `server` gets SGLang's server
-    arguments).
+    `reason` completes "… is off while", a refusal's is the whole message; `flag` is what users know
+    it by. It is looked for on the scheduler (`server`) and, for parking, on each running batch
+    (`batch`). Forbidden may be: to pause a chunked prefill, to park running requests, to have
+    predicted steps limit the reservations, to start a scheduler at all, to start the HTTP server
+    (there `server` gets SGLang's server arguments).
     """
 
     name: str
@@ -174,21 +174,3 @@ def lost(mode: str, scheduler: Any, wanted: Container[Action]) -> list[str]:
         for action, text in _LOST.get(mode, {}).items()
         if action in wanted and (found := list(reasons(action, scheduler)))
     ]
-
-
-def table() -> str:
-    """The rows as Markdown, for the documentation."""
-    columns: tuple[Action, ...] = ("pause", "park", "reserve")
-    lines = [
-        "| SGLang feature | pausing | parking | steps limit admission | found |",
-        "|---|---|---|---|---|",
-    ]
-    for row in FEATURES:
-        name = row.name + (f" (`{row.flag}`)" if row.flag else "")
-        refused = not set(row.forbids).isdisjoint(("start", "serve"))
-        cells = [
-            "refused" if refused else "off" if action in row.forbids else "on" for action in columns
-        ]
-        where = "each batch" if row.server is None else "at start-up"
-        lines.append(f"| {name} | {' | '.join(cells)} | {where} |")
-    return "\n".join(lines)
