@@ -1,4 +1,4 @@
-"""The simulator decides on recorded queues as the real servers did that recorded them.
+"""The planners decide on recorded queues as the real servers did that recorded them.
 
 `data/decisions.jsonl.gz`: decisions of Kairos on real SGLang servers, one JSON object a line, made by
 `python -m benchmark.record_decisions`. Each holds the queue as the engine saw it and what it decided.
