@@ -1,15 +1,14 @@
-"""The simulator decides on recorded queues as the real servers did that recorded them.
+"""The planners decide on recorded queues as the real servers did that recorded them.
 
 `data/decisions.jsonl.gz`: decisions of Kairos on real SGLang servers, one JSON object a line, made by
 `python -m benchmark.record_decisions`. Each holds the queue as the engine saw it and what it decided.
-Here the same queue is set up in a simulated server, whose own code then has to decide the same.
+Here the planners get the same queue again, and have to decide the same.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sglang_kairos.config import KairosConfig
-from sglang_kairos.policy.decode_planner import DecodePlanner, RunningView
-from sglang_kairos.policy.packing import HORIZON, RESERVE_PER_ERROR
+from helpers.decode_rows import chosen_again
 from sglang_kairos.policy.prefill_planner import PrefillPlanner, PrefillView
-from sglang_kairos.predict.error import PredictError
 from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
 from sglang_kairos.predict.prefill_time import PrefillTimeModel
-from sglang_kairos.predict.step_time import StepTimeModel
 from sglang_kairos.sim.cluster import Cluster, Setup
 from sglang_kairos.sim.policies import POLICIES
 from sglang_kairos.sim.request import SimRequest
@@ -37,7 +32,6 @@ RECORDS: list[dict[str, Any]] = [
 ]
 PREFILL = [record for record in RECORDS if record["kind"] == "prefill"]
 DECODE = [record for record in RECORDS if record["kind"] == "decode"]
-COLUMNS = {"slack_s", "tpot_s", "silent_s", "context_tokens"}
 KAIROS = POLICIES["kairos"]
 
 
@@ -126,40 +120,8 @@ def test_remaining_work_is_predicted_as_recorded(record: dict[str, Any]) -> None
     assert (work * (1 + record["margin"])).tolist() == record["work_s"]
 
 
-class Recorded:
-    """What the server believed of its steps. Older records say what lead that came down to."""
-
-    def __init__(self, record: dict[str, Any]) -> None:
-        model = StepTimeModel.generic()
-        model.restore(record["model"])
-        self.step_s = model.step_s
-        mean_error = record.get("reserve_tokens", 0.0) / RESERVE_PER_ERROR
-        self.error = PredictError(
-            **record.get("error", {"mape": mean_error, "p90": 0.0, "samples": 99})
-        )
-
-
 @pytest.mark.parametrize("record", DECODE, ids=range(len(DECODE)))
 def test_decode_runs_whom_the_record_ran(record: dict[str, Any]) -> None:
-    column = {name: np.array(value, float) for name, value in record.items() if name in COLUMNS}
-    # At time 0 with nothing emitted, the slack is the time of the first token.
-    view = RunningView(
-        now_s=0.0,
-        first_token_s=column["slack_s"],
-        emitted=np.zeros(len(column["slack_s"])),
-        tpot_s=column["tpot_s"],
-        last_token_s=-column["silent_s"],
-        served=np.array(record["served"], bool),
-        context_tokens=column["context_tokens"],
-        tightest_s=min(record["tpot_s"]),
-    )
-    config = KairosConfig(
-        max_itl_ms=1e3 * record["max_itl_s"], min_throughput=record.get("min_throughput", 0.0)
-    )
-    planner = DecodePlanner(config, Counter())
-    planner.stay.output_tokens = record.get(
-        "expected_output", 2.0 * record.get("horizon_tokens", HORIZON)
-    )
-    choice = planner.choose(view, Recorded(record))
+    choice = chosen_again(record)
     assert choice is not None
     assert (choice.run, choice.reason) == (record["run"], record["reason"])

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.decode_rows import chosen_again
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import admission, decode, state
 from sglang_kairos.engine.running import EMITTED, FIRST_S, memory_of
@@ -408,15 +409,34 @@ def test_a_request_whose_kv_waits_on_prefill_is_reserved_before_one_that_needs_r
     assert kairos.counters["held_back"] == 0
 
 
-def test_a_logged_admission_is_the_planners_again(
-    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows: list[str] = []
+@pytest.fixture
+def rows(kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The decision log's lines."""
+    lines: list[str] = []
 
     def write(kind: str, role: str, facts: dict[str, Any]) -> None:
-        rows.append(json.dumps({"kind": kind, **facts}))
+        lines.append(json.dumps({"kind": kind, **facts}))
 
     monkeypatch.setattr(kairos, "_log", SimpleNamespace(write=write))
+    return lines
+
+
+def test_a_logged_step_is_the_planners_again(
+    kairos: state.KairosState, rows: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reqs = [Req(name, 35) for name in "abcdef"]  # 60 ms for all
+    now_s = reqs[0].time_stats.scheduler_recv_time
+    monkeypatch.setattr(kairos, "now", lambda: now_s)
+    ran = step(kairos, Batch(reqs)).reqs
+    (row,) = map(json.loads, rows)
+    assert [reqs[index] for index in row["run"]] == ran and len(ran) < len(reqs)
+    choice = chosen_again(row)
+    assert choice is not None and (choice.run, choice.reason) == (row["run"], row["reason"])
+
+
+def test_a_logged_admission_is_the_planners_again(
+    kairos: state.KairosState, rows: list[str]
+) -> None:
     serving(kairos, [Req(f"r{i}", 50) for i in range(3)], slots=5)
     waiting = [Req("a", 50), Req("old", 50, prompt=500), Req("b", 40, ttft_ms=600)]
     waiting[1].time_stats.scheduler_recv_time -= 100
