@@ -150,7 +150,8 @@ class Scene:
 @asynccontextmanager
 async def paused_scene(cluster: Cluster, seed: int, crowd: int = CROWD) -> AsyncIterator[Scene]:
     limits = aiohttp.ClientTimeout(total=120)
-    connector = aiohttp.TCPConnector(limit=0)
+    # SGLang closes idle connections after 5 s: on a slow machine a reused one is closed as we write.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(timeout=limits, connector=connector) as session:
         servers = Servers(cluster, session)
         # On a host that stalls the long one can be through first: that is a scene not yet set.
@@ -289,6 +290,14 @@ def test_pausing_the_whole_engine_changes_no_token_of_a_paused_request(
     assert outputs == [asyncio.run(alone())]
 
 
+async def end_everything(cluster: Cluster) -> None:
+    async with aiohttp.ClientSession() as session:
+        servers = Servers(cluster, session)
+        for url in (servers.prefill, servers.decode):
+            await servers.call("POST", url + "/abort_request", abort_all=True)
+    assert PdClient(cluster).settles(), "a server did not become idle"
+
+
 def test_a_running_timeout_reaches_a_paused_request(
     zygote: Zygote, tiny_model: str, out_dir: Path
 ) -> None:
@@ -310,7 +319,15 @@ def test_a_running_timeout_reaches_a_paused_request(
         await asyncio.gather(*scene.crowd)
 
     with Cluster(spec) as running:
-        play(running, 6, act, crowd=5 * CROWD)
+        # On a host that stalls the time may be over before the long one is paused: again, then.
+        for seed in (6, 106, 206):
+            try:
+                play(running, seed, act, crowd=5 * CROWD)
+                break
+            except AssertionError as error:
+                if not str(error).startswith("never paused") or seed == 206:
+                    raise
+                asyncio.run(end_everything(running))
         assert not trouble_in(running.logs)
 
 

@@ -291,6 +291,8 @@ def main(modules: Sequence[str]) -> None:
     if threading.active_count() > 1:
         print(f"zygote: forking with threads {threading.enumerate()}", file=sys.stderr)
     _serve(orders, answers)
+    sys.stderr.flush()
+    os._exit(0)  # there is nothing to finish, and taking SGLang's modules apart takes seconds
 
 
 if __name__ == "__main__":
