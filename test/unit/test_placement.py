@@ -116,6 +116,16 @@ def test_choice(
     assert chosen[:2] == pair, name
 
 
+@pytest.mark.parametrize(
+    ("jobs", "end"), [([], 1.0), ([(9.0, 2.0)], 3.0), ([(9.0, 2.0), (9.5, 3.0)], 4.0)]
+)
+def test_without_chunks_a_prompt_of_those_due_later_is_in_the_way(
+    jobs: list[tuple[float, float]], end: float
+) -> None:
+    server = owing(*jobs)._replace(chunk_tokens=0)
+    assert prefill_end_s(server, 1000, 5.0) == pytest.approx(end)
+
+
 def test_no_server_left_on_a_side_is_no_pair() -> None:
     request = PlacedRequest(10, 1.0)
     assert choose_pair([], [IDLE], request) is None

@@ -193,5 +193,7 @@ def test_pages_that_are_not_named_are_not_let_in_even_if_the_servers_would() -> 
                     assert found == ([ORIGIN["origin"]] if let_in else [])
                 async with b.client.post(GENERATE, json=BODY) as response:
                     assert "access-control-allow-origin" not in response.headers
+                    # Caches must not give it to a web page.
+                    assert response.headers.getall("vary", []) == (["Origin"] if origins else [])
 
     asyncio.run(main())

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from helpers.fake_pd import CHAT, COMPLETIONS, GENERATE, Bench, Fake, bench, streaming, until
 from sglang_kairos.router import attempt
+from sglang_kairos.router.exchange import DecodeHead
 from sglang_kairos.router.logprobs import Merger
+from sglang_kairos.router.relay import Passage, Relayed
 from sglang_kairos.router.sse import Splitter, data_of
 from sglang_kairos.router.tokens import Hidden, Meter, ask_for_counts, without
 
@@ -521,3 +523,55 @@ def test_flat_log_probabilities_and_those_of_chosen_tokens_are_joined_as_well(fi
     merger.feed(json.dumps({"meta_info": decode}).encode())
     want = {**flat, "completion_tokens": 2, "output_token_ids_logprobs": rows}
     assert json.loads(merger.end()) == {"meta_info": want}
+
+
+class Content:
+    """A body's chunks; with the last one its end is known, unless it is told `apart`."""
+
+    def __init__(self, chunks: list[bytes], apart: bool) -> None:
+        self.chunks, self.apart = chunks, apart
+
+    def at_eof(self) -> bool:
+        return not self.chunks and not self.apart
+
+    async def readany(self) -> bytes:
+        if not self.chunks:
+            self.apart = False
+            return b""
+        return self.chunks.pop(0)
+
+
+class Answered:
+    """A response of decode's."""
+
+    status = 200
+
+    def __init__(self, content: Content, kind: str) -> None:
+        self.content, self.headers = content, {"content-type": kind}
+
+
+@pytest.mark.parametrize("kind", ["text/event-stream", "application/json"])
+@pytest.mark.parametrize("hidden", [Hidden.NOTHING, Hidden.LAST])
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_an_answer_is_ended_once_and_with_its_last_bytes_where_they_are_known(
+    kind: str, hidden: Hidden, apart: bool, count: int
+) -> None:
+    events = [b'data: {"text": "%d", "meta_info": {}}\n\n' % number for number in range(count)]
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    response: Any = Answered(Content(events[1:], apart), kind)
+    seen = Relayed()
+    passage = Passage(DecodeHead(response, events[0]), seen, send, Meter(GENERATE, 1), hidden)
+    assert asyncio.run(passage.relay([])) is None
+    bodies = sent[1:]
+    assert b"".join(message["body"] for message in bodies) == b"".join(events)
+    assert [message.get("more_body", False) for message in bodies] == [True] * (len(bodies) - 1) + [
+        False
+    ]
+    held = hidden is not Hidden.NOTHING and kind == "text/event-stream"
+    assert len(bodies) == count + (apart or held)
+    assert seen.whole and seen.ended

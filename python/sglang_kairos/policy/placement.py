@@ -5,7 +5,8 @@ Seconds everywhere; deadlines and `now_s` on one clock of the caller's choice.
 Prefill server s does what it owes in `policy.backlog`'s order (a stock server: as it came). For a
 request of n tokens, of which s has h cached, w = seconds of n - h tokens after h:
     ahead    = on-time work due before it + work nobody told us the deadline of
-    blocking = min(one chunk, work due later)      a running chunk cannot be taken back
+    blocking = min(one chunk, work due later)      a running chunk cannot be taken back; without
+                                                   chunks: the longest prompt
     TTFT     = ahead - progress + blocking + w + hand-off + one decode step
 The server as a whole then has w more to do: at most one request is pushed past its deadline by it
 (Moore and Hodgson), maybe the new one. `kept` is the weight won by accepting minus what is lost.
@@ -43,8 +44,7 @@ class PrefillState(NamedTuple):
 
     `progress_s`: done already of that; `extra_s`: work besides, of unknown deadlines;
     `cached_tokens`: of the request's prompt, expected in its prefix cache. `backlog` spares
-    building it from the two lists.
-    `chunk_tokens` <= 0: prompts are not chunked.
+    building it from the two lists. `chunk_tokens` <= 0: prompts are not chunked.
     """
 
     law: PrefillLaw = GENERIC_PREFILL
@@ -142,7 +142,10 @@ def prefill_outlook(server: PrefillState, request: PlacedRequest) -> PrefillOutl
     place = backlog.place(request.deadline_s)
     ahead = backlog.before_s(place)
     behind = max(0.0, backlog.total_s - ahead)
-    blocking = min(law.work_s(chunk), behind) if behind and chunk > 0 else behind
+    blocking = 0.0
+    if behind:
+        longest = law.work_s(chunk) if chunk > 0 else max(server.works_s, default=behind)
+        blocking = min(longest, behind)
     done = server.progress_s - server.extra_s
     end = max(0.0, ahead - done) + blocking + work
     lag = -math.inf
