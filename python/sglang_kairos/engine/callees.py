@@ -11,9 +11,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
+class Function:
+    """A function of SGLang; `target` is ``module:qualified.name``."""
+
+    target: str
+
+    @property
+    def module(self) -> str:
+        return self.target.split(":")[0]
+
+    @property
+    def qualname(self) -> str:
+        return self.target.split(":")[1]
+
+
 @dataclass(frozen=True)
-class Callee:
-    """One function of SGLang, ``module:qualified.name``, and what is taken for granted of it.
+class Callee(Function):
+    """One function of SGLang and what is taken for granted of it.
 
     `fingerprints` and `absent` by SGLang version, as of a seam: there is no such function, or it is
     not called there.
@@ -23,14 +37,6 @@ class Callee:
     taken: str
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def module(self) -> str:
-        return self.target.split(":")[0]
-
-    @property
-    def qualname(self) -> str:
-        return self.target.split(":")[1]
 
 
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"

@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sglang_kairos.engine import callees
-from sglang_kairos.engine.callees import Callee
+from sglang_kairos.engine.callees import Callee, Function
 
 SUPPORTED_VERSIONS = ("0.5.23", "0.5.16")  # newest first
 
 
 @dataclass(frozen=True)
-class Seam:
+class Seam(Function):
     """One upstream function and what Kairos does around it.
 
     `target` and `handler` are ``module:qualified.name``. `process` is where it matters: the
@@ -41,14 +41,6 @@ class Seam:
     process: str = "scheduler"
     relies_on: tuple[Callee, ...] = ()
     upstream: str = ""
-
-    @property
-    def module(self) -> str:
-        return self.target.split(":")[0]
-
-    @property
-    def qualname(self) -> str:
-        return self.target.split(":")[1]
 
 
 SEAMS: tuple[Seam, ...] = (
