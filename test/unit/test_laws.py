@@ -83,8 +83,8 @@ def test_the_simulated_router_predicts_a_prompt_as_the_server_itself_does(
     router = Router(system, POLICIES["kairos"], servers, servers, 0, 64)
     request = SimRequest(0, Request(0.0, tokens, 8), 1e3, 1e2)
     router.place(request, 0.0)
-    (ticket,) = router._owed[request.prefill].tickets
-    assert ticket[2] == float(times.prefill_model().remaining_s(tokens, 0, chunk))
+    (ticket,) = router._tickets.values()
+    assert ticket.work_s == float(times.prefill_model().remaining_s(tokens, 0, chunk))
 
 
 @given(decode_laws, st.integers(0, 4000), st.integers(0, 10_000_000))

@@ -1,36 +1,22 @@
 """The router: pairs by `policy.placement`, or in turn as a router that knows nothing does.
 
-It keeps the same books as `router/servers.py`: what each prefill server owes, by deadline, which
-prompts it was sent, and what each decode server has been promised.
+Its books are the real router's (`router.servers`), which hears of the servers what ``/server_info``
+of real ones would say.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from random import Random
+from typing import Any
 
-from sglang_kairos.policy.backlog import EMPTY, Backlog
-from sglang_kairos.policy.placement import (
-    OUTPUT_SHARE,
-    DecodeState,
-    PlacedRequest,
-    PrefillState,
-    choose_pair,
-)
+from sglang_kairos.policy.placement import OUTPUT_SHARE, PlacedRequest, choose_pair
+from sglang_kairos.predict.error import LEARNT_STEPS
 from sglang_kairos.router.prefix import Blocks, PrefixIndex
+from sglang_kairos.router.servers import DecodeServer, PrefillServer, Ticket
 from sglang_kairos.sim.policies import Policy
 from sglang_kairos.sim.predictions import Predictor
 from sglang_kairos.sim.request import SimRequest
 from sglang_kairos.sim.times import System
-
-
-class _Owed:
-    """Tickets of one prefill server: (deadline, request's index, work) ascending."""
-
-    def __init__(self, most_blocks: int) -> None:
-        self.tickets: list[tuple[float, int, float]] = []
-        self.busy_since_s = 0.0
-        self.prefix = PrefixIndex(most_blocks)
 
 
 class Router:
@@ -45,11 +31,15 @@ class Router:
         seed: int,
         block_tokens: int,
     ) -> None:
-        self._system, self._policy = system, policy
-        self._prefills, self._decodes = prefills, decodes
-        self._block_tokens = block_tokens
-        self._owed = [_Owed(system.prefill_kv_tokens // block_tokens) for _ in prefills]
-        self._promised = [(0, 0.0) for _ in decodes]
+        self._system, self._policy, self._block_tokens = system, policy, block_tokens
+        self._prefills = [
+            (PrefillServer(f"http://prefill-{i}", None), p) for i, p in enumerate(prefills)
+        ]
+        for server, _ in self._prefills:
+            server.prefix = PrefixIndex(system.prefill_kv_tokens // block_tokens)
+        self._decodes = [(DecodeServer(f"http://decode-{i}"), p) for i, p in enumerate(decodes)]
+        self._told: dict[str, Any] = {}
+        self._tickets: dict[SimRequest, Ticket] = {}
         self._rng = Random(f"{seed}/router")
         self._turn = 0
 
@@ -60,16 +50,18 @@ class Router:
         req.prefill, req.decode = turn % width, turn // width % len(self._decodes)
         if not self._policy.route or width * len(self._decodes) == 1:
             return
+        self._hear()
         blocks = Blocks(req.blocks, self._block_tokens)
-        states = [self._prefill_state(index, now_s, blocks) for index in range(width)]
+        handoff_s = self._policy.config.handoff_ms / 1e3
+        states = [server.state(now_s, handoff_s, blocks) for server, _ in self._prefills]
         pair = choose_pair(
             states,
-            [self._decode_state(index) for index in range(len(self._decodes))],
+            [server.state(now_s) for server, _ in self._decodes],
             PlacedRequest(
                 tokens=req.prompt,
                 deadline_s=req.due_s,
                 output_tokens=OUTPUT_SHARE * req.output,
-                handoff_s=self._policy.config.handoff_ms / 1e3,
+                handoff_s=handoff_s,
                 now_s=now_s,
                 tpot_s=req.tpot_s,
             ),
@@ -77,50 +69,42 @@ class Router:
         )
         if pair is not None:
             req.prefill, req.decode = pair.prefill, pair.decode
-        owed = self._owed[req.prefill]
-        if not owed.tickets:
-            owed.busy_since_s = now_s
-        cached = min(states[req.prefill].cached_tokens, req.prompt - 1.0)
-        owed.prefix.add(blocks)
-        law = self._prefills[req.prefill].prefill.law
-        work = law.work_s(req.prompt - cached, cached, self._system.chunk_tokens)
-        insort(owed.tickets, (req.due_s, req.index, work))
-        self._promise(req, 1)
+        prefill, _ = self._prefills[req.prefill]
+        cached = states[req.prefill].cached_tokens
+        self._tickets[req] = prefill.owe(req.prompt, req.due_s, now_s, cached)
+        prefill.prefix.add(blocks)
+        self._decodes[req.decode][0].join(*_grown(req))
 
     def prefilled(self, req: SimRequest, now_s: float) -> None:
         """Its prompt is done."""
-        owed = self._owed[req.prefill]
-        at = bisect_left(owed.tickets, (req.due_s, req.index, 0.0))
-        if at < len(owed.tickets) and owed.tickets[at][1] == req.index:
-            del owed.tickets[at]
-            owed.busy_since_s = now_s
+        if req in self._tickets:
+            self._prefills[req.prefill][0].settle(self._tickets[req], now_s, served=True)
 
     def finished(self, req: SimRequest) -> None:
         """Its last token is out."""
-        self._promise(req, -1)
+        if self._tickets.pop(req, None) is not None:
+            self._decodes[req.decode][0].leave(*_grown(req))
 
-    def _promise(self, req: SimRequest, sign: int) -> None:
-        running, tokens = self._promised[req.decode]
-        grown = req.prompt + OUTPUT_SHARE * req.output
-        self._promised[req.decode] = running + sign, tokens + sign * grown
+    def _hear(self) -> None:
+        """What servers say of themselves, where that is news."""
+        for server, predictor in self._prefills:
+            if self._told.get(server.url) is not (law := predictor.prefill.law):
+                self._told[server.url] = law
+                chunk = {"chunked_prefill_size": self._system.chunk_tokens}
+                server.learn(_info("prefill", law.to_json()) | chunk)
+                server.kairos = self._policy.urgent
+        for decode, predictor in self._decodes:
+            if self._told.get(decode.url) is not (step := predictor.decode.law):
+                self._told[decode.url] = step
+                size = {"max_total_num_tokens": self._system.decode_kv_tokens}
+                decode.learn(_info("decode", step.to_json()) | size)
 
-    def _prefill_state(self, index: int, now_s: float, blocks: Blocks) -> PrefillState:
-        owed = self._owed[index]
-        works = [work for *_, work in owed.tickets]
-        progress = min(now_s - owed.busy_since_s, works[0]) if works else 0.0
-        deadlines = [deadline for deadline, *_ in owed.tickets]
-        began = now_s - progress + self._policy.config.handoff_ms / 1e3
-        return PrefillState(
-            self._prefills[index].prefill.law,
-            self._system.chunk_tokens,
-            deadlines,
-            works,
-            progress,
-            self._policy.urgent,
-            cached_tokens=owed.prefix.cached_tokens(blocks),
-            backlog=Backlog.of(deadlines, works, began) if works else EMPTY,
-        )
 
-    def _decode_state(self, index: int) -> DecodeState:
-        law = self._decodes[index].decode.law
-        return DecodeState(law, *self._promised[index], self._system.decode_kv_tokens)
+def _info(role: str, law: dict[str, Any]) -> dict[str, Any]:
+    """What ``/server_info`` says of a predictor."""
+    report = {role: law, f"{role}_error": {"samples": LEARNT_STEPS}}
+    return {"internal_states": [{"kairos": report}]}
+
+
+def _grown(req: SimRequest) -> tuple[int, float, float]:
+    return 1, req.prompt + OUTPUT_SHARE * req.output, req.tpot_s
