@@ -147,7 +147,8 @@ def plan_admission(
     weight = None if queue.weight is None else queue.weight[here]
     if weight is not None and (weight == weight[0]).all():
         weight = None
-    order = np.asarray(urgency_order(work, latest_end, weight, starves).order, np.intp)
+    first = starves if starving >= 0 else None
+    order = np.asarray(urgency_order(work, latest_end, weight, first).order, np.intp)
     may_be_kept = (reach | starves | pressed) & ~never
     group = np.where(never, 2, np.where(may_be_kept | (not gated), 0, 1))
     if pressed.any():
@@ -169,8 +170,8 @@ def plan_admission(
     called = (due[rest] > 0.0) & (start_by <= LAST_CALL * queue.ttft_s[here[rest]])
     called |= ~reach[rest] | pressed[rest]
     tokens = server.used_tokens + prompt[order[:kept]].sum()
-    called &= tokens + np.cumsum(np.where(called, prompt[rest], 0.0)) <= PLENTY * server.kv_tokens
-    called &= server.used_slots + kept + np.cumsum(called) <= PLENTY * server.slots
+    called &= tokens + (called * prompt[rest]).cumsum() <= PLENTY * server.kv_tokens
+    called &= server.used_slots + kept + called.cumsum() <= PLENTY * server.slots
     called |= pressed[rest]
     final = np.concatenate((order[:kept], rest[called], rest[~called]))
     count = kept + int(np.count_nonzero(called))
