@@ -1,10 +1,10 @@
-"""Records decisions of real Kairos servers, for the simulator to take again.
+"""Records decisions of real Kairos servers, for the planners to take again.
 
     python -m benchmark.record_decisions --out test/sim/data/decisions.jsonl.gz
 
 One prefill and one decode server on this CPU take a trace with tight, mixed targets; what their
 decision logs say is thinned to the decisions with a choice in them, evenly over the run.
-`test/sim/test_recorded_queues.py` puts the same queues to the simulator.
+`test/sim/test_recorded_queues.py` puts the same queues to the planners.
 """
 
 from __future__ import annotations
