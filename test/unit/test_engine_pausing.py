@@ -12,6 +12,7 @@ from helpers.fake_prefill import Req, build, make_scheduler, make_state, pause
 from helpers.upstream import upstream_function
 from sglang_kairos.engine import pausing, prefill, state
 from sglang_kairos.engine.seams import SUPPORTED_VERSIONS
+from sglang_kairos.policy.prefill_step import PrefillPlan
 
 
 @pytest.fixture
@@ -252,7 +253,7 @@ def test_a_request_held_back_still_counts_as_pending_while_the_batch_is_built(
     kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waiting = [Req("a", 10, 100), Req("b", 33, 100)]
-    monkeypatch.setattr(prefill, "_decide", lambda *a: ([0], -1, None, [1], -1))
+    monkeypatch.setattr(prefill, "_decide", lambda *a: PrefillPlan([0], -1, None, 0, [1]))
     pending: list[int] = []
 
     def upstream(scheduler: Any, running: Any) -> Any:

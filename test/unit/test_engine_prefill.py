@@ -96,7 +96,7 @@ def test_requests_held_back_return_to_the_queue_even_when_upstream_fails(
 ) -> None:
     waiting = [Req("a", 10, 100), Req("b", 10, 100)]
     scheduler = make_scheduler(waiting, None)
-    monkeypatch.setattr(prefill, "_decide", lambda *a: ([0], -1, None, [1], -1))
+    monkeypatch.setattr(prefill, "_decide", lambda *a: PrefillPlan([0], -1, None, 0, [1]))
 
     def upstream(scheduler: Any, running: Any) -> Any:
         assert scheduler.waiting_queue == [waiting[0]]

@@ -19,9 +19,6 @@ from sglang_kairos.policy.prefill_planner import PrefillView
 from sglang_kairos.policy.prefill_step import PrefillPlan
 from sglang_kairos.policy.reserve import may_begin
 
-# A plan as ranks exchange it: order, slot, chunk limit, held back, starving (see PrefillPlan).
-Step = tuple[list[int], int, int | None, list[int], int]
-
 
 def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
     """Seam of Scheduler.get_new_batch_prefill: decide who runs, then let upstream build the batch."""
@@ -187,20 +184,20 @@ def _apply_plan(state: KairosState, scheduler: Any) -> list[Any]:
     begun += state.paused
     # As stock would: the queue as it stands behind the chunk in progress.
     first = len(waiting) if begun else -1
-    as_it_stands: Step = (list(range(len(waiting))), first, None, [], -1)
+    as_it_stands = PrefillPlan(list(range(len(waiting))), first, None, 0, [])
     decide = functools.partial(_decide, state, scheduler, waiting, begun)
-    order, slot, limit, hold, starving = state.agree(state.guarded("urgency", decide, as_it_stands))
+    plan = state.plan = state.agree(state.guarded("urgency", decide, as_it_stands))
     jobs = [*waiting, *begun]
-    state.plan = PrefillPlan(order, slot, limit, 0, hold, starving)
-    state.starving = None if starving < 0 else jobs[starving]
-    give_slot(state, scheduler, None if slot < 0 else jobs[slot])
-    scheduler.waiting_queue = [waiting[index] for index in order]
+    state.starving = None if plan.starving < 0 else jobs[plan.starving]
+    give_slot(state, scheduler, None if plan.slot < 0 else jobs[plan.slot])
+    scheduler.waiting_queue = [waiting[index] for index in plan.order]
     state.plan_order = scheduler.waiting_queue.copy()
-    return [waiting[index] for index in hold]
+    return [waiting[index] for index in plan.hold]
 
 
-def _decide(state: KairosState, scheduler: Any, waiting: list[Any], begun: list[Any]) -> Step:
-    """The plan as plain data."""
+def _decide(
+    state: KairosState, scheduler: Any, waiting: list[Any], begun: list[Any]
+) -> PrefillPlan:
     rows = state.roster.rows(waiting)
     _look_up_prefixes(state, scheduler, waiting, rows)
     view = _view(state, scheduler, rows, begun)
@@ -209,7 +206,7 @@ def _decide(state: KairosState, scheduler: Any, waiting: list[Any], begun: list[
         law = state.prefill_time.law.to_json()
         settings = state.planner.settings()
         state.record("prefill", view=plain(view), settings=settings, law=law, **plain(plan))
-    return plan.order, plan.slot, plan.chunk_limit, plan.hold, plan.starving
+    return plan
 
 
 def _chunk_tokens(scheduler: Any) -> int:
