@@ -19,8 +19,6 @@ settings.load_profile("patient")
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("unit", "sim", "e2e", "fault")
-# Files that take minutes, the longest first: what two workers are left with at the end is short.
-LONGEST = ("identity", "pausing", "router_faults", "gpu_dry_run", "real_kill", "tp2", "flags")
 
 
 def _folder(item: pytest.Item) -> str:
@@ -28,20 +26,12 @@ def _folder(item: pytest.Item) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts by folder, what starts servers by how long it takes, and marks test/e2e as what it is."""
+    """Sorts by folder, and marks test/e2e as what it is."""
     for item in items:
         if _folder(item) == "e2e":
             item.add_marker("e2e")
-    items.sort(key=_rank)
-
-
-def _rank(item: pytest.Item) -> tuple[int, int]:
-    folder, name = _folder(item), item.path.stem.removeprefix("test_")
-    if folder not in FOLDERS:
-        return len(FOLDERS), 0
-    if folder not in ("e2e", "fault"):
-        return FOLDERS.index(folder), 0
-    return FOLDERS.index("e2e"), LONGEST.index(name) if name in LONGEST else len(LONGEST)
+    ranks = {name: place for place, name in enumerate(FOLDERS)}
+    items.sort(key=lambda item: ranks.get(_folder(item), len(FOLDERS)))
 
 
 @pytest.fixture(scope="session")
