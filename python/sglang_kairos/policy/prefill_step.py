@@ -147,29 +147,41 @@ class _Step:
                 if self.slot < 0 and not self._slot_stays and index in self._may_run:
                     self.run_begun(index)
                 continue
-            cached = 0 if self._cached is None else int(self._cached[index])
-            if not reserve.fits(self._tokens[index], cached):
-                self._run_most_urgent()
+            admitted = self._admit(index, reserve)
+            if admitted is None:
                 end = place
                 break
-            if not self._has_place(index):
-                self._run_most_urgent()  # only that makes one
-            if not self._has_place(index):
-                (offer if self._full() else hold).append(index)
-                continue
-            if not self._clock.allows(index, min(self._tokens[index], self.left)):
-                if self._must_run:
-                    self._run_most_urgent()
-                end = place
-                break
-            reserve.take(self._tokens[index], cached)
-            self._admit(index)
-            offer.append(index)
+            (offer if admitted or self._full() else hold).append(index)
         rest = order[end:]
         if self._begun:
             rest = [index for index in rest if index not in self._begun]
         # Of a full step upstream looks at nobody else; else they must not slip in.
         return (offer + rest, hold) if self._full() else (offer, hold + rest)
+
+    def _admit(self, index: int, reserve: Reserve) -> bool | None:
+        """Whether one that waits comes in. None: neither it nor anybody behind it."""
+        tokens, cached = self._tokens[index], 0
+        if self._cached is not None:
+            cached = int(self._cached[index])
+        if not reserve.fits(tokens, cached):
+            self._run_most_urgent()
+            return None
+        if not self._has_place(index):
+            self._run_most_urgent()  # only that makes one
+        if not self._has_place(index):
+            return False
+        taken = min(tokens, self.left)
+        if not self._clock.allows(index, taken):
+            if self._must_run:
+                self._run_most_urgent()
+            return None
+        reserve.take(tokens, cached)
+        self._clock.add(index, taken)
+        if self._fits_whole(index):
+            self.left -= self._pages_of(tokens)
+        else:  # it starts as a chunked prefill
+            self.left, self._slot_stays = self.left % self._page, True
+        return True
 
     def run_begun(self, index: int) -> None:
         """Give a begun prefill the slot and all that is left, if that is worth its while."""
@@ -203,14 +215,6 @@ class _Step:
         paused = len(self._begun) - (self.slot >= 0)
         free = not (self._slot_stays or self._too_little)
         return free and self.left >= self._page and paused <= self._max_paused
-
-    def _admit(self, index: int) -> None:
-        if self._fits_whole(index):
-            self._clock.add(index, self._tokens[index])
-            self.left -= self._pages_of(self._tokens[index])
-        else:  # it starts as a chunked prefill
-            self._clock.add(index, min(self._tokens[index], self.left))
-            self.left, self._slot_stays = self.left % self._page, True
 
     def _pages_of(self, tokens: int) -> int:
         return -(-tokens // self._page) * self._page
