@@ -34,6 +34,7 @@ LIMITS_MS: dict[str, tuple[float, float]] = {
 
 
 MOST_KNOWN = 1024  # a process remembers so many different targets
+LONGEST_NAME = 64  # of a class that this server does not know
 
 # What `request_slo` tells of headers that it did not take as written: "x-slo-ttft-ms clamped", say.
 HeaderNotes = list[str]
@@ -258,6 +259,8 @@ def from_wire(wire: Any, table: SloTable) -> RequestSlo:
         raise SloError(_WIRE_PATH + "class", "must be the name of an SLO class")
     if name is not None and (name in table.classes):
         base = table.classes[name]
+    elif name is not None and len(name) > LONGEST_NAME:
+        raise SloError(_WIRE_PATH + "class", f"must have at most {LONGEST_NAME} characters")
     weight = wire.get("weight")
     slo = Slo(
         ttft_ms=_wire_number(wire, "ttft_ms", base.ttft_ms),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,6 +32,11 @@ ABORTED = "aborted"  # its client left, or somebody called /abort_request
 REFUSED = "refused"  # a 4xx of the scheduler
 FAILED = "failed"
 OUTCOMES = (SERVED, RETRACTED, AGAIN, ABORTED, REFUSED, FAILED)
+
+
+def class_label(name: str, classes: Container[str]) -> str:
+    """The class to count a request of class `name` under: clients make up names, which are one."""
+    return name if name == "default" or name in classes else OTHER
 
 
 def tpot_of(first_s: float, last_s: float, tokens: int) -> float:
@@ -101,13 +106,13 @@ class Attainment:
     """Counts of one server. `classes` are its SLO classes; all other names count as one."""
 
     def __init__(self, classes: Iterable[str]) -> None:
-        self._labels = frozenset(classes) | {"default"}
+        self._known = frozenset(classes)
         self.outcomes: Counter[str] = Counter()
         self.classes: dict[str, ClassTally] = {}
 
     def label(self, name: str) -> str:
-        """The class to count a request of class `name` under: clients make up names."""
-        return name if name in self._labels else OTHER
+        """See `class_label`."""
+        return class_label(name, self._known)
 
     def ended(self, outcome: str, verdict: Verdict | None = None) -> None:
         """A request is over; `verdict`: it was served, for the first time here."""

@@ -9,6 +9,7 @@ import pytest
 
 from helpers.fake_prefill import Req, make_scheduler, make_state
 from sglang_kairos.engine import attainment, pausing, state
+from sglang_kairos.engine import decode as engine_decode
 from sglang_kairos.slo import Slo, SloTable
 from sglang_kairos.slo_attainment import Attainment
 
@@ -56,6 +57,11 @@ class Server:
         for req in ends:
             req.finished_reason = Ended("length")
         attainment.stream_output(self._original, None, list(reqs), False, skip)
+
+    def shows(self, *reqs: Any, after_s: float) -> None:
+        """Upstream shows these although they have no new token."""
+        self.now_s += after_s
+        attainment.stream_output(self._original, None, list(reqs), False)
 
     def end(self, req: Any, reason: Ended) -> None:
         req.finished_reason = reason
@@ -152,11 +158,12 @@ def test_one_that_lost_its_kv_is_told_apart_and_keeps_its_first_token(decode: Se
     decode.step(req)
     req.retraction_count = 1
     decode.step(decode.req("other"), after_s=2.0)
-    decode.step(req)
+    decode.shows(req, after_s=0.3)  # it runs again, and has no new token yet
+    decode.step(req, after_s=1.0)
     decode.step(req, ends=[req])
     assert decode.report["requests"] == {"served_after_retraction": 1}
     assert decode.met() == {"ttft": True, "tpot": False, "both": False}
-    assert decode.report["longest_silence_s"] == pytest.approx(2.04)
+    assert decode.report["longest_silence_s"] == pytest.approx(3.3)
 
 
 @pytest.mark.parametrize("done_s", [0.9, 1.1])
@@ -251,4 +258,34 @@ def test_nobody_who_has_left_is_kept(decode: Server) -> None:
     req = decode.req()
     decode.step(req)
     decode.step(req, ends=[req])
+    assert decode.state.talking == []
+
+
+@pytest.mark.parametrize(
+    ("reason", "outcome"),
+    [(None, "aborted"), ({"type": "abort", "status_code": 503}, "failed"), ({}, "aborted")],
+)
+def test_an_abort_counts_as_what_it_says_it_is(decode: Server, reason: Any, outcome: str) -> None:
+    decode.step(req := decode.req())
+    image_on_its_way = SimpleNamespace(rid="not a request yet")
+    attainment.count_ended(decode.state, [image_on_its_way, req], reason)
+    assert decode.report["requests"] == {outcome: 1}
+    assert not decode.state.counters["attainment_errors"]
+
+
+def test_whom_memory_runs_out_for_is_counted_where_upstream_ends_it(
+    decode: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode.step(req := decode.req())
+    monkeypatch.setattr(state, "CURRENT", decode.state)
+    batch = SimpleNamespace(reqs=[req])
+    assert engine_decode.retract_decode(lambda batch: ([], 0.5, [req]), batch)[2] == [req]
+    assert engine_decode.retract_decode(lambda batch: ([req], 0.5), batch) == ([req], 0.5)
+    assert decode.report["requests"] == {"failed": 1}
+
+
+def test_nobody_who_has_left_is_kept_alive(decode: Server) -> None:
+    decode.step(req := decode.req())
+    attainment.count_ended(decode.state, [req])
+    decode.end(req, Ended("abort"))
     assert decode.state.talking == []

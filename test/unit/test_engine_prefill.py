@@ -442,3 +442,29 @@ def test_a_server_that_comes_back_goes_on_with_its_log(tmp_path: Path) -> None:
         gc.collect()
     (file,) = tmp_path.iterdir()
     assert [json.loads(line)["turn"] for line in file.read_text().splitlines()] == [0, 1]
+
+
+def test_a_disk_that_is_full_costs_the_log_and_nothing_else(
+    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kairos, "_log", SimpleNamespace(write=full))
+    slow, soon = Req("slow", 10, 9000), Req("soon", 10, 100)
+    upstream = build()
+    prefill.get_new_batch_prefill(upstream, make_scheduler([slow, soon], None), "r")
+    assert upstream.calls == [(None, [soon, slow])]
+    assert (kairos.counters["decision_log_errors"], kairos.counters["urgency_errors"]) == (1, 0)
+
+
+def test_a_file_system_without_locks_has_a_log_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*args: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(decision_log.fcntl, "flock", no_locks)
+    made = make_state(KairosConfig(decision_log=str(tmp_path / "log.jsonl")))
+    made.record("prefill")
+    assert len(decision_log.files_of(tmp_path / "log.jsonl")) == 1

@@ -102,3 +102,22 @@ def test_the_mode_follows_a_server_that_switches_its_role() -> None:
     assert kairos.mode == "prefill" and "prefill" in kairos.report()
     scheduler.disaggregation_mode.value = "decode"
     assert kairos.mode == "decode" and "decode" in kairos.report()
+
+
+def test_under_dp_attention_every_data_parallel_rank_speaks_for_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ranks as torch.distributed has them: 2 of 4 in a group of 2, where it is the first."""
+    dist = SimpleNamespace(
+        get_world_size=lambda group: group.size, get_rank=lambda group=None: group.rank
+    )
+    monkeypatch.setitem(sys.modules, "torch.distributed", dist)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(distributed=dist))  # type: ignore[arg-type]
+
+    def scheduler(size: int, rank: int) -> Any:
+        group = SimpleNamespace(size=size, rank=rank)
+        return SimpleNamespace(tp_size=4, attn_tp_cpu_group=group)
+
+    assert ranks.leads(SimpleNamespace(tp_size=1))
+    assert ranks.leads(scheduler(2, 0)) and not ranks.leads(scheduler(2, 1))
+    assert ranks.leads(scheduler(1, 0))

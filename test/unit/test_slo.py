@@ -219,3 +219,11 @@ def test_what_infrastructure_puts_into_headers_is_clamped_or_ignored_and_noted(
 def test_a_number_in_a_refusal_reads_as_it_was_written() -> None:
     with pytest.raises(SloError, match=r"between 1 and 3600000, got 3600001$"):
         check_ms("ttft_ms", 3_600_001)
+
+
+def test_a_class_that_nobody_knows_is_carried_if_its_name_is_short() -> None:
+    table = SloTable(Slo(1000.0, 50.0), {"x" * 100: Slo(1.0, 1.0, "x" * 100)})
+    assert table.read({"class": "y" * 64}).slo.name == "y" * 64
+    assert table.read({"class": "x" * 100}).slo.ttft_ms == 1.0
+    with pytest.raises(SloError, match=r"custom_params.kairos.class: must have at most 64 char"):
+        table.read({"class": "y" * 65})

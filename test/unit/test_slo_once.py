@@ -218,3 +218,18 @@ def test_a_slow_body_makes_the_request_older() -> None:
     middleware = SloMiddleware(app, new_table(), clock=lambda: next(times))
     asyncio.run(middleware(scope, receive, send))
     assert got[0]["custom_params"]["kairos"] == {**WIRE, "age_ms": 505.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "label"), [("chat", "chat"), ("made up", "other"), (None, "default")]
+)
+def test_classes_that_clients_make_up_are_one_to_the_router_and_travel_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, name: str | None, label: str
+) -> None:
+    router = Router(monkeypatch)
+    wire = {"ttft_ms": 500.0, **({} if name is None else {"class": name})}
+    body = {"text": "hi", "sampling_params": {"custom_params": {"kairos": wire}}}
+    request = router.accept(GENERATE, body, {})
+    assert (request.slo.name, request.slo.ttft_ms) == (label, 500.0)
+    sent = orjson.loads(request.payload())["sampling_params"]["custom_params"]["kairos"]
+    assert sent.get("class") == name

@@ -38,31 +38,44 @@ def stream_output(
     return original(streamer, reqs, return_logprob, skip_req)
 
 
-def count_aborted(state: KairosState, reqs: Iterable[Any]) -> None:
-    """An abort names these. Upstream shows not all of them again: it drops those that still wait."""
+def count_ended(state: KairosState, reqs: Iterable[Any], reason: Any = None) -> None:
+    """Upstream ends these, and shows not all of them again. `reason`: as SGLang words it.
+
+    Of what an abort names some may be no requests yet: those whose images are still on their way.
+    """
     for req in reqs:
-        if not req.finished() and not (kept := state.promise(req)).counted:
+        if hasattr(req, "finished_reason") and not (kept := state.promise(req)).counted:
+            if req.finished():
+                continue
             kept.counted = True
-            _tell(state, ABORTED)
+            _tell(state, _outcome_of(reason or {}))
 
 
 def _note(state: KairosState, reqs: Sequence[Any], skip_req: Any, now_s: float) -> None:
     if reqs and state.mode != "prefill":
         _note_tokens(state, reqs, skip_req, now_s)
     for req in reqs:
-        if req.finished_reason is not None and not (kept := state.promise(req)).counted:
+        if req.finished_reason is None:
+            continue
+        state.talking = []  # keeps nobody who has left
+        if not (kept := state.promise(req)).counted:
             kept.counted = True
             outcome = _outcome(state, req)
             served = outcome in (SERVED, RETRACTED)
             _tell(state, outcome, _verdict(state, req, now_s) if served else None)
-            state.talking = []  # keeps nobody who has left
 
 
 def _note_tokens(state: KairosState, reqs: Sequence[Any], skip_req: Any, now_s: float) -> None:
     if reqs == state.talking:
         state.silences.step(now_s)
         return
-    talking = [req for req in reqs if req.output_ids and req is not skip_req]
+    talking = [
+        req
+        for req in reqs
+        if req.output_ids
+        and req is not skip_req
+        and not (req.retraction_count and _comes_back(state, req))
+    ]
     if talking:
         state.talking = talking
         try:
@@ -72,13 +85,24 @@ def _note_tokens(state: KairosState, reqs: Sequence[Any], skip_req: Any, now_s: 
         state.silences.step(now_s, streams)
 
 
+def _comes_back(state: KairosState, req: Any) -> bool:
+    """Whether it is shown because it runs again after a retraction: it has no new token then."""
+    kept = state.promise(req)
+    known, kept.retractions = kept.retractions, req.retraction_count
+    return bool(known < kept.retractions)
+
+
+def _outcome_of(abort: dict[str, Any]) -> str:
+    status = abort.get("status_code")
+    if status is None:
+        return ABORTED
+    return REFUSED if 400 <= int(status) < 500 else FAILED
+
+
 def _outcome(state: KairosState, req: Any) -> str:
     ended = req.finished_reason.to_json()
     if ended.get("type") == "abort":
-        status = ended.get("status_code")
-        if status is None:
-            return ABORTED
-        return REFUSED if 400 <= int(status) < 500 else FAILED
+        return _outcome_of(ended)
     if state.mode != "prefill":
         return RETRACTED if req.retraction_count else SERVED
     # Decode asks again under the same id and in the same room.

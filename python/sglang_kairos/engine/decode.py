@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from sglang_kairos.engine import admission, features
+from sglang_kairos.engine.attainment import count_ended
 from sglang_kairos.engine.running import SERVED, memory_of, tell_breaker
 from sglang_kairos.engine.state import KairosState, current
 from sglang_kairos.engine.subset import SubsetView
@@ -66,7 +67,19 @@ def get_next_decode_batch(original: Callable[..., Any], scheduler: Any, running_
 
 
 def retract_decode(original: Callable[..., Any], batch: Any, *args: Any) -> Any:
-    """Seam of ScheduleBatch.retract_decode: those go who lose least of their SLO."""
+    """Seam of ScheduleBatch.retract_decode: those go who lose least of their SLO.
+
+    Whom not even that leaves room for upstream ends, and shows nowhere else.
+    """
+    result, state = _retract(original, batch, *args), current()
+    ended = result[2] if len(result) > 2 else ()
+    if state is not None and ended:
+        told = functools.partial(count_ended, state, ended, {"status_code": 500})
+        state.guarded("attainment", told, None)
+    return result
+
+
+def _retract(original: Callable[..., Any], batch: Any, *args: Any) -> Any:
     state = current()
     if state is None or not state.deciding or not batch.spec_algorithm.is_none():
         return original(batch, *args)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang_kairos.engine import compat
-from sglang_kairos.engine.ranks import rank_of
+from sglang_kairos.engine.ranks import leads
 from sglang_kairos.predict.error import PredictError
 from sglang_kairos.slo_attainment import OUTCOMES, TPOT_EDGES_S, TTFT_EDGES_S, Verdict
 
@@ -28,8 +28,8 @@ class SchedulerMetrics:
 
         self._labels = role, str(scheduler.server_args.served_model_name)
 
-        def gauge(name: str, text: str, *more: str) -> Any:
-            return Gauge(f"kairos_{name}", text, [*LABELS, *more], multiprocess_mode="mostrecent")
+        def gauge(name: str, text: str, *more: str, of_all: Any = "mostrecent") -> Any:
+            return Gauge(f"kairos_{name}", text, [*LABELS, *more], multiprocess_mode=of_all)
 
         self._error = gauge(
             "predict_error",
@@ -68,14 +68,16 @@ class SchedulerMetrics:
         self._late = of(histogram("lateness", late, TTFT_EDGES_S, "target"))
         silent = "The longest wait of a request for its next token"
         self._silent = of(histogram("silence", silent, TTFT_EDGES_S))
-        self._silence = gauge("silence_max_seconds", "The longest wait for a next token so far")
+        self._silence = gauge(
+            "silence_max_seconds", "The longest wait for a next token so far", of_all="max"
+        )
         self._told: Counts[str] = Counts()
         self._due_s = float("-inf")
 
     @classmethod
     def of(cls, scheduler: Any, role: str) -> SchedulerMetrics | None:
-        """None where SGLang exports no metrics, and on every rank but the first."""
-        if not compat.feature(scheduler, "enable_metrics") or rank_of(scheduler) != 0:
+        """None where SGLang exports no metrics, and where another rank has the same requests."""
+        if not compat.feature(scheduler, "enable_metrics") or not leads(scheduler):
             return None
         return cls(scheduler, role)
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sglang_kairos.engine import compat
-from sglang_kairos.engine.attainment import count_aborted
+from sglang_kairos.engine.attainment import count_ended
 from sglang_kairos.engine.named import only_the_named
 from sglang_kairos.engine.state import KairosState, current, tokens_left
 
@@ -87,7 +87,9 @@ def abort_request(original: Callable[..., Any], scheduler: Any, recv_req: Any) -
     ours = [] if state is None else list(state.paused)
     with only_the_named(scheduler, recv_req, ours) as named:
         if state is not None:
-            state.guarded("attainment", functools.partial(count_aborted, state, named), None)
+            reason = getattr(recv_req, "finished_reason", None)
+            told = functools.partial(count_ended, state, named, reason)
+            state.guarded("attainment", told, None)
             for req in set(named).intersection(state.paused):
                 state.promise(req).aborted = True
             if state.subset is not None:

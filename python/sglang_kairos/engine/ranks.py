@@ -31,16 +31,12 @@ def agreement(scheduler: Any, counters: Counter[str]) -> Callable[[Any], Any]:
     All ranks that share requests take part: tensor parallel and context parallel ones. Each call
     is collective. Under `CHAOS_CLOCK` it also counts in `counters` how often the ranks disagreed.
     """
-    names = ("attn_tp_cpu_group", "attn_cp_cpu_group")
-    groups: list[tuple[Any, int]] = []
-    if compat.tp_size(scheduler) > 1:
-        import torch.distributed as dist
-
-        for group in filter(None, (getattr(scheduler, name, None) for name in names)):
-            if dist.get_world_size(group) > 1:
-                groups.append((group, dist.get_global_rank(group, 0)))
-    if not groups:
+    shared = _groups(scheduler)
+    if not shared:
         return lambda decision: decision
+    import torch.distributed as dist
+
+    groups = [(group, dist.get_global_rank(group, 0)) for group in shared]
 
     def broadcast(decision: Any) -> Any:
         for group, leader in groups:
@@ -57,6 +53,30 @@ def agreement(scheduler: Any, counters: Counter[str]) -> Callable[[Any], Any]:
         return agreed
 
     return watched if os.environ.get(CHAOS_CLOCK) else broadcast
+
+
+def leads(scheduler: Any) -> bool:
+    """Whether this process speaks for the ranks that share its requests.
+
+    Under DP attention every data-parallel rank has requests of its own.
+    """
+    groups = _groups(scheduler)
+    if not groups:
+        return True
+    import torch.distributed as dist
+
+    return all(dist.get_rank(group) == 0 for group in groups)
+
+
+def _groups(scheduler: Any) -> list[Any]:
+    """The process groups, of more than one rank each, that share requests with this process."""
+    if compat.tp_size(scheduler) == 1:
+        return []
+    import torch.distributed as dist
+
+    names = ("attn_tp_cpu_group", "attn_cp_cpu_group")
+    found = filter(None, (getattr(scheduler, name, None) for name in names))
+    return [group for group in found if dist.get_world_size(group) > 1]
 
 
 def _from_leader(decision: Any, group: Any, leader: int) -> Any:

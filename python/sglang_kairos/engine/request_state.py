@@ -17,7 +17,8 @@ class RequestState:
     which began at `paused_since_s`; `aborted`: it was while it sat out, and is to be torn down.
     Of decode: `ready_s` is when it had shaken hands, `reserved_s` when its KV was reserved, `kept`
     whether that was for its SLO, `fits` whether the server has KV for it at all. Of its stream, for
-    `slo_attainment.Silences`: when it got its first and a later token, its longest wait for one.
+    `slo_attainment.Silences`: when it got its first and a later token, its longest wait for one, and
+    how many of its retractions were seen.
     `counted`: its end is in the server's attainment, or must not be.
     """
 
@@ -33,6 +34,7 @@ class RequestState:
     fits: bool = False
     last_token_s: float | None = None
     silent_s: float = 0.0
+    retractions: int = 0
     counted: bool = False
 
     @property

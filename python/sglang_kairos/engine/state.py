@@ -165,7 +165,8 @@ class KairosState:
     def record(self, kind: str, **facts: Any) -> None:
         """Append one decision to this process' decision log, if there is one."""
         if self._log is not None:
-            self._log.write(kind, self.mode, facts)
+            write = functools.partial(self._log.write, kind, self.mode, facts)
+            self.guarded("decision_log", write, None)  # a full disk must not end a scheduler
 
     def report(self) -> dict[str, Any]:
         """Plain data for /server_info: predictors, their errors, counters."""

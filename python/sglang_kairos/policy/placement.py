@@ -130,8 +130,7 @@ class DecodeOutlook(NamedTuple):
 def prefill_outlook(server: PrefillState, request: PlacedRequest) -> PrefillOutlook:
     """What `server` would make of the request, and the request of what the server owes."""
     law, chunk = server.law, server.chunk_tokens
-    cached = min(server.cached_tokens, max(0.0, request.tokens - 1.0))
-    work = law.work_s(request.tokens - cached, cached, chunk)
+    _, work = law.prompt_s(request.tokens, server.cached_tokens, chunk)
     limit = request.deadline_s - request.now_s - request.handoff_s - request.margin_s
     backlog = server.backlog
     if backlog is None:

@@ -85,6 +85,11 @@ class PrefillLaw(NamedTuple):
             seconds = seconds + self.e_s * (full * min(size, self.knee) + last)
         return seconds
 
+    def prompt_s(self, tokens: float, cached: float, chunk_tokens: float) -> tuple[float, float]:
+        """Tokens to compute of a prompt, one at least, and the seconds that takes."""
+        known = min(cached, max(0.0, tokens - 1.0))
+        return tokens - known, self.work_s(tokens - known, known, chunk_tokens)
+
     @classmethod
     def of(cls, terms: Sequence[float], knee: float) -> PrefillLaw:
         """From a to e."""

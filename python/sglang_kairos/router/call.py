@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -31,6 +31,7 @@ from sglang_kairos.router.prompt import (
 from sglang_kairos.router.relay import Relayed
 from sglang_kairos.router.servers import Server
 from sglang_kairos.slo import HeaderNotes, RequestSlo, Slo, SloError, SloTable
+from sglang_kairos.slo_attainment import class_label
 from sglang_kairos.slo_http import Carried, carry, dump
 
 REQUEST_ID = "x-request-id"
@@ -163,6 +164,7 @@ def accept(
     notes: HeaderNotes = []
     carried = _carried(body, scope, arrived_s, table, carries, notes)
     slo = carried.slo
+    label = class_label(slo.slo.name, table.classes)
     prompt = describe(body, path)
     blocks = prompt_blocks(body, path, fleet.bytes_per_token.value)
     if unfolded is not None:
@@ -182,7 +184,7 @@ def accept(
         body=body,
         prompt=prompt,
         blocks=blocks,
-        slo=slo.slo,
+        slo=slo.slo if label == slo.slo.name else replace(slo.slo, name=label),
         carried=carried,
         arrived_s=arrived_s,
         deadline_s=now + (slo.slo.ttft_ms - slo.age_ms) / 1e3,

@@ -200,10 +200,9 @@ class PrefillServer(Server):
 
         `settle` takes the ticket back.
         """
-        cached = min(cached, max(0.0, tokens - 1.0))
-        work = self._law.work_s(tokens - cached, cached, self._estimate.chunk_tokens)
+        fresh, work = self._law.prompt_s(tokens, cached, self._estimate.chunk_tokens)
         pace = self._pace.factor if self._said is not None else 1.0
-        ticket = Ticket(tokens - cached, deadline_s, work, now_s, weight, pace)
+        ticket = Ticket(fresh, deadline_s, work, now_s, weight, pace)
         if not self._tickets:
             self._busy_since_s = now_s
         place = bisect_right(self._deadlines, deadline_s)
