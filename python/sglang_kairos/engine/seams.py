@@ -274,8 +274,8 @@ SEAMS: tuple[Seam, ...] = (
         "SchedulerOutputStreamer.stream_output",
         handler="sglang_kairos.engine.attainment:stream_output",
         process="scheduler",
-        why="whether a request got what it was promised is known where its tokens leave, and nowhere "
-        "else do all of them pass that end: finished, failed, aborted while they run",
+        why="whether a request got what it was promised is known where its tokens leave, and whoever "
+        "was served passes here at its end",
         how="notes when each got its first and last token, judges who has ended",
         gone_when="SGLang's request schema has targets, and its metrics say whether they were met",
         fingerprints={"0.5.23": "ea8674f3306daab3", "0.5.16": "ea8674f3306daab3"},
@@ -343,7 +343,7 @@ SEAMS: tuple[Seam, ...] = (
         target="sglang.srt.managers.schedule_batch:ScheduleBatch.retract_decode",
         handler="sglang_kairos.engine.decode:retract_decode",
         why="who is retracted is who has the fewest output tokens, whatever was promised to him",
-        how="has this batch retract in the order of least SLO lost",
+        how="has this batch retract in the order of least SLO lost, counts whom upstream ends",
         gone_when="upstream's --retraction-policy can be extended",
         fingerprints={"0.5.23": "959dc41176f9d084", "0.5.16": "2f795963dbc8b9f4"},
         relies_on=(callees.RETRACTION_ORDER,),
