@@ -148,7 +148,8 @@ pip_get() {
     "$VENV/bin/python" -m pip install "$@"
 }
 
-pip_install() { pip_get -c "$LOCK" "$@"; }
+# Byte code is written as modules are first imported: of most of these 22,000 files that is never.
+pip_install() { pip_get --no-compile -c "$LOCK" "$@"; }
 
 # The lock is for the SGLang in the environment itself, so these files pin what they name.
 install_others() {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,13 +26,33 @@ def _folder(item: pytest.Item) -> str:
     return next((name for name in FOLDERS if ROOT / "test" / name in item.path.parents), "")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts by folder, and marks test/e2e as what it is."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Sorts by folder, marks test/e2e as what it is, draws from tests that are `one_of`."""
+    if config.option.markexpr == "not slow":
+        left_out = not_drawn(
+            items, int(os.environ.get("KAIROS_FLAGS_SEED") or f"{date.today():%Y%m%d}")
+        )
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     for item in items:
         if _folder(item) == "e2e":
             item.add_marker("e2e")
     ranks = {name: place for place, name in enumerate(FOLDERS)}
     items.sort(key=lambda item: ranks.get(_folder(item), len(FOLDERS)))
+
+
+def not_drawn(items: Sequence[pytest.Item], seed: int) -> list[pytest.Item]:
+    """All but one of the parameter sets of each test marked so."""
+    families: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("one_of"):
+            families.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return [
+        item
+        for family in families.values()
+        for place, item in enumerate(family)
+        if place != seed % len(family)
+    ]
 
 
 @pytest.fixture(scope="session")

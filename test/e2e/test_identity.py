@@ -131,6 +131,7 @@ def check(
         assert report["seams"][where] == sum(version not in seam.absent for seam in SEAMS)
 
 
+@pytest.mark.one_of
 @pytest.mark.parametrize(
     "args", [(), ("--disable-overlap-schedule",)], ids=["overlap", "no-overlap"]
 )

@@ -257,6 +257,7 @@ def test_an_abort_on_decode_alone_releases_the_paused_prefill(cluster: Cluster) 
     play(cluster, 3, act, crowd=3 * CROWD)
 
 
+@pytest.mark.one_of
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
 def test_pausing_the_whole_engine_changes_no_token_of_a_paused_request(
     cluster: Cluster, mode: str

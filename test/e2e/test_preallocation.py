@@ -59,6 +59,7 @@ async def first_tokens(cluster: Cluster) -> list[str]:
     return seen[2:]
 
 
+@pytest.mark.one_of
 @pytest.mark.parametrize(
     ("kairos", "order"), [(True, ["tight", "middle", "loose"]), (False, list(TARGETS))]
 )

@@ -41,6 +41,7 @@ def stock(zygote: Zygote, tiny_model: str, out_dir: Path) -> list[tuple[int, Any
     return stock_outputs(spec_of(zygote, tiny_model, out_dir / "tp1-stock"), JOBS)
 
 
+@pytest.mark.one_of
 @pytest.mark.parametrize("chaos_seed", [-1, 21], ids=["policies", "random-decisions"])
 def test_two_ranks_with_different_clocks_decide_alike(
     zygote: Zygote,
