@@ -12,7 +12,7 @@ import pytest
 from helpers.fake_prefill import Req, built, make_scheduler, make_state
 from helpers.trees import sglang_folder
 from sglang_kairos.engine import compat, prefill, state, steps
-from sglang_kairos.engine.request_state import kv_tokens
+from sglang_kairos.engine.request_state import kv_tokens, tokens_left
 from sglang_kairos.policy.prefill_step import PrefillPlan
 
 NEW, OLD = "0.5.23", "0.5.16"
@@ -211,9 +211,9 @@ def test_tokens_left_and_admission_work_on_the_old_layout(gpu: state.KairosState
     req = Req("a", 1000, ttft_ms=100)
     del req.prefix_len, req.extend_end
     req.prefix_indices, req.extend_range = [0] * 300, None  # type: ignore[attr-defined]
-    assert state.tokens_left(req) == 700
+    assert tokens_left(req) == 700
     req.extend_range = SimpleNamespace(end=512)  # type: ignore[attr-defined]
-    assert state.tokens_left(req) == 488
+    assert tokens_left(req) == 488
     assert kv_tokens(req) == 512
     req.full_untruncated_fill_ids, req.host_hit_length = [0] * 1000, 0  # type: ignore[attr-defined]
     adder = SimpleNamespace(rem_chunk_tokens=700, ceil_paged_tokens=lambda n: n)

@@ -17,7 +17,8 @@ from typing import Any
 from sglang_kairos.engine import compat
 from sglang_kairos.engine.attainment import count_ended
 from sglang_kairos.engine.named import only_the_named
-from sglang_kairos.engine.state import KairosState, current, tokens_left
+from sglang_kairos.engine.request_state import tokens_left
+from sglang_kairos.engine.state import KairosState, current
 
 
 def give_slot(state: KairosState, scheduler: Any, chosen: Any) -> None:

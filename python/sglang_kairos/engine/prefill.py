@@ -11,9 +11,10 @@ import numpy as np
 from sglang_kairos.engine import compat
 from sglang_kairos.engine.decision_log import plain
 from sglang_kairos.engine.pausing import drop_released, give_slot
+from sglang_kairos.engine.request_state import tokens_left
 from sglang_kairos.engine.roster import Rows
 from sglang_kairos.engine.standstill import give_way
-from sglang_kairos.engine.state import KairosState, current, tokens_left
+from sglang_kairos.engine.state import KairosState, current
 from sglang_kairos.engine.steps import learn_from_synchronous_step
 from sglang_kairos.policy.prefill_planner import PrefillView
 from sglang_kairos.policy.prefill_step import PrefillPlan

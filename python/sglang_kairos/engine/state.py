@@ -19,7 +19,6 @@ from sglang_kairos.engine.plugin import INSTALLED, active_config
 from sglang_kairos.engine.profile import Profile
 from sglang_kairos.engine.ranks import Clock, agreement
 from sglang_kairos.engine.request_state import RequestState, kv_tokens
-from sglang_kairos.engine.request_state import tokens_left as tokens_left
 from sglang_kairos.engine.roster import Roster
 from sglang_kairos.policy.prefill_planner import prefill_planner
 from sglang_kairos.policy.prefill_step import PrefillPlan

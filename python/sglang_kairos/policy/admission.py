@@ -145,8 +145,6 @@ def plan_admission(
     left = np.ones(here.size) if clock is None else clock[here]
     starves, pressed = (here == starving) & ~never, (left <= PRESSED) & ~never
     weight = None if queue.weight is None else queue.weight[here]
-    if weight is not None and (weight == weight[0]).all():
-        weight = None
     first = starves if starving >= 0 else None
     order = np.asarray(urgency_order(work, latest_end, weight, first).order, np.intp)
     may_be_kept = (reach | starves | pressed) & ~never

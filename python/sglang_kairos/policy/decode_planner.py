@@ -138,9 +138,7 @@ class DecodePlanner:
 
     def let_in(self, prompt_tokens: int, starving: bool) -> None:
         """KV was reserved for one, `starving` if the plan said so: the late share earns and pays."""
-        self.late_share.earn(prompt_tokens)
-        if starving:
-            self.late_share.spend(prompt_tokens)
+        self.late_share.ran(prompt_tokens, prompt_tokens if starving else 0)
 
     def clock_left(self, queue: QueueView) -> Floats | None:
         """The part of SGLang's time-out that each has left, 1 to 0, (n,); None: there is none."""

@@ -106,7 +106,7 @@ class PrefillPlanner:
                 deadline_s=_due_s(view) - self.config.handoff_ms / 1e3,
                 tokens=view.tokens,
                 partial=np.arange(len(view.tokens)) >= view.waiting,
-                weight=_weights(view),
+                weight=view.weight,
                 starving=None if starving < 0 else np.arange(len(view.tokens)) == starving,
                 fixed_s=fixed_s,
                 cached=view.prefix,
@@ -129,13 +129,11 @@ class PrefillPlanner:
 
         There prefill and decode are one server: no hand-off comes between.
         """
-        return urgency_order(self._work_s(view, times), _due_s(view), _weights(view)).order
+        return urgency_order(self._work_s(view, times), _due_s(view), view.weight).order
 
     def ran(self, tokens: int, of_starving: int) -> None:
         """A step of `tokens` was launched, `of_starving` of them for whom a plan called starving."""
-        self.late_share.earn(tokens)
-        if of_starving:
-            self.late_share.spend(of_starving)
+        self.late_share.ran(tokens, of_starving)
 
     def settings(self) -> dict[str, float]:
         """What a plan depends on beside view and times: a planner of these plans the same."""
@@ -224,9 +222,3 @@ def names_all(plan: PrefillPlan, waiting: int) -> bool:
 def _due_s(view: PrefillView) -> Floats:
     """Time left until each first token is due, (n,)."""
     return view.arrival_s + view.ttft_s - view.now_s
-
-
-def _weights(view: PrefillView) -> Floats | None:
-    """Class weights, or None when all are alike (the exact algorithm then applies)."""
-    weight = view.weight
-    return weight if weight is not None and weight.size and weight.min() < weight.max() else None

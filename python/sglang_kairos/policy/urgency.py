@@ -65,7 +65,10 @@ def urgency_order(
         ends = np.cumsum(work[order[first]])
         met = int(np.count_nonzero(ends <= deadline[order[first]]))
         head, ahead, order = order[first].tolist(), float(ends[-1]), order[~first]
-    weights = None if weight is None else np.asarray(weight, float)[order]
+    weights = None if weight is None else np.asarray(weight, float)
+    if weights is not None:
+        alike = weights.size == 0 or weights.min() == weights.max()
+        weights = None if alike else weights[order]  # where all are alike, the exact algorithm
     keeps, by_work = _kept(work[order], deadline[order] - ahead, weights)
     good, late = order[keeps], order[by_work[~keeps[by_work]]]
     return UrgencyOrder([*head, *good.tolist(), *late.tolist()], met + good.size)
@@ -129,6 +132,12 @@ class LateShare:
 
     def __init__(self, share: float, burst_tokens: float = 8192.0) -> None:
         self._share, self._burst, self._balance = share, burst_tokens, 0.0
+
+    def ran(self, tokens: float, of_starving: float) -> None:
+        """So many were executed, `of_starving` of them for whoever went first because of that."""
+        self.earn(tokens)
+        if of_starving:
+            self.spend(of_starving)
 
     def earn(self, tokens: float) -> None:
         """`tokens` prefill tokens were executed, whoever's."""
