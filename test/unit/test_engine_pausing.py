@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from helpers.fake_prefill import Req, build, make_scheduler, make_state, pause
+from helpers.trees import TESTED_VERSIONS
 from helpers.upstream import upstream_function
 from sglang_kairos.engine import pausing, prefill, state
-from sglang_kairos.engine.seams import SUPPORTED_VERSIONS
 from sglang_kairos.policy.prefill_step import PrefillPlan
 
 
@@ -94,7 +94,7 @@ def put_back(req: Req) -> None:
     req.extend_end, req.prefix_len, req.kv.req_pool_idx = None, 0, None
 
 
-@pytest.mark.parametrize("version", SUPPORTED_VERSIONS)
+@pytest.mark.parametrize("version", TESTED_VERSIONS)
 def test_a_paused_request_that_has_finished_is_not_torn_down_a_second_time(
     kairos: state.KairosState, version: str
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.trees import sglang_folder
+from helpers.trees import TESTED_VERSIONS, sglang_folder
 from sglang_kairos.engine import fingerprints
 from sglang_kairos.engine.seams import SEAMS, SUPPORTED_VERSIONS, Seam
 from sglang_kairos.engine.sources import fingerprint, namesakes, survey, way_out
@@ -60,7 +60,7 @@ def test_every_seam_says_why_and_has_a_handler_that_exists() -> None:
     assert len({seam.target for seam in SEAMS}) == len(SEAMS)
 
 
-@pytest.mark.parametrize("version", SUPPORTED_VERSIONS)
+@pytest.mark.parametrize("version", TESTED_VERSIONS)
 def test_every_supported_sglang_is_one_that_kairos_knows(version: str) -> None:
     found = survey(package=sglang_folder(version) / "sglang")
     assert (found.version, found.problems) == (version, [])
