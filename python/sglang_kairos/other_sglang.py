@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sglang_kairos.tools import patch
+
 # What runs beside the packages of requirements/constraints-cpu.txt, though it pins others, needs
 # nothing here. These register model names that the locked transformers has itself.
 _OLD_TRANSFORMERS = ("transformers==5.12.1", "tokenizers==0.22.2")
@@ -48,6 +50,18 @@ def folder_of(where: str, prefix: Path | None = None) -> Path:
         f"--sglang {where}: no folder with an SGLang in it, and {named} is not there; {known} "
         f"(`python -m sglang_kairos.other_sglang {version}` installs one)"
     )
+
+
+def importable_version() -> str:
+    """The version of the SGLang that this Python would import; empty if it does not say.
+
+    The one that comes first on the path counts, not the one that pip installed last: a patched copy
+    has no metadata of its own. Raises NoSuchSglang.
+    """
+    try:
+        return patch.find_tree().version or ""
+    except patch.PatchError as error:
+        raise NoSuchSglang(str(error)) from None
 
 
 def first_on_path(folder: Path, env: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -30,7 +30,7 @@ def seed() -> int:
     return int(os.environ.get("KAIROS_FLAGS_SEED") or f"{date.today():%Y%m%d}")
 
 
-def tested_versions(named: str, draw: int) -> tuple[str, ...]:
+def versions_to_test(named: str, draw: int) -> tuple[str, ...]:
     """Newest first; the newest is always among them. ValueError for a version that is not supported."""
     if named.strip() == "all":
         return SUPPORTED_VERSIONS
@@ -40,7 +40,7 @@ def tested_versions(named: str, draw: int) -> tuple[str, ...]:
     return tuple(version for version in SUPPORTED_VERSIONS if version in {NEWEST, *chosen})
 
 
-TESTED_VERSIONS = tested_versions(os.environ.get("KAIROS_TEST_VERSIONS", ""), seed())
+TESTED_VERSIONS = versions_to_test(os.environ.get("KAIROS_TEST_VERSIONS", ""), seed())
 
 
 def sglang_folder(version: str) -> Path:

@@ -190,6 +190,15 @@ def test_timeouts_and_weight_updates_find_paused_requests_among_the_started(
     assert rest == [running, None] and ours.reqs == [paused]
 
 
+def test_where_the_started_are_a_set_the_paused_are_in_it(kairos: state.KairosState) -> None:
+    running, paused = Req("r", 9, 9), Req("p", 900, 1000, done=512)
+    found = {running}
+    assert pausing.collect_inflight_reqs(lambda s: found, None) == {running}
+    pause(kairos, paused)
+    assert pausing.collect_inflight_reqs(lambda s: found, None) == {running, paused}
+    assert found == {running}, "upstream's own set is not changed"
+
+
 def test_a_paused_request_whose_peer_failed_is_released_with_the_waiting_ones(
     kairos: state.KairosState,
 ) -> None:
