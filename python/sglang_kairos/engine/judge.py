@@ -107,8 +107,6 @@ class Judge:
         nobody = not mine.text and not any(other.text for other in others)
         if not mine.wrapped and seam.elsewhere and nobody:
             return Verdict(seam, "another", (f"as before: {seam.elsewhere}",))
-        if not mine.text and any(other.text for other in others):
-            return Verdict(seam, "another", (f"{names} is there in its place",))
         return mine
 
     def _alone(self, seam: Seam) -> Verdict:

@@ -127,7 +127,7 @@ model_config.context_len sglang.srt.runtime_context:get_parallel
 scheduler.tp_size|scheduler.ps|parallel.tp_size scheduler.attn_tp_cpu_group
 scheduler.attn_cp_cpu_group scheduler.tp_worker tp_worker.model_runner
 model_runner.decode_cuda_graph_runner graphs.disable_padding graphs.capture_bs
-scheduler.enable_metrics|server_args.enable_metrics server_args.served_model_name
+server_args.enable_metrics|scheduler.enable_metrics server_args.served_model_name
 server_args.model_path server_args.dtype server_args.quantization server_args.kv_cache_dtype
 server_args.attention_backend server_args.moe_runner_backend server_args.port
 """
