@@ -65,11 +65,7 @@ def sglang_folder(version: str) -> Path:
 def changed_copy(folder: Path, version: str, changes: Mapping[str, tuple[str, str]]) -> Path:
     """A folder for PYTHONPATH with that SGLang in links, and in some files one text for another."""
     source, target = sglang_folder(version) / "sglang", folder / "sglang"
-    folders = {
-        Path(*Path(name).parts[:depth])
-        for name in changes
-        for depth in range(len(Path(name).parts))
-    }
+    folders = {parent for name in changes for parent in Path(name).parents}
     for here in sorted(folders):
         (target / here).mkdir(parents=True, exist_ok=True)
         for entry in (source / here).iterdir():
