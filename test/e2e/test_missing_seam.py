@@ -18,20 +18,21 @@ from sglang_kairos.cpu.zygote import Zygote
 from sglang_kairos.engine import losses
 from sglang_kairos.other_sglang import first_on_path
 
+# The file, another text for the same function, and which seams are left out.
 UNKNOWN = {
     "pausing": (
         "srt/managers/scheduler.py",
-        "def process_pending_chunked_abort(self)",
+        ("def process_pending_chunked_abort(self)", "def process_pending_chunked_abort( self)"),
         ["Scheduler.process_pending_chunked_abort"],
     ),
     "admitting": (
         "srt/managers/schedule_policy.py",
-        "def add_one_req(\n",
+        ("def add_one_req(\n        self,", "def add_one_req(\n        self ,"),
         ["SchedulePolicy.shortest_prefill_chunk_limit", "PrefillAdder.add_one_req"],
     ),
     "parking": (
         "srt/managers/schedule_batch.py",
-        "def prepare_for_decode(self)",
+        ("def prepare_for_decode(self)", "def prepare_for_decode( self)"),
         [
             "SchedulerDisaggregationDecodeMixin.get_next_disagg_decode_batch_to_run",
             "ScheduleBatch.prepare_for_decode",
@@ -45,9 +46,8 @@ UNKNOWN = {
 def test_one_unknown_seam_costs_what_it_gives_and_no_token(
     what: str, tiny_model: str, out_dir: Path, tmp_path: Path
 ) -> None:
-    file, text, out = UNKNOWN[what]
-    # Another text, and the same function: a blank inside the signature.
-    tree = changed_copy(tmp_path, NEWEST, {file: (text, text.replace("(", "( ", 1))})
+    file, change, out = UNKNOWN[what]
+    tree = changed_copy(tmp_path, NEWEST, {file: change})
     env = first_on_path(tree)
     jobs, doomed = JOBS[:80], doomed_jobs(12, 16, seed=8, span_s=4.0)
     parks, pauses = what != "parking", what == "parking"

@@ -30,7 +30,9 @@ from sglang_kairos.tools import patch, upstream_texts
 DONE, PERSON, NO_SGLANG, FAILED = range(4)
 _VERSION = re.compile(r"v?\d+\.\d+[\w.+]*")
 # What decides which environment a version runs in.
-_PINS = re.compile(r"^Requires-Dist: ((?:torch|transformers|tokenizers|xgrammar)==[^ ;]+)", re.M)
+_PINS = re.compile(
+    r"^Requires-Dist: ((?:torch|transformers|tokenizers|xgrammar)==[^\s;]+)$", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
