@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_kairos.engine import features, http_slo
+from sglang_kairos.engine.metrics import header_counter
 from sglang_kairos.engine.plugin import active_config
 from sglang_kairos.request_checks import MOST_SAMPLES, RequestLimits
 
@@ -33,7 +34,8 @@ def run_http_server(
     from sglang.srt.entrypoints.http_server import app
 
     facts = facts_of(server_args, tokenizer_manager, scheduler_infos)
-    http_slo.install(app, active_config().slo_table(), facts)
+    count = header_counter(server_args) if getattr(server_args, "enable_metrics", False) else None
+    http_slo.install(app, active_config().slo_table(), facts, count)
     return original(
         server_args,
         tokenizer_manager,
