@@ -7,7 +7,7 @@ RESULTS_ARGS ?=
 CHECKED := python test benchmark scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap demo results test test-all test-flags lint format clean distclean
+.PHONY: help bootstrap demo results test test-all test-flags test-versions lint format clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ test-all: lint ## the same with the slow ones
 
 test-flags: bootstrap ## SGLang's scheduling flags, all of them (an hour; KAIROS_FLAGS_SEED=…, PYTEST_ARGS="-k …")
 	@bash scripts/pytest.sh test/e2e/test_flags.py $(PYTEST_ARGS)
+
+test-versions: lint ## every supported SGLang: seams, patches, identity (20 min; KAIROS_TEST_VERSIONS="0.5.19 …")
+	@bash scripts/versions.sh $(PYTEST_ARGS)
 
 lint: bootstrap ## ruff and mypy
 	@$(PYTHON) -m ruff check $(CHECKED)

@@ -9,10 +9,10 @@ from types import ModuleType
 
 import pytest
 
-from helpers.trees import sglang_folder
+from helpers.trees import TESTED_VERSIONS, sglang_folder
 from sglang_kairos import other_sglang
 from sglang_kairos.config import ConfigError
-from sglang_kairos.engine.seams import SEAMS, SUPPORTED_VERSIONS
+from sglang_kairos.engine.seams import SEAMS
 from sglang_kairos.other_sglang import NoSuchSglang, first_on_path, folder_of
 from sglang_kairos.tools import doctor
 
@@ -45,7 +45,7 @@ def damaged(folder: Path, version: str, changes: dict[str, tuple[str, str]]) -> 
     return folder
 
 
-@pytest.mark.parametrize("version", SUPPORTED_VERSIONS)
+@pytest.mark.parametrize("version", TESTED_VERSIONS)
 def test_a_supported_sglang_is_well(version: str, capsys: Printed) -> None:
     assert doctor.main(["--sglang", str(sglang_folder(version))]) == 0
     text = capsys.readouterr().out
