@@ -174,16 +174,17 @@ def _host_memory_only(module: ModuleType) -> None:
 
     SGLang says so of every pool, and UCX refuses host memory under that name.
     """
-    init = getattr(getattr(module, "nixl_agent", None), "__init__", None)
-    if init is None:
+    agent = getattr(module, "nixl_agent", None)
+    if agent is None:
         return
+    init = agent.__init__
 
     @functools.wraps(init)
     def named_alike(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         self.nixl_mems = {**self.nixl_mems, "VRAM": self.nixl_mems["DRAM"]}
 
-    module.nixl_agent.__init__ = named_alike
+    agent.__init__ = named_alike
 
 
 class _Overlay(ModuleType):
