@@ -7,7 +7,7 @@ RESULTS_ARGS ?=
 CHECKED := python test benchmark scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap demo results test test-all test-flags lint format clean distclean
+.PHONY: help bootstrap demo results test test-all test-flags test-front-ends lint format clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,10 @@ test-all: lint ## the same with the slow ones
 
 test-flags: bootstrap ## SGLang's scheduling flags, all of them (an hour; KAIROS_FLAGS_SEED=…, PYTEST_ARGS="-k …")
 	@bash scripts/pytest.sh test/e2e/test_flags.py $(PYTEST_ARGS)
+
+test-front-ends: bootstrap ## real gateways before a pair; KAIROS_WRITE_TABLES=1 writes docs/front_ends.md (10 min)
+	@bash scripts/front_ends.sh
+	@bash scripts/pytest.sh test/e2e/test_front_ends.py $(PYTEST_ARGS)
 
 lint: bootstrap ## ruff and mypy
 	@$(PYTHON) -m ruff check $(CHECKED)
