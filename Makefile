@@ -7,10 +7,11 @@ RESULTS_ARGS ?=
 CHECKED := python test benchmark scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap demo results test test-all test-flags test-front-ends lint format clean distclean
+.PHONY: help bootstrap demo results test test-all test-flags test-versions test-front-ends test-load-generators
+.PHONY: test-transfers lint format clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
 
 bootstrap: ## build or update .venv (the targets below do it by themselves)
 	@bash scripts/bootstrap.sh
@@ -30,9 +31,19 @@ test-all: lint ## the same with the slow ones
 test-flags: bootstrap ## SGLang's scheduling flags, all of them (an hour; KAIROS_FLAGS_SEED=…, PYTEST_ARGS="-k …")
 	@bash scripts/pytest.sh test/e2e/test_flags.py $(PYTEST_ARGS)
 
+test-versions: lint ## every supported SGLang: seams, patches, identity (20 min; KAIROS_TEST_VERSIONS="0.5.19 …")
+	@bash scripts/versions.sh $(PYTEST_ARGS)
+
 test-front-ends: bootstrap ## real gateways before a pair; KAIROS_WRITE_TABLES=1 writes docs/front_ends.md (10 min)
-	@bash scripts/front_ends.sh
+	@bash scripts/beside.sh front-ends
 	@bash scripts/pytest.sh test/e2e/test_front_ends.py $(PYTEST_ARGS)
+
+test-load-generators: bootstrap ## GuideLLM, aiperf, inference-perf and bench_serving on real pairs (6 min; installs 7 GB)
+	@bash scripts/beside.sh load-generators
+	@bash scripts/pytest.sh test/e2e/test_load_generators.py $(PYTEST_ARGS)
+
+test-transfers: bootstrap ## NIXL, mooncake_tcp, KV checksums, prefill_complete (30 min; KAIROS_TEST_VERSIONS=…)
+	@bash scripts/transfers.sh $(PYTEST_ARGS)
 
 lint: bootstrap ## ruff and mypy
 	@$(PYTHON) -m ruff check $(CHECKED)

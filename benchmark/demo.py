@@ -8,7 +8,8 @@ depends on the machine, so the first cluster is measured before its run: the tra
 `--utilisation` of the prefill capacity found, to all policies alike. Writes ``report.json``,
 ``report.png`` and one JSON line per request under ``--out``.
 
-`--sglang 0.5.16` runs it on that version, which has neither hrrn nor shortest-prefill-first.
+`--sglang 0.5.16` runs it on that version, with the stock policies that it has: hrrn came with 0.5.20,
+shortest-prefill-first with 0.5.21.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Writes the seams patch anew from the table in `sglang_kairos.engine.seams`.
+"""Writes the patches of one SGLang version anew: the fixes it needs, then the seams.
 
     PYTHONPATH=python python patches/make.py --pristine DIR
 
-Run it whenever the table or ``kairos_seams.py`` changes; a test compares the result with the file.
+Fixes come from ``fixes.py``, seams from the table in `sglang_kairos.engine.seams`. Run it whenever
+they or ``kairos_seams.py`` change; a test compares the result with the files.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
-from sglang_kairos.engine.seams import SEAMS, Seam
+from sglang_kairos.engine.seams import SEAMS, SUPPORTED_VERSIONS, Seam
 from sglang_kairos.engine.sources import fingerprint
 from sglang_kairos.tools.patch import (
     LAYOUT,
@@ -26,14 +27,16 @@ from sglang_kairos.tools.patch import (
     Tree,
     find_tree,
     parse,
-    rewrite,
     series,
     supported_version,
     survey,
-    versions,
 )
 
 FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER))
+
+from fixes import FIXES, Fix, Unfit  # noqa: E402
+
 SEAMS_MODULE = "sglang.srt.kairos_seams"
 SEAMS_PATCH = "kairos-seams.patch"
 AUTHOR = "The Kairos authors <kairos-authors@example.invalid>"
@@ -78,30 +81,64 @@ def _blob(content: bytes | None) -> str:
 
 def make(
     tree: Tree, folder: Path, version: str, seams: Iterable[Seam] = SEAMS
-) -> tuple[str, bytes]:
-    """Name and content of the seams patch for `tree`, which may be patched or not.
+) -> dict[str, bytes]:
+    """The patches for `tree`, which may be patched or not: contents by name, in order.
 
-    Raises PatchError where the tree is not what the table of seams was written for.
+    Raises PatchError where the tree is not what the tables were written for.
     """
-    by_hand = [p for p in series(folder, version) if not p.name.endswith(SEAMS_PATCH)]
     seams = [seam for seam in seams if version in seam.fingerprints]
-    paths = {seam.module: seam.module.replace(".", "/") + ".py" for seam in seams}
-    paths = {module: path.removeprefix("sglang/") for module, path in paths.items()}
-    standing = survey(tree, series(folder, version))
-    before = {**tree.read(paths.values()), **standing.base}
-    for change in (change for patch in by_hand for change in patch.changes):
-        before[change.path] = rewrite(change, before[change.path])
-    new_file = SEAMS_MODULE.removeprefix("sglang.").replace(".", "/") + ".py"
-    before[new_file] = None
-    after = dict(before)
-    after[new_file] = (folder / SEAMS_SOURCE).read_bytes()
+    paths = {seam.module: _path_of(seam.module) for seam in seams}
+    patched = series(folder, version)
+    standing = survey(tree, patched) if patched else None
+    before: dict[str, bytes | None] = dict(
+        tree.read({*paths.values(), *(fix.path for fix in FIXES)})
+    )
+    if standing is not None:
+        before |= {path: standing.base[path] for path in before if path in standing.base}
+    made: dict[str, bytes] = {}
+    for fix in FIXES:
+        after = _fixed(fix, before)
+        if after is not None:
+            made[f"{len(made) + 1:04d}-{fix.name}.patch"] = render(
+                fix.subject, fix.body, before, after
+            )
+            before = after
+    made[f"{len(made) + 1:04d}-{SEAMS_PATCH}"] = _seams_patch(
+        tree, folder, version, seams, paths, before
+    )
+    return made
+
+
+def _path_of(module: str) -> str:
+    return module.removeprefix("sglang.").replace(".", "/") + ".py"
+
+
+def _fixed(fix: Fix, before: dict[str, bytes | None]) -> dict[str, bytes | None] | None:
+    source = before[fix.path]
+    try:
+        fixed = fix.made(None if source is None else source.decode())
+    except Unfit as error:
+        raise PatchError(f"{fix.path}: {error}") from None
+    return None if fixed is None else {**before, fix.path: fixed.encode()}
+
+
+def _seams_patch(
+    tree: Tree,
+    folder: Path,
+    version: str,
+    seams: list[Seam],
+    paths: dict[str, str],
+    fixed: dict[str, bytes | None],
+) -> bytes:
+    new_file = _path_of(SEAMS_MODULE)
+    before = {**{path: fixed[path] for path in paths.values()}, new_file: None}
+    after = {**before, new_file: (folder / SEAMS_SOURCE).read_bytes()}
     for module, path in paths.items():
         source = before[path]
         if source is None:
             raise PatchError(f"{tree.root} has no module {module}")
-        after[path] = mark(
-            source.decode(), [s for s in seams if s.module == module], version
-        ).encode()
+        marked = mark(source.decode(), [s for s in seams if s.module == module], version)
+        after[path] = marked.encode()
     listed = "\n\n".join(
         textwrap.fill(f"- {seam.qualname} ({seam.module}): {seam.why}", 72, subsequent_indent="  ")
         for seam in seams
@@ -110,8 +147,7 @@ def make(
         "Let a scheduling plugin step in at the functions below. Without a handler\n"
         "each of them runs as before: one dictionary look-up per call.\n\n" + listed
     )
-    name = f"{len(by_hand) + 1:04d}-{SEAMS_PATCH}"
-    return name, render("Add seams for SLO-aware scheduling", body, before, after)
+    return render("Add seams for SLO-aware scheduling", body, before, after)
 
 
 def mark(source: str, seams: list[Seam], version: str) -> str:
@@ -182,7 +218,7 @@ def _definition(module: ast.Module, qualname: str) -> ast.FunctionDef:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line. Returns 0, or 2 when the tree is not what the table was written for."""
-    parser = argparse.ArgumentParser(description="Write the seams patch anew.")
+    parser = argparse.ArgumentParser(description="Write the patches of a version anew.")
     parser.add_argument(
         "--pristine", type=Path, help="SGLang tree (default: the installed package)"
     )
@@ -190,16 +226,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         tree = find_tree(args.pristine)
-        version = supported_version(tree, args.version, versions(FOLDER))
-        name, content = make(tree, FOLDER, version)
+        version = supported_version(tree, args.version, list(SUPPORTED_VERSIONS))
+        made = make(tree, FOLDER, version)
     except PatchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for old in (FOLDER / f"v{version}").glob(f"*-{SEAMS_PATCH}"):
+    target = FOLDER / f"v{version}"
+    target.mkdir(exist_ok=True)
+    for old in target.glob("*.patch"):
         old.unlink()
-    path = FOLDER / f"v{version}" / name
-    path.write_bytes(content)
-    print(f"{path}: {len(parse(name, content).changes)} files")
+    for name, content in made.items():
+        (target / name).write_bytes(content)
+        print(f"{target / name}: {len(parse(name, content).changes)} files")
     return 0
 
 

@@ -12,8 +12,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly VENV=.venv LOG=out/bootstrap.log
 readonly LOCK=requirements/constraints-cpu.txt NODEPS=requirements/cpu-nodeps.txt
-# Other SGLang versions, each in a folder of its own: $VENV/sglang-0.5.16, say.
-readonly OTHERS=(requirements/sglang-*.txt)
+# The oldest supported SGLang lies beside the newest, in a folder of its own: $VENV/sglang-0.5.16. The
+# tests fetch one more; `python -m sglang_kairos.other_sglang` any.
+readonly OLDEST=0.5.16 OTHERS=python/sglang_kairos/other_sglang.py
 # Present while .venv may hold a half-installed package; what .venv was built from; what is in it.
 readonly BUILDING=$VENV/.kairos-building STAMP=$VENV/.kairos-stamp FILES=$VENV/.kairos-files
 readonly DEBIAN_PACKAGES="libibverbs1 librdmacm1 libnuma1"
@@ -96,13 +97,13 @@ find_python() {
 }
 
 # What .venv is made from, and where: a virtual environment cannot be moved.
-inputs() { cat pyproject.toml "$LOCK" "$NODEPS" "${OTHERS[@]}" scripts/bootstrap.sh | sha256sum; }
+inputs() { cat pyproject.toml "$LOCK" "$NODEPS" "$OTHERS" scripts/bootstrap.sh | sha256sum; }
 where() { printf 'at %s\n' "$PWD"; }
 
 # Every installed file, caches and the start-up hook apart (`python -m sglang_kairos.cpu uninstall`).
 list_files() {
     # shellcheck disable=SC2046
-    (cd "$VENV" && find bin lib $(compgen -G 'sglang-*' || true) -name __pycache__ -prune -o \( -type f -o -type l \) ! -name kairos_cpu.pth -print) | sort
+    (cd "$VENV" && find bin lib $(compgen -G 'sglang-*' || true) $(compgen -G beside || true) -name __pycache__ -prune -o \( -type f -o -type l \) ! -name kairos_cpu.pth -print) | sort
 }
 
 hook_file() { compgen -G "$VENV/lib/python3*/site-packages/kairos_cpu.pth" >/dev/null; }
@@ -151,14 +152,9 @@ pip_get() {
 # Byte code is written as modules are first imported: of most of these 22,000 files that is never.
 pip_install() { pip_get --no-compile -c "$LOCK" "$@"; }
 
-# The lock is for the SGLang in the environment itself, so these files pin what they name.
-install_others() {
-    local file folder
-    rm -rf "$VENV"/sglang-*
-    for file in "${OTHERS[@]}"; do
-        folder=$(basename "$file" .txt)
-        pip_get --no-deps --no-compile --target "$VENV/$folder" -r "$file" || return 1
-    done
+install_oldest() {
+    rm -rf "$VENV"/sglang-* "$VENV"/beside
+    "$VENV/bin/python" -m sglang_kairos.other_sglang "$OLDEST"
 }
 
 make_venv() {
@@ -256,7 +252,7 @@ run_step "PyTorch" \
 run_step "Kairos and the packages of $LOCK" \
     pip_install --no-build-isolation -e '.[cpu,sim,dev]'
 run_step "SGLang" pip_install --no-deps -r "$NODEPS"
-run_step "SGLang, other versions beside it" install_others
+run_step "SGLang, the oldest beside it" install_oldest
 run_step "CPU runtime" install_hook
 run_step "trial import" try_imports
 seal

@@ -7,6 +7,9 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# Chosen once: a run that goes past midnight must not draw twice.
+export KAIROS_FLAGS_SEED=${KAIROS_FLAGS_SEED:-$(date +%Y%m%d)}
+
 fakes=test/fault/test_router_faults.py
 others=() whole=no
 for word in "$@"; do
@@ -23,6 +26,8 @@ run() {
 }
 
 if [[ $whole == yes ]]; then
+    # shellcheck disable=SC2046
+    .venv/bin/python -m sglang_kairos.other_sglang $(PYTHONPATH=test .venv/bin/python test/helpers/trees.py) || exit 1
     run -n 2 --dist worksteal "${others[@]}" test/unit test/sim "$fakes"
     run "${others[@]}" --ignore "$fakes" test/e2e test/fault
 else

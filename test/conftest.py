@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from helpers.trees import seed
 
 if TYPE_CHECKING:
     from sglang_kairos.cpu.zygote import Zygote
@@ -29,9 +30,7 @@ def _folder(item: pytest.Item) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Sorts by folder, marks test/e2e as what it is, draws from tests that are `one_of`."""
     if config.option.markexpr == "not slow":
-        left_out = not_drawn(
-            items, int(os.environ.get("KAIROS_FLAGS_SEED") or f"{date.today():%Y%m%d}")
-        )
+        left_out = not_drawn(items, seed())
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
     for item in items:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import importlib.metadata
 import os
 import random
 import socket
@@ -17,6 +16,7 @@ from typing import Any
 from sglang_kairos.cpu import flags as cpu_flags
 from sglang_kairos.cpu import runtime as cpu_runtime
 from sglang_kairos.cpu.zygote import Zygote
+from sglang_kairos.other_sglang import NoSuchSglang, importable_version
 
 ROUTER_MODULES = {
     "kairos": "sglang_kairos.launch_router",
@@ -237,13 +237,17 @@ def _sglang_version(python: str, env: Mapping[str, str]) -> str:
     """SGLang's version for that interpreter with `env` added to the environment."""
     try:
         if python == sys.executable and "PYTHONPATH" not in env:
-            return importlib.metadata.version("sglang")
-        code = "import importlib.metadata as m; print(m.version('sglang'))"
+            return importable_version()
+        code = "from sglang_kairos.other_sglang import importable_version as v; print(v())"
         found = subprocess.check_output(
-            [python, "-c", code], text=True, timeout=60, env={**os.environ, **env}
+            [python, "-c", code],
+            text=True,
+            timeout=60,
+            env={**os.environ, **env},
+            stderr=subprocess.DEVNULL,
         )
         return found.strip()
-    except (importlib.metadata.PackageNotFoundError, OSError, subprocess.SubprocessError):
+    except (NoSuchSglang, OSError, subprocess.SubprocessError):
         raise ClusterError(f"SGLang is not installed for {python}") from None
 
 

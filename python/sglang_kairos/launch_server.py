@@ -11,7 +11,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from sglang_kairos.config import ConfigError, KairosConfig, add_flags
@@ -19,6 +18,7 @@ from sglang_kairos.cpu import runtime
 from sglang_kairos.cpu.flags import with_server_flags
 from sglang_kairos.engine.plugin import check_loadable
 from sglang_kairos.gpu_flags import with_gpu_flags
+from sglang_kairos.other_sglang import NoSuchSglang, importable_version
 
 # Children started with ``spawn`` re-import this module before SGLang: they need the runtime first.
 runtime.activate_if_wanted()
@@ -36,10 +36,12 @@ def prepare(argv: Sequence[str]) -> list[str]:
         check_loadable()
     config.to_env(os.environ)
     if runtime.is_active():
+        # A source tree may not say its version: the newest version's flags then.
         try:
-            return with_server_flags(rest, version=version("sglang"))
-        except PackageNotFoundError:  # a source tree: the newest version's flags
-            return with_server_flags(rest)
+            found = importable_version()
+        except NoSuchSglang as error:
+            raise ConfigError(str(error)) from None
+        return with_server_flags(rest, version=found) if found else with_server_flags(rest)
     if not config.enabled or not runtime.cuda_present():
         return rest
     return with_gpu_flags(rest, flashinfer=find_spec("flashinfer") is not None)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.trees import NEWEST, patched_copy, sglang_folder
 from sglang_kairos.cluster import Cluster
 
 
@@ -29,19 +30,5 @@ def tiny_model(out_dir: Path) -> str:
 
 @pytest.fixture(scope="session")
 def patched_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for PYTHONPATH with a copy of the installed SGLang, all patches applied."""
-    import importlib.util
-    import shutil
-    import subprocess
-    import sys
-
-    found = importlib.util.find_spec("sglang")
-    assert found is not None and found.submodule_search_locations
-    folder = tmp_path_factory.mktemp("patched")
-    source = next(iter(found.submodule_search_locations))
-    # With the compiled modules: they stay valid, save for those of files that are patched.
-    shutil.copytree(source, folder / "sglang")
-    command = [sys.executable, "-m", "sglang_kairos.tools.patch", "apply"]
-    command += ["--tree", str(folder / "sglang"), "--version", "0.5.23"]
-    subprocess.run(command, check=True)
-    return folder
+    """`patched_copy` of the installed SGLang."""
+    return patched_copy(sglang_folder(NEWEST), tmp_path_factory.mktemp("patched"), NEWEST)

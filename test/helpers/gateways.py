@@ -18,11 +18,8 @@ from sglang_kairos.cluster import Cluster
 from sglang_kairos.local_http import open_url
 from sglang_kairos.processes import EXEC_WITH_PARENT, kill_session
 
-# Where scripts/front_ends.sh puts packages that the tests themselves must not be installed beside.
-PACKAGES = Path(
-    os.environ.get("KAIROS_FRONT_ENDS")
-    or Path(__file__).resolve().parents[2] / "out" / "front-ends"
-)
+# Where scripts/beside.sh puts packages that must not be installed beside SGLang's.
+PACKAGES = Path(__file__).resolve().parents[2] / "out" / "front-ends"
 READY_S = 120.0
 
 

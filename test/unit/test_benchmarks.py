@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from benchmark import against, decode_cost, decode_cpu, demo
 
-from helpers.trees import sglang_folder
+from helpers.trees import TESTED_VERSIONS, sglang_folder
 from sglang_kairos.tools import patch
 from sglang_kairos.tools.replay import Outcome, Result
 from sglang_kairos.tools.report import Run
@@ -36,16 +36,16 @@ def test_the_decode_table_has_the_mean_and_the_range_of_every_cell() -> None:
     assert "| 50.0 (0.0–100.0) % |" in kairos and kairos.endswith("80 (80–80) ms |")
 
 
-@pytest.mark.parametrize(
-    ("version", "policies"), [("0.5.23", list(demo.POLICIES)), ("0.5.16", ["fcfs", "kairos"])]
-)
+@pytest.mark.parametrize("version", TESTED_VERSIONS)
 def test_the_demo_compares_the_policies_that_the_version_has(
     version: str,
-    policies: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = sglang_folder(version)
+    stock = ["fcfs"] + ["hrrn"] * (version >= "0.5.20")
+    stock += ["shortest-prefill-first"] * (version >= "0.5.21")
+    policies = [*stock, "kairos"]
     used: list[str] = []
     monkeypatch.setattr(demo, "use", used.append)
     monkeypatch.setattr(demo, "find_tree", lambda: patch.find_tree(folder))

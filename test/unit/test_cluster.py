@@ -246,8 +246,10 @@ def test_servers_get_gpus_of_their_own_and_then_share(make: Any) -> None:
 
 
 def test_the_version_is_that_of_the_sglang_the_servers_will_import(tmp_path: Path) -> None:
-    (tmp_path / "sglang-1.2.3.dist-info").mkdir()
-    (tmp_path / "sglang-1.2.3.dist-info" / "METADATA").write_text("Name: sglang\nVersion: 1.2.3\n")
+    # As a patched copy: no metadata, which only the one that pip installed has.
+    (tmp_path / "sglang" / "srt").mkdir(parents=True)
+    (tmp_path / "sglang" / "__init__.py").write_text("")
+    (tmp_path / "sglang" / "_version.py").write_text("__version__ = version = '1.2.3'\n")
     env = first_on_path(tmp_path)
     assert cluster_layout._sglang_version(sys.executable, env) == "1.2.3"
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from helpers.trees import sglang_folder
+from helpers.trees import TESTED_VERSIONS, sglang_folder
 from sglang_kairos.cpu import adapt, flags, runtime, site, zygote
 from sglang_kairos.cpu.__main__ import main
 
@@ -174,7 +174,7 @@ def test_who_asks_whether_there_is_an_operator_hears_no() -> None:
     assert (names["known"], names["got"], names["tried"]) == (False, None, False)
 
 
-@pytest.mark.parametrize("version", ["0.5.16", "0.5.23"])
+@pytest.mark.parametrize("version", TESTED_VERSIONS)
 def test_every_operator_that_this_sglang_takes_at_import_is_answered(version: str) -> None:
     """The statements themselves, out of the sources: importing all models takes a minute."""
     standin()
@@ -351,7 +351,8 @@ def test_flags_follow_mode_and_version() -> None:
     assert transfer in of("prefill")
     assert backup not in of("prefill")
     assert backup in of("decode", version="0.5.23.post1")
-    assert backup not in of("decode", version="v0.5.16")
+    assert backup in of("decode", version="0.5.18")
+    assert backup not in of("decode", version="v0.5.17")
     assert "--skip-server-warmup" in of("null", fast_start=True)
     with pytest.raises(ValueError, match="mode"):
         of("both")

@@ -196,11 +196,6 @@ def test_the_number_of_wrapped_functions_is_the_one_in_the_table() -> None:
         version: sum(version in seam.fingerprints for seam in SEAMS)
         for version in SUPPORTED_VERSIONS
     }
-    newest = counts[SUPPORTED_VERSIONS[0]]
     readme = re.sub(r"\s+", " ", (ROOT / "README.md").read_text("utf-8"))
-    assert re.findall(r"wraps (\d+) of its functions", readme) == [str(newest)]
-    words = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-    only_newest = sum(set(seam.fingerprints) == {SUPPORTED_VERSIONS[0]} for seam in SEAMS)
-    for name in ("docs/upstream.md", "patches/README.md"):
-        said = re.findall(r"save for (\w+)", (ROOT / name).read_text("utf-8"))
-        assert said == [words[only_newest]], name
+    said = re.findall(r"wraps (\d+) or (\d+) of its functions", readme)
+    assert said == [(str(min(counts.values())), str(max(counts.values())))]

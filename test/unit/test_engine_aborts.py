@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from helpers.fake_prefill import make_state, pause
+from helpers.trees import TESTED_VERSIONS
 from helpers.upstream import upstream_function
 from sglang_kairos.engine import pausing, state
 from sglang_kairos.engine.named import ids_named
-from sglang_kairos.engine.seams import SUPPORTED_VERSIONS
 
 PLACES = {
     "prefill": ("slot", "waiting", "grammar", "bootstrap", "inflight", "paused", "running", "last"),
@@ -27,7 +27,9 @@ class Aborted:
     def __init__(self, rid: str, ended: set[str]) -> None:
         self.rid = rid
         self._ended = ended
-        self.disagg_kv_sender = self.kv_receiver = SimpleNamespace(abort=self.abort)
+        self.disagg_kv_sender = self.kv_receiver = SimpleNamespace(
+            abort=self.abort, kv_mgr=SimpleNamespace(enable_deferred_decode_kv_release=False)
+        )
         self.req, self.grammar, self.host_staged = self, None, False
         self.finished_reason: Any = None
         self.pending_bootstrap = True
@@ -72,6 +74,7 @@ def upstream(version: str, name: str, file: str = "managers/scheduler.py") -> An
         "release_kv_cache",
         "prepare_abort",
         "discard_kv_cache_backup",
+        "retraction_discard",
         "maybe_release_metadata_buffer",
     ):
         names[helper] = nothing
@@ -168,7 +171,7 @@ def aborted(
 
 CASES = [
     (version, mode, place)
-    for version in SUPPORTED_VERSIONS
+    for version in TESTED_VERSIONS
     for mode, places in PLACES.items()
     for place in places
 ]
@@ -216,7 +219,7 @@ def test_of_one_tokenizer_an_id_that_has_left_is_no_batch() -> None:
 
 
 def test_upstreams_own_comparison_would_have_ended_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    for version in SUPPORTED_VERSIONS:
+    for version in TESTED_VERSIONS:
         scheduler = Scheduler(version, "prefill", ["job-1", "job-10"], 1)
         request = SimpleNamespace(
             rid="job-1", abort_all=False, abort_message=None, finished_reason=None

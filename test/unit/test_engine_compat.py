@@ -1,4 +1,4 @@
-"""One thing, two layouts: what `compat` and the seams of v0.5.16 make of them."""
+"""One thing, several layouts: what `compat` and the seams of older versions make of them."""
 
 from __future__ import annotations
 
@@ -40,9 +40,12 @@ def test_a_beam_group_is_seen() -> None:
     assert compat.in_beam_search(SimpleNamespace(beam_group=object()))
 
 
-def test_ranks_are_counted_in_both_layouts() -> None:
-    for scheduler in (SimpleNamespace(tp_size=2), SimpleNamespace(ps=SimpleNamespace(tp_size=2))):
-        assert compat.tp_size(scheduler) == 2
+def test_ranks_are_counted_in_every_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = ModuleType("sglang.srt.runtime_context")
+    context.get_parallel = lambda: SimpleNamespace(tp_size=2)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, context.__name__, context)
+    alone, within = SimpleNamespace(tp_size=3), SimpleNamespace(ps=SimpleNamespace(tp_size=4))
+    assert [compat.tp_size(one) for one in (alone, within, SimpleNamespace())] == [3, 4, 2]
 
 
 def test_a_feature_is_an_attribute_or_an_argument_or_off() -> None:
@@ -100,6 +103,13 @@ def test_a_prefix_is_looked_up_with_what_there_is(
         (NEW, "managers/scheduler.py", "self.tp_size ="),
         (NEW, "managers/tp_worker.py", "def get_decode_cuda_graph_bs("),
         (NEW, "managers/load_snapshot.py", "num_active_tokens: int"),
+        ("0.5.21", "managers/scheduler.py", "get_parallel().tp_size"),
+        ("0.5.21", "runtime_context.py", "def get_parallel("),
+        ("0.5.21", "managers/schedule_batch.py", "return self.req_pool_idx is not None"),
+        ("0.5.21", "managers/schedule_policy.py", "def match_prefix_for_req("),
+        ("0.5.20", "managers/scheduler.py", "batch.launch_ts = "),
+        ("0.5.20", "managers/scheduler.py", "self.ps = ParallelState("),
+        ("0.5.18", "managers/schedule_batch.py", "self.req_pool_idx: Optional[int] = None"),
         (OLD, "managers/schedule_batch.py", "self.prefix_indices"),
         (OLD, "managers/schedule_batch.py", "self.extend_range"),
         (OLD, "managers/schedule_batch.py", "self.req_pool_idx: Optional[int] = None"),
@@ -119,7 +129,7 @@ def test_sglang_is_laid_out_as_compat_takes_it(version: str, file: str, line: st
     assert line in source.read_text(encoding="utf-8")
 
 
-# The seams that only v0.5.16 has.
+# The seams that only older versions have.
 
 
 @pytest.fixture

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from helpers.trees import sglang_folder
+from helpers.trees import TESTED_VERSIONS, sglang_folder
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.engine import features, http_slo, plugin, state, transport
+from sglang_kairos.engine import compat, features, http_slo, plugin, state, transport
 from sglang_kairos.engine.features import FEATURES, Action, reasons, why_not
-from sglang_kairos.engine.seams import SUPPORTED_VERSIONS
 
 # What a scheduler with each feature shows, for those found at its start.
 SHOWN: dict[str, dict[str, Any]] = {
@@ -109,6 +108,7 @@ def test_several_tokenizer_processes_are_refused_where_the_http_server_starts(
 ) -> None:
     server_args = SimpleNamespace(tokenizer_worker_num=workers)
     monkeypatch.setattr(transport, "facts_of", lambda *args: http_slo.UNKNOWN)
+    monkeypatch.setattr(compat, "finalizes_input_logprobs", lambda: True)
     monkeypatch.setattr(transport, "active_config", lambda: KairosConfig())
     app = SimpleNamespace(user_middleware=[])
     module: Any = SimpleNamespace(app=app)
@@ -126,12 +126,13 @@ def test_several_tokenizer_processes_are_refused_where_the_http_server_starts(
         serve()
 
 
-@pytest.mark.parametrize("version", SUPPORTED_VERSIONS)
+@pytest.mark.parametrize("version", TESTED_VERSIONS)
 def test_what_is_looked_for_is_there_in_sglang(version: str) -> None:
     """A switch that SGLang renames would be off for ever, and its feature scheduled around."""
     folder = sglang_folder(version) / "sglang" / "srt"
-    files = ("managers/scheduler.py", "server_args.py")
-    text = "".join((folder / file).read_text("utf-8") for file in files)
+    files = [folder / "managers/scheduler.py", folder / "server_args.py"]
+    files += sorted((folder / "arg_groups" / "fields").glob("*.py"))  # since v0.5.20
+    text = "".join(path.read_text("utf-8") for path in files)
     names = [name for shown in SHOWN.values() for name in shown]
     missing = [name for name in names if not re.search(rf"\b{name}\b", text)]
     assert missing == []

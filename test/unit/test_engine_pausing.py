@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from helpers.fake_prefill import Req, build, make_scheduler, make_state, pause
+from helpers.trees import TESTED_VERSIONS
 from helpers.upstream import upstream_function
 from sglang_kairos.engine import pausing, prefill, state
-from sglang_kairos.engine.seams import SUPPORTED_VERSIONS
 from sglang_kairos.policy.prefill_step import PrefillPlan
 
 
@@ -94,7 +94,7 @@ def put_back(req: Req) -> None:
     req.extend_end, req.prefix_len, req.kv.req_pool_idx = None, 0, None
 
 
-@pytest.mark.parametrize("version", SUPPORTED_VERSIONS)
+@pytest.mark.parametrize("version", TESTED_VERSIONS)
 def test_a_paused_request_that_has_finished_is_not_torn_down_a_second_time(
     kairos: state.KairosState, version: str
 ) -> None:
@@ -188,6 +188,15 @@ def test_timeouts_and_weight_updates_find_paused_requests_among_the_started(
     pause(kairos, paused)
     *rest, ours = pausing.collect_inflight_batches(lambda s: [running, None], None)
     assert rest == [running, None] and ours.reqs == [paused]
+
+
+def test_where_the_started_are_a_set_the_paused_are_in_it(kairos: state.KairosState) -> None:
+    running, paused = Req("r", 9, 9), Req("p", 900, 1000, done=512)
+    found = {running}
+    assert pausing.collect_inflight_reqs(lambda s: found, None) == {running}
+    pause(kairos, paused)
+    assert pausing.collect_inflight_reqs(lambda s: found, None) == {running, paused}
+    assert found == {running}, "upstream's own set is not changed"
 
 
 def test_a_paused_request_whose_peer_failed_is_released_with_the_waiting_ones(

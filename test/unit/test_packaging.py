@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from sglang_kairos.engine.seams import SUPPORTED_VERSIONS
+from sglang_kairos.other_sglang import NEEDS
 
 SETUP_EXTRAS = ("cpu", "dev", "sim", "tables")
 # Imported under these names without being installed under them.
@@ -91,14 +93,12 @@ def test_what_is_installed_without_dependencies_agrees_with_the_lock(
     assert without.items() <= lock.items()
 
 
-def test_every_other_supported_sglang_has_a_folder_of_its_own(
-    repo_root: Path, lock: dict[str, str]
-) -> None:
-    versions = [lock["sglang"]]
-    for path in sorted((repo_root / "requirements").glob("sglang-*.txt"), reverse=True):
-        versions.append(pins(path)["sglang"])
-        assert path.name == f"sglang-{versions[-1]}.txt"
-    assert versions == list(SUPPORTED_VERSIONS)
+def test_newest_and_oldest_sglang_are_installed(repo_root: Path, lock: dict[str, str]) -> None:
+    script = (repo_root / "scripts" / "bootstrap.sh").read_text("utf-8")
+    oldest = re.search(r"OLDEST=(\S+)", script)
+    assert oldest is not None
+    assert (lock["sglang"], oldest[1]) == (SUPPORTED_VERSIONS[0], SUPPORTED_VERSIONS[-1])
+    assert set(NEEDS) < set(SUPPORTED_VERSIONS)
 
 
 def test_both_machines_get_the_same_sglang(project: dict[str, Any], lock: dict[str, str]) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 Mode = str
 MODES: tuple[Mode, ...] = ("null", "prefill", "decode")
 
-# The first version known to have the flag; v0.5.16 neither has nor needs it.
-_RETRACTION_BACKUP_SINCE = (0, 5, 20)
+# The first version that has the flag; those before neither have nor need it.
+_RETRACTION_BACKUP_SINCE = (0, 5, 18)
 
 _ALWAYS: dict[str, str | None] = {
     "--device": "cpu",

@@ -1,8 +1,8 @@
 """Where the supported SGLang versions keep the same thing under different names.
 
 Every function looks at the object it is given, never at a version number. The newest layout comes
-first; what only v0.5.16 has is named so, and goes with it. Functions that SGLang renamed or that one
-version lacks are no matter of layout: they are in the table of `seams`.
+first; what only older ones have is named so, and goes with them. Functions that SGLang renamed or
+that one version lacks are no matter of layout: they are in the table of `seams`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 
 def prefix_len(req: Any) -> int:
-    """Prompt tokens whose KV the request has. v0.5.16 keeps their slots only."""
+    """Prompt tokens whose KV the request has. Up to v0.5.21: their slots only."""
     found: int | None = getattr(req, "prefix_len", None)
     return len(req.prefix_indices) if found is None else found
 
 
 def extend_end(req: Any) -> int | None:
-    """Where the chunk launched last ends, in tokens; None before the first. v0.5.16: a range."""
+    """Where the chunk launched last ends, in tokens; None before the first. Up to v0.5.21: a range."""
     if hasattr(req, "extend_end"):
         end: int | None = req.extend_end
         return end
@@ -27,7 +27,7 @@ def extend_end(req: Any) -> int | None:
 
 
 def holds_kv(req: Any) -> bool:
-    """Whether it has a row of KV. v0.5.16 keeps the row's index in the request itself."""
+    """Whether it has a row of KV. Up to v0.5.18 the row's index is in the request itself."""
     kv = req.kv
     return (kv.req_pool_idx if hasattr(kv, "req_pool_idx") else req.req_pool_idx) is not None
 
@@ -39,7 +39,7 @@ def tokenizer_workers(scheduler: Any) -> int | None:
 
 
 def in_beam_search(req: Any) -> bool:
-    """v0.5.16 has no beam search."""
+    """There is none before v0.5.19."""
     return getattr(req, "beam_group", None) is not None
 
 
@@ -52,7 +52,7 @@ def match_prefix(req: Any, tree_cache: Any) -> None:
 def _matcher() -> Callable[[Any, Any], Any]:
     try:
         from sglang.srt.mem_cache.common import match_kv_cache
-    except ImportError:  # v0.5.16
+    except ImportError:  # up to v0.5.21
         from sglang.srt.managers.schedule_policy import match_prefix_for_req
 
         return lambda req, tree_cache: match_prefix_for_req(tree_cache, req, include_req=True)
@@ -66,11 +66,23 @@ def room_beside(adder: Any, req: Any) -> int:
         return int(adder.rem_total_tokens)
 
 
+def finalizes_input_logprobs() -> bool:
+    """Whether log probabilities are brought into one form before results are read. Not so before
+    v0.5.21."""
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+
+    return hasattr(LogitsProcessorOutput, "finalize_input_logprobs")
+
+
 def tp_size(scheduler: Any) -> int:
-    """Tensor-parallel ranks of this server. v0.5.16 keeps them in the parallel state."""
-    if hasattr(scheduler, "tp_size"):
-        return int(scheduler.tp_size)
-    return int(scheduler.ps.tp_size)
+    """Tensor-parallel ranks of this server. Before v0.5.21 they are in the scheduler's parallel state,
+    in v0.5.21 in the process' only."""
+    for holder in (scheduler, getattr(scheduler, "ps", None)):
+        if (size := getattr(holder, "tp_size", None)) is not None:
+            return int(size)
+    from sglang.srt.runtime_context import get_parallel
+
+    return int(get_parallel().tp_size)
 
 
 def pipeline_ranks() -> int:
@@ -81,7 +93,7 @@ def pipeline_ranks() -> int:
 
 
 def feature(scheduler: Any, name: str) -> Any:
-    """A switch that is an attribute of the scheduler or, in v0.5.16 for some, a server argument."""
+    """A switch: an attribute of the scheduler or, in older versions for some, a server argument."""
     if hasattr(scheduler, name):
         return getattr(scheduler, name)
     return getattr(getattr(scheduler, "server_args", None), name, None)
@@ -95,13 +107,13 @@ def add_waiting_tokens(snapshot: Any, tokens: int) -> None:
 
 
 def outstanding_parts(manager: Any) -> dict[int, int]:
-    """Parts in hand or to be sent, by room, of a transfer manager. v0.5.16 does not count them."""
+    """Parts in hand or to be sent, by room, of a transfer manager. Not counted before v0.5.19."""
     found: dict[int, int] = getattr(manager, "_staging_outstanding", {})
     return found
 
 
 def fail_transfer(manager: Any, room: int, reason: str) -> None:
-    """Fail a transfer and tell decode; in v0.5.16 decode hears of it from whoever sent to both."""
+    """Fail a transfer and tell decode; before v0.5.20 decode hears of it from whoever sent to both."""
     if hasattr(manager, "conclude_failure"):
         manager.conclude_failure(bootstrap_room=room, failure_reason=reason)
         return

@@ -9,8 +9,8 @@ def captured_sizes(scheduler: Any) -> list[int] | None:
     """Batch sizes of the decode CUDA graphs, ascending; None where a batch runs at its own size.
 
     The runner is asked itself: SGLang may capture less than the flags say (memory, largest number
-    of running requests). Its name is the same in v0.5.16 and v0.5.23; it is an eager runner, or
-    None, where nothing was captured. With padding off only exact sizes use a graph.
+    of running requests). It is an eager runner, or None, where nothing was captured. With padding
+    off only exact sizes use a graph.
     """
     model_runner = getattr(scheduler.tp_worker, "model_runner", None)
     graphs = getattr(model_runner, "decode_cuda_graph_runner", None)

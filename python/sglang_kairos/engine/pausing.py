@@ -113,6 +113,16 @@ def collect_inflight_batches(original: Callable[..., Any], scheduler: Any) -> li
     return [*batches, SimpleNamespace(reqs=list(state.paused))]
 
 
+def collect_inflight_reqs(original: Callable[..., Any], scheduler: Any) -> set[Any]:
+    """Seam of Scheduler.collect_inflight_reqs (v0.5.19 to v0.5.21): the paused as well."""
+    reqs: set[Any] = original(scheduler)
+    state = current()
+    if state is None:
+        return reqs
+    drop_released(state)
+    return reqs.union(state.paused)
+
+
 def resolve_waiting_queue_bootstrap(original: Callable[..., Any], scheduler: Any) -> None:
     """Seam of Scheduler.resolve_waiting_queue_bootstrap: paused requests whose peer failed go too.
 

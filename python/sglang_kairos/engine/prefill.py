@@ -106,7 +106,7 @@ def chunk_limit(
 
 
 def add_chunked_req(original: Callable[..., Any], adder: Any, req: Any) -> Any:
-    """Seam of PrefillAdder.add_chunked_req where SGLang has no `chunk_limit` (v0.5.16).
+    """Seam of PrefillAdder.add_chunked_req where SGLang has no `chunk_limit` (to v0.5.20).
 
     The chunk sees the plan's share of the budget; what it leaves is there for those behind it.
     """

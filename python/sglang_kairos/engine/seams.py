@@ -2,8 +2,8 @@
 
 A seam wraps one upstream function with one Kairos function of the form ``(original, *args, **kwargs)``.
 Before anything is wrapped, `sources` compares the source text of each upstream function with the
-fingerprints recorded here: a renamed or changed function stops the start-up (``--kairos-strict on``)
-instead of scheduling on assumptions that no longer hold.
+`fingerprints` of the versions that Kairos knows: a renamed or changed function stops the start-up
+(``--kairos-strict on``) instead of scheduling on assumptions that no longer hold.
 
 How to add a version: docs/upstream.md.
 """
@@ -11,12 +11,13 @@ How to add a version: docs/upstream.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
-from sglang_kairos.engine import callees
+from sglang_kairos.engine import callees, fingerprints
 from sglang_kairos.engine.callees import Callee, Function
 
-SUPPORTED_VERSIONS = ("0.5.23", "0.5.16")  # newest first
+SUPPORTED_VERSIONS = tuple(fingerprints.table())  # newest first
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,11 @@ class Seam(Function):
     """One upstream function and what Kairos does around it.
 
     `target` and `handler` are ``module:qualified.name``. `process` is where it matters: the
-    scheduler processes, those of them that import ``mooncake``, or the HTTP server. `fingerprints`
-    maps an SGLang version to the hash of the function's source (decorators excluded, so that a
-    patched tree has the same one). `absent` maps a version that has no such function, or a better
-    place, to the reason. `relies_on`: other functions of SGLang that the handler calls or replaces.
+    scheduler processes, those of them that import ``mooncake``, or the HTTP server. `instead`: what
+    is wrapped in the versions that have no such function, or a better place; `elsewhere`: why in the
+    others nothing is. `relies_on`: other functions of SGLang that the handler calls or replaces.
     `upstream`: the issue or pull request there that is nearest to making the seam unneeded.
+    `known`: fingerprints to use instead of the table's.
     """
 
     target: str
@@ -36,11 +37,14 @@ class Seam(Function):
     why: str
     how: str
     gone_when: str
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
-    absent: Mapping[str, str] = field(default_factory=dict)
+    instead: tuple[str, ...] = ()
+    elsewhere: str = ""
     process: str = "scheduler"
     relies_on: tuple[Callee, ...] = ()
     upstream: str = ""
+    known: Mapping[str, str] | None = None
+
+    kind: ClassVar[fingerprints.Kind] = "seams"
 
 
 SEAMS: tuple[Seam, ...] = (
@@ -52,7 +56,6 @@ SEAMS: tuple[Seam, ...] = (
         how="checks that every scheduler has Kairos, then adds an ASGI middleware that validates "
         "SLOs and moves them into custom_params",
         gone_when="SGLang's request schema has ttft_ms and tpot_ms",
-        fingerprints={"0.5.23": "bdcd86e50f953de0", "0.5.16": "02aa251b95a8b392"},
         upstream="sgl-project/sglang#38464: plugins in every process",
     ),
     Seam(
@@ -61,7 +64,6 @@ SEAMS: tuple[Seam, ...] = (
         why="the server must not serve when a scheduler process came up without Kairos",
         how="adds the number of installed seams to the hand-shake; the HTTP server checks it",
         gone_when="SGLang reports loaded plugins in the hand-shake",
-        fingerprints={"0.5.23": "10b3059e516354be", "0.5.16": "9afb8ff7a513f612"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.run_event_loop",
@@ -69,7 +71,6 @@ SEAMS: tuple[Seam, ...] = (
         why="Kairos' state belongs to one scheduler and must refuse what it does not support",
         how="builds the state, refuses what is not supported, then runs the loop",
         gone_when="SGLang has a start-up hook for scheduler plugins",
-        fingerprints={"0.5.23": "3f894d0448a6206a", "0.5.16": "191bfe659451a380"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.get_new_batch_prefill",
@@ -78,7 +79,6 @@ SEAMS: tuple[Seam, ...] = (
         how="plans by urgency, swaps Scheduler.chunked_req (pause and resume), holds back what must "
         "wait, ends a standstill of optimistic prefills",
         gone_when="the chunk slot is chosen by the schedule policy",
-        fingerprints={"0.5.23": "4fd06cb5da9979ae", "0.5.16": "63103245fced8d32"},
         relies_on=(
             callees.REQUEUE,
             callees.HAS_BOOTSTRAPPED,
@@ -93,7 +93,6 @@ SEAMS: tuple[Seam, ...] = (
         why="the waiting queue is ordered here; no upstream policy knows a deadline",
         how="runs the upstream policy (it matches prefixes), then applies the order of the plan",
         gone_when="schedule policies are pluggable",
-        fingerprints={"0.5.23": "55854ff88dd96457", "0.5.16": "1aeee4b3c3b38e22"},
         upstream="sgl-project/sglang#10063: a schedule policy for short prompts among long ones",
     ),
     Seam(
@@ -102,8 +101,7 @@ SEAMS: tuple[Seam, ...] = (
         why="the chunk in progress takes the whole token budget, more urgent short prompts get none",
         how="returns the plan's share of the chunk budget",
         gone_when="the chunk budget is split by the schedule policy",
-        fingerprints={"0.5.23": "02d0d7a316ec7639"},
-        absent={"0.5.16": "PrefillAdder.add_chunked_req is the seam there"},
+        instead=("PrefillAdder.add_chunked_req",),
         upstream="sgl-project/sglang#39717: controls for what runs beside the chunk in progress",
     ),
     Seam(
@@ -111,9 +109,8 @@ SEAMS: tuple[Seam, ...] = (
         handler="sglang_kairos.engine.prefill:add_chunked_req",
         why="the chunk in progress takes the whole token budget, more urgent short prompts get none",
         how="shows it the plan's share of the chunk budget only",
-        gone_when="v0.5.16 is no longer supported",
-        fingerprints={"0.5.16": "def56ff8f5b0a80c"},
-        absent={"0.5.23": "SchedulePolicy.shortest_prefill_chunk_limit is the seam there"},
+        gone_when="v0.5.20 is no longer supported",
+        instead=("SchedulePolicy.shortest_prefill_chunk_limit",),
     ),
     Seam(
         target="sglang.srt.managers.schedule_policy:PrefillAdder.add_one_req",
@@ -123,7 +120,6 @@ SEAMS: tuple[Seam, ...] = (
         "paused prefills need KV for their rest: filled by others, it runs dry and the server ends",
         how="ends admission instead; the request keeps its place",
         gone_when="pausing is upstream",
-        fingerprints={"0.5.23": "0ba5f82ef33b3ce8", "0.5.16": "3ca34b28f8f4487e"},
         relies_on=(callees.LOCK_NODE, callees.ROOM, callees.CEIL_TOKENS),
     ),
     Seam(
@@ -132,7 +128,6 @@ SEAMS: tuple[Seam, ...] = (
         why="an aborted request that is paused must be torn down like the chunk in progress",
         how="lends each aborted paused request the chunk slot while upstream tears it down",
         gone_when="pausing is upstream",
-        fingerprints={"0.5.23": "73eda6b71a839bed", "0.5.16": "be273ebc8d925553"},
         relies_on=(callees.SLOT_ABORTS,),
     ),
     Seam(
@@ -143,7 +138,6 @@ SEAMS: tuple[Seam, ...] = (
         how="marks the paused request of that id, then runs upstream's while those whose ids only "
         "begin so go by others",
         gone_when="pausing is upstream, and aborts compare whole ids",
-        fingerprints={"0.5.23": "cebc4184977cd857", "0.5.16": "2765e02f2b4889e4"},
         upstream="sgl-project/sglang#32237: aborts compare beginnings only where asked to",
     ),
     Seam(
@@ -152,11 +146,18 @@ SEAMS: tuple[Seam, ...] = (
         why="running timeouts and weight-version records look for started requests in batches only",
         how="adds the paused requests as one more batch",
         gone_when="pausing is upstream",
-        fingerprints={"0.5.23": "981b1ac61118ddba"},
-        absent={
-            "0.5.16": "abort_request walks the batches itself and has a seam; running timeouts look "
-            "at the running batch only, which a prefill server never fills"
-        },
+        instead=("Scheduler.collect_inflight_reqs",),
+        elsewhere="before v0.5.19 abort_request walks the batches itself and has a seam, and running "
+        "timeouts look at the running batch only, which a prefill server never fills",
+    ),
+    Seam(
+        target="sglang.srt.managers.scheduler:Scheduler.collect_inflight_reqs",
+        handler="sglang_kairos.engine.pausing:collect_inflight_reqs",
+        why="weight-version records and aborts look for started requests in batches only",
+        how="adds the paused requests",
+        gone_when="v0.5.21 is no longer supported",
+        instead=("Scheduler._collect_inflight_batches",),
+        elsewhere="before v0.5.19 abort_request walks the batches itself and has a seam",
     ),
     Seam(
         target="sglang.srt.disaggregation.prefill:"
@@ -165,7 +166,6 @@ SEAMS: tuple[Seam, ...] = (
         why="a paused request whose decode peer failed would keep its KV until it is resumed",
         how="lets the paused stand in the waiting queue while upstream polls that queue's senders",
         gone_when="pausing is upstream",
-        fingerprints={"0.5.23": "0e7f8e816d0c1555", "0.5.16": "0e7f8e816d0c1555"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.is_fully_idle",
@@ -173,7 +173,6 @@ SEAMS: tuple[Seam, ...] = (
         why="idle checks and cache flushes would run over the KV of a paused prefill",
         how="not idle while anything is paused",
         gone_when="pausing is upstream",
-        fingerprints={"0.5.23": "26cf36a832cde2f1", "0.5.16": "b0ecf152979bf62f"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler._record_step_counters",
@@ -181,10 +180,8 @@ SEAMS: tuple[Seam, ...] = (
         why="the prefill predictor learns from executed steps",
         how="reads the busy time that upstream just added for this batch",
         gone_when="SGLang publishes per-step timings",
-        fingerprints={"0.5.23": "1ecb174a656f0514"},
-        absent={
-            "0.5.16": "Scheduler.run_batch and Scheduler.process_batch_result are the seams there"
-        },
+        instead=("Scheduler.run_batch", "Scheduler.process_batch_result"),
+        elsewhere="v0.5.17 to v0.5.20 have one that counts other spans than a batch's own",
         upstream="sgl-project/sglang#33067: the time of each step in the log",
     ),
     Seam(
@@ -192,18 +189,16 @@ SEAMS: tuple[Seam, ...] = (
         handler="sglang_kairos.engine.steps:run_batch",
         why="the prefill predictor learns from executed steps",
         how="notes when a prefill batch was launched",
-        gone_when="v0.5.16 is no longer supported",
-        fingerprints={"0.5.16": "b719d9e980d68116"},
-        absent={"0.5.23": "Scheduler._record_step_counters is the seam there"},
+        gone_when="v0.5.20 is no longer supported",
+        instead=("Scheduler._record_step_counters",),
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.process_batch_result",
         handler="sglang_kairos.engine.steps:process_batch_result",
         why="the prefill predictor learns from executed steps",
         how="takes the time since the launch when the result is there",
-        gone_when="v0.5.16 is no longer supported",
-        fingerprints={"0.5.16": "b3f1c5ab6dd6b69a"},
-        absent={"0.5.23": "Scheduler._record_step_counters is the seam there"},
+        gone_when="v0.5.20 is no longer supported",
+        instead=("Scheduler._record_step_counters",),
     ),
     Seam(
         target="sglang.srt.managers.scheduler_components.load_inquirer:"
@@ -212,7 +207,6 @@ SEAMS: tuple[Seam, ...] = (
         why="load reports would not count the work left in paused prefills",
         how="adds it",
         gone_when="pausing is upstream",
-        fingerprints={"0.5.23": "7915cd6491be23b3", "0.5.16": "ce45458fbe42bc0e"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler_components.load_inquirer:"
@@ -221,7 +215,6 @@ SEAMS: tuple[Seam, ...] = (
         why="load reports would not count the work left in paused prefills",
         how="adds it",
         gone_when="pausing is upstream",
-        fingerprints={"0.5.23": "3b9d0ea0e1ae0fa0", "0.5.16": "87f73db4c204d83e"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler_components.load_inquirer:"
@@ -230,7 +223,6 @@ SEAMS: tuple[Seam, ...] = (
         why="/v1/loads and data-parallel balancing would not see the paused requests",
         how="counts them as waiting and adds the tokens they still need",
         gone_when="pausing is upstream",
-        fingerprints={"0.5.23": "2bad1914b5d61190", "0.5.16": "5ebefc078a7bcd0a"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler_components.metrics_reporter:"
@@ -239,7 +231,6 @@ SEAMS: tuple[Seam, ...] = (
         why="the log's #queue-req and the Prometheus queue gauges count the waiting queue only",
         how="lets the paused stand in the waiting queue meanwhile",
         gone_when="pausing is upstream",
-        fingerprints={"0.5.23": "25f50a03ae0ee2bc", "0.5.16": "48714ee7bdc58527"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler_components.metrics_reporter:"
@@ -248,7 +239,6 @@ SEAMS: tuple[Seam, ...] = (
         why="forward-pass metrics describe the waiting queue only",
         how="lets the paused stand in the waiting queue meanwhile",
         gone_when="pausing is upstream",
-        fingerprints={"0.5.23": "a42176bd00bdbb8e", "0.5.16": "518d07dcc6d994a9"},
     ),
     Seam(
         target="sglang.srt.managers.scheduler_components.internal_state:"
@@ -257,8 +247,7 @@ SEAMS: tuple[Seam, ...] = (
         why="the router and operators need predictors, errors and counters",
         how="adds a `kairos` entry to /server_info",
         gone_when="never: this is Kairos' own report",
-        fingerprints={"0.5.23": "b2caad1128ded211"},
-        absent={"0.5.16": "Scheduler.get_internal_state is the seam there"},
+        instead=("Scheduler.get_internal_state",),
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.get_internal_state",
@@ -266,8 +255,7 @@ SEAMS: tuple[Seam, ...] = (
         why="the router and operators need predictors, errors and counters",
         how="adds a `kairos` entry to /server_info",
         gone_when="never: this is Kairos' own report",
-        fingerprints={"0.5.16": "eaa8fc0faf6eb41d"},
-        absent={"0.5.23": "SchedulerInternalStateController.get_internal_state is the seam there"},
+        instead=("SchedulerInternalStateController.get_internal_state",),
     ),
     Seam(
         target="sglang.srt.managers.scheduler_components.output_streamer:"
@@ -278,7 +266,6 @@ SEAMS: tuple[Seam, ...] = (
         "was served passes here at its end",
         how="notes when each got its first and last token, judges who has ended",
         gone_when="SGLang's request schema has targets, and its metrics say whether they were met",
-        fingerprints={"0.5.23": "ea8674f3306daab3", "0.5.16": "ea8674f3306daab3"},
     ),
     Seam(
         target="sglang.srt.disaggregation.decode:DecodePreallocQueue.pop_preallocated",
@@ -286,7 +273,6 @@ SEAMS: tuple[Seam, ...] = (
         why="prefill sees a request only after decode reserved its KV, first come first served",
         how="sorts the queue by urgency first",
         gone_when="pre-allocation follows the schedule policy",
-        fingerprints={"0.5.23": "cfa52d2f419fd954", "0.5.16": "b39ac15a3026054a"},
         relies_on=(callees.RESOLVE, callees.HANDSHAKES, callees.PREPARE_ABORT),
         upstream="sgl-project/sglang#40166: an order for pre-allocation",
     ),
@@ -297,7 +283,6 @@ SEAMS: tuple[Seam, ...] = (
         why="the first token is streamed on admission: who gets a free slot decides TTFT",
         how="sorts transferred requests by TTFT slack before upstream admits",
         gone_when="admission follows the schedule policy",
-        fingerprints={"0.5.23": "f905242577d5eca6", "0.5.16": "3db78366d146768f"},
         upstream="sgl-project/sglang#25062: priorities count in PD mode",
     ),
     Seam(
@@ -307,7 +292,6 @@ SEAMS: tuple[Seam, ...] = (
         why="every running request decodes in every step, whatever its slack",
         how="runs upstream's, then executes the subset chosen while it ran",
         gone_when="the running batch and the executed batch are separate upstream",
-        fingerprints={"0.5.23": "8e26fd56c274e1a9", "0.5.16": "8e26fd56c274e1a9"},
         upstream="sgl-project/sglang#28477: decode batches bounded by a latency target",
     ),
     Seam(
@@ -317,7 +301,6 @@ SEAMS: tuple[Seam, ...] = (
         "lost when it arrives while the request is opened, and the request waits for its time-out",
         how="one thread at a time",
         gone_when="upstream changes statuses under a lock",
-        fingerprints={"0.5.23": "9b5f0f8719e1ac14", "0.5.16": "816c85e37296a34f"},
         upstream="sgl-project/sglang#19205: a review there says that it is not thread-safe",
     ),
     Seam(
@@ -327,7 +310,6 @@ SEAMS: tuple[Seam, ...] = (
         why="an error in the transfer of one request ends the thread, and the server with it",
         how="fails that request and runs upstream's loop again",
         gone_when="upstream's transfer thread fails one request only",
-        fingerprints={"0.5.23": "b960b38cfbfae100", "0.5.16": "5ad34dcb85d7c5e1"},
         relies_on=(callees.CONCLUDE_FAILURE, callees.RECORD_FAILURE),
         upstream="sgl-project/sglang#27162: an error fails one request only",
     ),
@@ -337,7 +319,6 @@ SEAMS: tuple[Seam, ...] = (
         why="a request cleared between two look-ups ends the transfer thread, and the server with it",
         how="a room that is not there has failed, instead of a KeyError",
         gone_when="upstream's transfer thread fails one request only",
-        fingerprints={"0.5.23": "9390898b60b169b1", "0.5.16": "9390898b60b169b1"},
     ),
     Seam(
         target="sglang.srt.managers.schedule_batch:ScheduleBatch.retract_decode",
@@ -345,7 +326,6 @@ SEAMS: tuple[Seam, ...] = (
         why="who is retracted is who has the fewest output tokens, whatever was promised to him",
         how="has this batch retract in the order of least SLO lost, counts whom upstream ends",
         gone_when="upstream's --retraction-policy can be extended",
-        fingerprints={"0.5.23": "959dc41176f9d084", "0.5.16": "2f795963dbc8b9f4"},
         relies_on=(callees.RETRACTION_ORDER,),
         upstream="sgl-project/sglang#30573: --retraction-policy",
     ),
@@ -355,7 +335,6 @@ SEAMS: tuple[Seam, ...] = (
         why="it allocates the next token's KV for the whole batch, after filtering and retraction",
         how="prepares only the chosen subset view and writes the new lengths back",
         gone_when="the running batch and the executed batch are separate upstream",
-        fingerprints={"0.5.23": "c19ab26d3aeac033", "0.5.16": "b8e2ede29a386055"},
         relies_on=(callees.FILTER_BATCH, callees.FILTER_SAMPLING),
     ),
 )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sglang_kairos.engine import fingerprints
 from sglang_kairos.engine.callees import Callee
 from sglang_kairos.engine.seams import SEAMS, SUPPORTED_VERSIONS, Seam
 
@@ -20,15 +21,18 @@ State = Literal["same", "changed", "gone"]
 
 @dataclass(frozen=True)
 class Finding:
-    """How a function of a seam stands in an SGLang tree. `problem` is empty when it is the same.
+    """How a function of a seam stands in an SGLang tree. `problem` is empty when Kairos knows it.
 
     `callee` is None for the function that the seam wraps, else one that its handler relies on.
+    `text` is the hash of what is there; `known_as`: the versions whose text is the same, newest first.
     """
 
     seam: Seam
     state: State
     problem: str = ""
     callee: Callee | None = None
+    text: str = ""
+    known_as: tuple[str, ...] = ()
 
     @property
     def function(self) -> Seam | Callee:
@@ -40,6 +44,8 @@ class Finding:
 class Survey:
     """A tree against the column of the table that fits it best, whatever version it says it is.
 
+    The column says which functions are wrapped; the text of each may be that of any version in which
+    it is wrapped, for it has the same handler there.
     `findings`: of the wrapped functions. `relied_on`: of what their handlers rely on.
     """
 
@@ -57,6 +63,19 @@ class Survey:
         return [finding.problem for finding in self.all if finding.problem]
 
     @property
+    def vouched_for(self) -> list[str]:
+        """Functions whose text only the file of `KAIROS_SEAMS` knows."""
+        return sorted(
+            {
+                one.function.target
+                for one in self.all
+                if one.known_as
+                and one.function.known is None
+                and fingerprints.is_vouched_for(one.function.target, one.function.kind, one.text)
+            }
+        )
+
+    @property
     def usable(self) -> list[Seam]:
         """The seams whose functions are as known, and all that their handlers rely on."""
         broken = {finding.seam.target for finding in self.all if finding.problem}
@@ -69,50 +88,70 @@ def survey(seams: Iterable[Seam] = SEAMS, package: Path | None = None) -> Survey
     `package` is SGLang's package folder; by default it is looked for as an import would.
     """
     seams = list(seams)
+    texts = Texts(package)
     surveys: list[Survey] = []
     for version in SUPPORTED_VERSIONS:
-        surveys.append(_survey(version, seams, package))
-        if not _misfit(surveys[-1]):
+        surveys.append(_survey(version, seams, texts))
+        if _misfit(surveys[-1]) == (0.0, 0):
             break
     return min(surveys, key=_misfit)  # ties go to the newest: `min` keeps the first
 
 
-def _survey(version: str, seams: list[Seam], package: Path | None) -> Survey:
+def _survey(version: str, seams: list[Seam], texts: Texts) -> Survey:
     there = [seam for seam in seams if version in seam.fingerprints]
     relied_on = [
-        _find(seam, version, package, callee)
+        _find(seam, version, texts, callee)
         for seam in there
         for callee in seam.relies_on
         if version in callee.fingerprints
     ]
-    return Survey(version, [_find(seam, version, package) for seam in there], relied_on)
+    return Survey(version, [_find(seam, version, texts) for seam in there], relied_on)
 
 
-def _misfit(found: Survey) -> float:
-    """Share of the functions not as known; a version that the table is silent on is no fit."""
-    return len(found.problems) / len(found.all) if found.findings else 2.0
+def _misfit(found: Survey) -> tuple[float, int]:
+    """Share of the functions not as known, then how many are as in another version only. A version
+    that the table is silent on is no fit."""
+    if not found.findings:
+        return 2.0, 0
+    of_others = sum(found.version not in one.known_as for one in found.all)
+    return len(found.problems) / len(found.all), of_others
 
 
-def _find(seam: Seam, version: str, package: Path | None, callee: Callee | None = None) -> Finding:
+def _find(seam: Seam, version: str, texts: Texts, callee: Callee | None = None) -> Finding:
     function = callee or seam
-    state, trouble = _state(function, version, package)
+    text, trouble = texts.of(function)
+    known_as = tuple(v for v, known in function.fingerprints.items() if known == text)
+    state: State = "same" if known_as else "changed" if text else "gone"
+    if state == "changed":
+        known = ", ".join(f"v{v}" for v in function.fingerprints)
+        trouble = f"unknown source {text}; Kairos knows {known}"
     whose = f" ({seam.qualname}'s seam relies on it)" if callee else ""
     problem = f"{function.target}{whose}: {trouble}" if trouble else ""
-    return Finding(seam, state, problem, callee)
+    return Finding(seam, state, problem, callee, text, known_as)
 
 
-def _state(function: Seam | Callee, version: str, package: Path | None) -> tuple[State, str]:
-    """How `function` stands to its fingerprint, and what is wrong with it in words."""
-    path = _module_path(function.module, package)
-    if path is None:
-        return "gone", f"SGLang has no module {function.module}"
-    found = fingerprint(path.read_text(encoding="utf-8"), function.qualname)
-    if found is None:
-        return "gone", "SGLang has no such function"
-    if found != function.fingerprints[version]:
-        known = ", ".join(f"v{v}" for v in function.fingerprints)
-        return "changed", f"unknown source {found}; Kairos knows {known}"
-    return "same", ""
+class Texts:
+    """The functions of one SGLang tree, each read and hashed once.
+
+    `package` is SGLang's package folder; by default it is looked for as an import would.
+    """
+
+    def __init__(self, package: Path | None = None) -> None:
+        self._package = package
+        self._found: dict[str, tuple[str, str]] = {}
+
+    def of(self, function: Seam | Callee) -> tuple[str, str]:
+        """The hash of its text, or empty and what is missing in words."""
+        if function.target not in self._found:
+            self._found[function.target] = self._look(function)
+        return self._found[function.target]
+
+    def _look(self, function: Seam | Callee) -> tuple[str, str]:
+        path = _module_path(function.module, self._package)
+        if path is None:
+            return "", f"SGLang has no module {function.module}"
+        text = fingerprint(path.read_text(encoding="utf-8"), function.qualname)
+        return (text, "") if text else ("", "SGLang has no such function")
 
 
 def _module_path(module: str, package: Path | None) -> Path | None:
@@ -143,7 +182,13 @@ def _definition(body: list[ast.stmt], names: list[str]) -> ast.stmt | None:
 
 
 def fingerprint(source: str, qualname: str) -> str | None:
-    """Hash of a function's text in `source` from ``def`` on; None when there is no such function.
+    """Hash of a function's text in `source`; None when there is no such function."""
+    text = text_of(source, qualname)
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def text_of(source: str, qualname: str) -> str | None:
+    """A function's text in `source` from ``def`` on; None when there is no such function.
 
     Text, not AST: the same on every Python. Trailing blanks and indentation do not count.
     """
@@ -151,8 +196,7 @@ def fingerprint(source: str, qualname: str) -> str | None:
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.end_lineno is None:
         return None
     lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
-    text = textwrap.dedent("\n".join(line.rstrip() for line in lines))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return textwrap.dedent("\n".join(line.rstrip() for line in lines))
 
 
 def namesakes(seam: Seam | Callee, package: Path, at_most: int = 3) -> list[str]:
@@ -192,7 +236,7 @@ def _qualnames(source: str, name: str) -> list[str]:
 def way_out(problems: Iterable[str], installed: str) -> str:
     """The message a user sees when Kairos refuses to start."""
     listed = "\n".join(f"  - {problem}" for problem in problems)
-    versions = ", ".join(SUPPORTED_VERSIONS)
+    versions = f"{SUPPORTED_VERSIONS[-1]} to {SUPPORTED_VERSIONS[0]}"
     return (
         f"Kairos refuses to start: the installed SGLang ({installed}) is not what it was checked "
         f"against.\n{listed}\n"

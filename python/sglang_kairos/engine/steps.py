@@ -1,7 +1,8 @@
 """What executed prefill steps teach the predictor: how long each took.
 
-SGLang v0.5.23 stamps a batch at its launch and adds up busy time. v0.5.16 does neither, so there two
-more seams take the same two times: `run_batch` the launch, `process_batch_result` the end.
+SGLang stamps a batch at its launch and adds up busy time, since v0.5.21 in spans that do not overlap.
+v0.5.16 does neither, and v0.5.17 to v0.5.20 add up other spans, so there two more seams take the
+same two times: `run_batch` the launch, `process_batch_result` the end.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def record_step_counters(
 def run_batch(
     original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Seam of Scheduler.run_batch where SGLang notes no launch times (v0.5.16)."""
+    """Seam of Scheduler.run_batch where its busy time is not a batch's own (to v0.5.20)."""
     if not batch.forward_mode.is_extend_without_speculative():
         return original(scheduler, batch, *args, **kwargs)
     batch.launch_ts = time.monotonic()
@@ -43,9 +44,9 @@ def run_batch(
 def process_batch_result(
     original: Callable[..., Any], scheduler: Any, batch: Any, result: Any
 ) -> Any:
-    """Seam of Scheduler.process_batch_result where SGLang adds up no busy time (v0.5.16).
+    """Seam of Scheduler.process_batch_result where busy time is not a batch's own (to v0.5.20).
 
-    As v0.5.23 does: a step lasts from its launch, or from the end of the one before where they
+    As later versions do: a step lasts from its launch, or from the end of the one before where they
     overlap, to the moment its result is there.
     """
     done = original(scheduler, batch, result)
