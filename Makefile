@@ -7,7 +7,8 @@ RESULTS_ARGS ?=
 CHECKED := python test benchmark scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap demo results test test-all test-flags test-versions test-load-generators test-transfers lint format clean distclean
+.PHONY: help bootstrap demo results test test-all test-flags test-versions test-front-ends test-load-generators
+.PHONY: test-transfers lint format clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +33,10 @@ test-flags: bootstrap ## SGLang's scheduling flags, all of them (an hour; KAIROS
 
 test-versions: lint ## every supported SGLang: seams, patches, identity (20 min; KAIROS_TEST_VERSIONS="0.5.19 …")
 	@bash scripts/versions.sh $(PYTEST_ARGS)
+
+test-front-ends: bootstrap ## real gateways before a pair; KAIROS_WRITE_TABLES=1 writes docs/front_ends.md (10 min)
+	@bash scripts/beside.sh front-ends
+	@bash scripts/pytest.sh test/e2e/test_front_ends.py $(PYTEST_ARGS)
 
 test-load-generators: bootstrap ## GuideLLM, aiperf, inference-perf and bench_serving on real pairs (6 min; installs 7 GB)
 	@bash scripts/beside.sh load-generators

@@ -2,6 +2,7 @@
 # Installs what tests need beside .venv, below out/, each only where it is not there yet:
 #
 #   scripts/beside.sh load-generators   an environment for each of requirements/load-generators-*.txt
+#   scripts/beside.sh front-ends        an environment for each of requirements/front-ends-*.txt
 #   scripts/beside.sh nixl              requirements/nixl.txt in a folder for PYTHONPATH
 #
 #   KAIROS_PYTHON_312   a Python ≥ 3.12 (default: python3.13, python3.12 or python3, or pyenv's)
@@ -27,20 +28,22 @@ python_312() {
     fail "no Python 3.12 or newer found; KAIROS_PYTHON_312=/path/to/python names one"
 }
 
-load_generators() {
+# environments KIND PYTHON: PYTHON is a command that prints which one to build with.
+environments() {
     local pins name python=
-    for pins in requirements/load-generators-*.txt; do
-        name=${pins#requirements/load-generators-}
-        name=out/load-generators/${name%.txt}
+    for pins in requirements/"$1"-*.txt; do
+        name=out/$1/$(basename "${pins#requirements/"$1"-}" .txt)
         cmp -s "$pins" "$name/pins.txt" && continue
-        python=${python:-$(python_312)}
-        printf 'installing %s in %s\n' "$(grep -v '^#' "$pins")" "$name"
+        python=${python:-$($2)}
+        printf 'installing %s in %s\n' "$(grep -v '^#' "$pins" | paste -sd ' ')" "$name"
         rm -rf "$name"
         "$python" -m venv "$name"
         "$name/bin/python" -m pip install -q --disable-pip-version-check -r "$pins"
         cp "$pins" "$name/pins.txt"
     done
 }
+
+own_python() { printf '.venv/bin/python\n'; }
 
 nixl() {
     cmp -s requirements/nixl.txt out/nixl/pins.txt && return
@@ -52,7 +55,8 @@ nixl() {
 }
 
 case ${1:-} in
-    load-generators) load_generators ;;
+    load-generators) environments load-generators python_312 ;;
+    front-ends) environments front-ends own_python ;;
     nixl) nixl ;;
-    *) fail "load-generators or nixl, got '${1:-}'" ;;
+    *) fail "load-generators, front-ends or nixl, got '${1:-}'" ;;
 esac
