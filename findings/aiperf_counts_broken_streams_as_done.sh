@@ -41,9 +41,16 @@ class Server(BaseHTTPRequestHandler):
 
 ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Server).serve_forever()
 PY
+mkdir "$folder/words"  # a tokenizer that needs no network, unlike --tokenizer builtin
+cat >"$folder/words/tokenizer.json" <<'JSON'
+{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+ "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null, "decoder": null,
+ "model": {"type": "WordLevel", "vocab": {"word": 0, "the": 1, "and": 2, "of": 3}, "unk_token": "word"}}
+JSON
+echo '{"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "word"}' >"$folder/words/tokenizer_config.json"
 port=$(python3 -c 'import socket; print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])')
 python3 "$folder/server.py" "$port" &
-"$folder/venv/bin/aiperf" profile --model m --tokenizer builtin --url "http://127.0.0.1:$port" \
+"$folder/venv/bin/aiperf" profile --model m --tokenizer "$folder/words" --url "http://127.0.0.1:$port" \
     --endpoint-type completions --streaming --concurrency 1 --request-count 10 \
     --synthetic-input-tokens-mean 10 --output-tokens-mean 5 \
     --goodput "time_to_first_token:60000 inter_token_latency:60000" \

@@ -41,15 +41,16 @@ def counted(cluster: Cluster) -> Counted:
         for sample in family.samples:
             name = sample.name.removeprefix("kairos_router_")
             if name == "requests_total":
-                router["http " + sample.labels["status"]] += sample.value  # type: ignore[assignment]
-            elif name == "overloaded_total":  # Whom it had no room for counts only here.
-                router["http 429"] += sample.value  # type: ignore[assignment]
+                router["http " + sample.labels["status"]] += sample.value
+            elif name == "overloaded_total" and sample.labels["action"] == "full":
+                # Whom it had no room for counts only here.
+                router["http 429"] += sample.value
             elif name == "slo_total":
-                router[f"{sample.labels['target']} {sample.labels['met']}"] += sample.value  # type: ignore[assignment]
+                router[f"{sample.labels['target']} {sample.labels['met']}"] += sample.value
             elif name in ("ttft_seconds_sum", "tpot_seconds_sum"):
-                router[f"{name[:4]} sum"] += sample.value  # type: ignore[assignment]
+                router[f"{name[:4]} sum"] += sample.value
             elif name in ("ttft_seconds_count", "tpot_seconds_count"):
-                router[f"{name[:4]} count"] += sample.value  # type: ignore[assignment]
+                router[f"{name[:4]} count"] += sample.value
     state = json.loads(_get(cluster.decode_urls[0] + "/server_info"))["internal_states"][0]
     return Counted(router, Counter(state["kairos"]["attainment"]["requests"]))
 

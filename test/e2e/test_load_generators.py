@@ -22,7 +22,7 @@ from helpers.load_generators import TOOLS, Load
 from sglang_kairos.cluster import Cluster
 from sglang_kairos.cluster_layout import ClusterSpec
 from sglang_kairos.cpu.zygote import Zygote
-from sglang_kairos.tools.result_formats import Reading, read_results
+from sglang_kairos.tools.result_formats import Reading, known_tools, read_results
 from sglang_kairos.tools.result_outcomes import Targets
 
 PLAIN = Load(60, 4.0, output=16, spread=4, longest=32, ttft_ms=150.0, tpot_ms=12.0)
@@ -132,7 +132,5 @@ def test_what_the_server_ended_and_the_router_refused_has_failed_in_the_report(
 
 
 def test_every_tool_is_read() -> None:
-    from sglang_kairos.tools.result_formats import known_tools
-
     names = {"bench": "sglang.benchmark.serving", "guidellm": "GuideLLM"}
     assert {names.get(tool, tool) for tool in TOOLS} == set(known_tools())
