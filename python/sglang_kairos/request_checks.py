@@ -41,6 +41,7 @@ class RequestLimits:
     `vocabulary`: token ids lie below it. `context_tokens`: a prompt must be shorter. `kv_tokens`: of
     the decode server, which reserves a prompt's pages of `page_tokens` and `reserved_tokens` more.
     A server that truncates prompts has none of these. `samples`: the most that ``n`` may ask for.
+    `token_ids_logprob`: whether that may be asked for.
     """
 
     vocabulary: int | None = None
@@ -49,6 +50,7 @@ class RequestLimits:
     reserved_tokens: int = 0
     page_tokens: int = 1
     samples: int = MOST_SAMPLES
+    token_ids_logprob: bool = True
 
     @property
     def longest_prompt(self) -> int | None:
@@ -206,6 +208,12 @@ def _check_token_ids_logprob(value: Any, limits: RequestLimits) -> None:
     if not isinstance(value, list) or not value:
         return
     name, most = "token_ids_logprob", (limits.vocabulary or 2**31) - 1
+    if not limits.token_ids_logprob:
+        raise RequestError(
+            name,
+            "this SGLang (before v0.5.21) does not survive all uses of it: ask for "
+            "top_logprobs_num, or use a newer one",
+        )
     for one in value:
         for token in one if isinstance(one, list) else [one]:
             _whole(token, name, 0, most)

@@ -9,12 +9,13 @@ from types import ModuleType
 
 import pytest
 
-from helpers.trees import TESTED_VERSIONS, sglang_folder
+from helpers.trees import NEWEST, OLDEST, TESTED_VERSIONS, sglang_folder
 from sglang_kairos import other_sglang
 from sglang_kairos.config import ConfigError
+from sglang_kairos.engine import fingerprints
 from sglang_kairos.engine.seams import SEAMS
 from sglang_kairos.other_sglang import NoSuchSglang, first_on_path, folder_of
-from sglang_kairos.tools import doctor
+from sglang_kairos.tools import doctor, patch
 
 Printed = pytest.CaptureFixture[str]
 
@@ -27,14 +28,18 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def damaged(folder: Path, version: str, changes: dict[str, tuple[str, str]]) -> Path:
-    """A copy of what the seams and patches touch, with texts replaced in some files."""
+    """A copy of an SGLang, in links, with texts replaced in some files."""
     source, target = sglang_folder(version) / "sglang", folder / "sglang"
-    folders = ("managers", "disaggregation", "entrypoints", "mem_cache", "sampling")
-    for name in (f"srt/{folder}" for folder in folders):
-        for path in (source / name).rglob("*.py"):
-            copy = target / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.symlink_to(path)
+    (target / "srt").mkdir(parents=True)
+    for entry in (source / "srt").iterdir():
+        name = f"srt/{entry.name}"
+        if any(changed.startswith(f"{name}/") for changed in changes):
+            for path in entry.rglob("*.py"):
+                copy = target / path.relative_to(source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.symlink_to(path)
+        elif entry.name != "__pycache__":
+            (target / name).symlink_to(entry)
     for name in ("__init__.py", "_version.py"):
         (target / name).write_text((source / name).read_text())
     for name, (old, new) in changes.items():
@@ -71,11 +76,79 @@ def test_what_moved_is_named_with_where_it_may_be_now(tmp_path: Path, capsys: Pr
     module = "sglang.srt.managers.schedule_policy"
     assert f"gone: {module}:SchedulePolicy.calc_priority: SGLang has no such function" in text
     assert f"same name: {module}:Policy.calc_priority" in text
-    assert "changed: sglang.srt.managers.schedule_batch:ScheduleBatch.prepare_for_decode" in text
+    prepare = "sglang.srt.managers.schedule_batch:ScheduleBatch.prepare_for_decode"
+    assert f"needs a person: changed: {prepare}: a new parameter now" in text
     known = sum("0.5.23" in seam.fingerprints for seam in SEAMS)
     assert f"!!  seams      {known - 3} of {known} as Kairos knows them from v0.5.23" in text
+    assert f"needs a person: gone: {module}:SchedulePolicy.shortest_prefill_chunk_limit" in text
+    assert "served in other versions by: PrefillAdder.add_chunked_req" in text
     assert "!!  patches    3 of 4 for v0.5.23 fit" in text
     assert "docs/upstream.md" in text and "--kairos off" in text
+
+
+def test_a_change_that_touches_nothing_relied_on_is_said_and_shown(
+    tmp_path: Path, capsys: Printed
+) -> None:
+    batch = "srt/managers/schedule_batch.py"
+    signature = "def prepare_for_decode(self):"
+    tree = damaged(
+        tmp_path, "0.5.23", {batch: (signature, f"{signature}\n        self.more = True")}
+    )
+    assert doctor.main(["--sglang", str(tree), "--diff"]) == 1
+    text = capsys.readouterr().out
+    assert "text changed, everything relied on is there: ScheduleBatch.prepare_for_decode" in text
+    assert "needs a person" not in text
+    shown = text[text.index("--- ScheduleBatch.prepare_for_decode in v0.5.23") :].splitlines()
+    assert "+    self.more = True" in shown and len(shown) < 12
+
+
+def test_a_text_of_another_version_is_named_with_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: Printed
+) -> None:
+    """The oldest version, seen by a table that knows it no more, and one text of it as the newest's."""
+    columns = {v: dict(column) for v, column in fingerprints.table().items()}
+    oldest = columns.pop(OLDEST)["seams"]
+    taken = "sglang.srt.managers.schedule_policy:SchedulePolicy.calc_priority"
+    columns[NEWEST]["seams"] = {**columns[NEWEST]["seams"], taken: oldest[taken]}
+    monkeypatch.setattr(fingerprints, "table", lambda: columns)
+    assert doctor.main(["--sglang", str(sglang_folder(OLDEST))]) == 1
+    text = capsys.readouterr().out
+    assert f"as in v{NEWEST}: SchedulePolicy.calc_priority" in text
+    assert "text changed, " in text and "needs a person" not in text
+
+
+BUILDS = [
+    ("0.5.23+cu130", "(0, 5, 23, 'cu130')", "0.5.23"),
+    ("0.5.24.dev12+g1a2b3c4", "(0, 5, 24, 'dev12', 'g1a2b3c4')", None),
+    ("0.5.23.post1", "(0, 5, 23, 'post1')", None),
+    ("0.5.24rc1", "(0, 5, 24, 'rc1')", None),
+]
+
+
+@pytest.mark.parametrize(("version", "parts", "patched_as"), BUILDS)
+def test_a_build_is_read_as_setuptools_scm_writes_it(
+    version: str, parts: str, patched_as: str | None, tmp_path: Path, capsys: Printed
+) -> None:
+    """A local part is the same source; a build before or after a release need not be."""
+    old = "__version__ = version = '0.5.23'\n__version_tuple__ = version_tuple = (0, 5, 23)"
+    new = f"__version__ = version = '{version}'\n__version_tuple__ = version_tuple = {parts}"
+    tree = damaged(tmp_path, "0.5.23", {"_version.py": (old, new)})
+    assert patch.find_tree(tree).version == version
+    assert doctor.main(["--sglang", str(tree)]) == 0
+    text = capsys.readouterr().out
+    assert f"SGLang     {version} in " in text
+    assert ("runs as 0.5.23" in text) == (patched_as is None)
+    assert patch.main(["check", "--tree", str(tree)]) == (2 if patched_as is None else 0)
+    assert ("is SGLang" in capsys.readouterr().err) == (patched_as is None)
+
+
+def test_versions_are_in_order() -> None:
+    ordered = ["0.5.9", "0.5.24.dev2", "0.5.24.dev12", "0.5.24rc1", "0.5.24", "0.5.24.post1"]
+    ordered += ["0.5.25", "v0.6.0+cu130", "1.0"]
+    assert sorted(set(ordered), key=fingerprints.order) == ordered
+    assert fingerprints.order("main") < fingerprints.order("0.1")
+    assert fingerprints.release("v0.5.23+cu130") == "0.5.23"
+    assert fingerprints.release("0.5.24.dev12+gabc") == "0.5.24.dev12"
 
 
 def test_an_unknown_version_with_known_functions_is_well(tmp_path: Path, capsys: Printed) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from helpers.trees import TESTED_VERSIONS, sglang_folder
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.engine import features, http_slo, plugin, state, transport
+from sglang_kairos.engine import compat, features, http_slo, plugin, state, transport
 from sglang_kairos.engine.features import FEATURES, Action, reasons, why_not
 
 # What a scheduler with each feature shows, for those found at its start.
@@ -108,6 +108,7 @@ def test_several_tokenizer_processes_are_refused_where_the_http_server_starts(
 ) -> None:
     server_args = SimpleNamespace(tokenizer_worker_num=workers)
     monkeypatch.setattr(transport, "facts_of", lambda *args: http_slo.UNKNOWN)
+    monkeypatch.setattr(compat, "finalizes_input_logprobs", lambda: True)
     monkeypatch.setattr(transport, "active_config", lambda: KairosConfig())
     app = SimpleNamespace(user_middleware=[])
     module: Any = SimpleNamespace(app=app)

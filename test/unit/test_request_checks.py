@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.trees import TESTED_VERSIONS, sglang_folder
 from sglang_kairos.engine.http_slo import ServerFacts, SloMiddleware
 from sglang_kairos.engine.transport import facts_of
 from sglang_kairos.request_checks import RequestError, RequestLimits, check_request
@@ -240,6 +241,22 @@ def test_a_server_tells_its_middleware_what_it_can_hold() -> None:
     assert facts("null").limits.samples > 1
     assert facts("decode", allow_auto_truncate=True).limits.longest_prompt is None
     assert facts("decode", enable_pd_role_switch=True).limits.longest_prompt == 4095
+
+
+def test_an_sglang_that_cannot_compute_them_is_not_asked_for_chosen_ids() -> None:
+    old = RequestLimits(token_ids_logprob=False)
+    for value in ([7], [[7], [8]]):
+        asked = {"text": ["a", "b"], "return_logprob": True, "token_ids_logprob": value}
+        check_request(asked, GENERATE, RequestLimits())
+        with pytest.raises(RequestError, match=r"token_ids_logprob: .*before v0\.5\.21"):
+            check_request(asked, GENERATE, old)
+    check_request({"text": "a", "token_ids_logprob": None}, GENERATE, old)
+
+
+@pytest.mark.parametrize("version", TESTED_VERSIONS)
+def test_that_sglang_is_told_by_what_its_results_can_do(version: str) -> None:
+    file = sglang_folder(version) / "sglang/srt/layers/logits_processor.py"
+    assert ("def finalize_input_logprobs(" in file.read_text("utf-8")) == (version >= "0.5.21")
 
 
 def info(**more: Any) -> dict[str, Any]:

@@ -66,6 +66,14 @@ def room_beside(adder: Any, req: Any) -> int:
         return int(adder.rem_total_tokens)
 
 
+def finalizes_input_logprobs() -> bool:
+    """Whether log probabilities are brought into one form before results are read. Not so before
+    v0.5.21."""
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+
+    return hasattr(LogitsProcessorOutput, "finalize_input_logprobs")
+
+
 def tp_size(scheduler: Any) -> int:
     """Tensor-parallel ranks of this server. Before v0.5.21 they are in the scheduler's parallel state,
     in v0.5.21 in the process' only."""

@@ -8,6 +8,7 @@ form with columns of texts that its author has checked himself; they count as Ka
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -41,9 +42,17 @@ def release(version: str) -> str:
     return version.removeprefix("v").split("+")[0]
 
 
-def order(version: str) -> tuple[int, ...]:
-    """A key to sort versions by, oldest first: the numbers in them."""
-    return tuple(int(number) for number in re.findall(r"\d+", release(version)))
+_PHASES = {"dev": -4, "a": -3, "b": -2, "rc": -1, "": 0, "post": 1}
+_NUMBER = re.compile(r"(?P<release>\d+(\.\d+)*)[-_.]?((?P<phase>dev|a|b|rc|post)(?P<number>\d+))?")
+
+
+def order(version: str) -> tuple[tuple[int, ...], int, int]:
+    """A key to sort versions by, oldest first: 0.5.24.dev12, 0.5.24rc1, 0.5.24, 0.5.24.post1."""
+    found = _NUMBER.match(release(version))
+    if found is None:
+        return (), 0, 0
+    numbers = tuple(map(int, found["release"].split(".")))
+    return numbers, _PHASES[found["phase"] or ""], int(found["number"] or 0)
 
 
 def read(path: Path) -> dict[str, Column]:
@@ -70,18 +79,43 @@ def _check(where: str, column: Any) -> None:
                 raise TableError(f"{where}.{kind}.{target}: must be 16 hexadecimal digits")
 
 
+def vouched() -> dict[str, Column]:
+    """The columns of the file that `KAIROS_SEAMS` names; none where it names none. TableError."""
+    named = os.environ.get(VOUCHED_FOR, "").strip()
+    if not named:
+        return {}
+    try:
+        return read(Path(named))
+    except TableError as error:
+        raise TableError(f"{VOUCHED_FOR}={error}") from None
+
+
 @functools.cache
 def table() -> dict[str, Column]:
-    """Kairos' own columns and those of `KAIROS_SEAMS`, newest first. TableError.
+    """Kairos' own columns and those of `KAIROS_SEAMS`, newest first.
 
-    A column that is in both is Kairos' with the other's entries put over it.
+    A column that is in both is Kairos' with the other's entries put over it. A file that cannot be
+    used counts as none: whoever starts something asks `vouched` first and refuses.
     """
     columns = read(own_file())
-    named = os.environ.get(VOUCHED_FOR, "").strip()
-    for version, theirs in (read(Path(named)) if named else {}).items():
-        ours = columns.get(version, {})
-        columns[version] = {kind: {**ours.get(kind, {}), **theirs.get(kind, {})} for kind in KINDS}
+    with contextlib.suppress(TableError):
+        for version, theirs in vouched().items():
+            ours = columns.get(version, {})
+            columns[version] = {
+                kind: {**ours.get(kind, {}), **theirs.get(kind, {})} for kind in KINDS
+            }
     return dict(sorted(columns.items(), key=lambda item: order(item[0]), reverse=True))
+
+
+@functools.cache
+def _own() -> dict[str, Column]:
+    return read(own_file())
+
+
+def is_vouched_for(target: str, kind: Kind, text: str) -> bool:
+    """Whether a text is known from the file of `KAIROS_SEAMS` only."""
+    columns = _own().values()
+    return text not in (column.get(kind, {}).get(target) for column in columns)
 
 
 def of(target: str, kind: Kind) -> dict[str, str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sglang_kairos.engine import fingerprints
 from sglang_kairos.engine.callees import Callee
 from sglang_kairos.engine.seams import SEAMS, SUPPORTED_VERSIONS, Seam
 
@@ -60,6 +61,19 @@ class Survey:
     def problems(self) -> list[str]:
         """One sentence per function that is not as known, each naming it."""
         return [finding.problem for finding in self.all if finding.problem]
+
+    @property
+    def vouched_for(self) -> list[str]:
+        """Functions whose text only the file of `KAIROS_SEAMS` knows."""
+        return sorted(
+            {
+                one.function.target
+                for one in self.all
+                if one.known_as
+                and one.function.known is None
+                and fingerprints.is_vouched_for(one.function.target, one.function.kind, one.text)
+            }
+        )
 
     @property
     def usable(self) -> list[Seam]:
@@ -168,7 +182,13 @@ def _definition(body: list[ast.stmt], names: list[str]) -> ast.stmt | None:
 
 
 def fingerprint(source: str, qualname: str) -> str | None:
-    """Hash of a function's text in `source` from ``def`` on; None when there is no such function.
+    """Hash of a function's text in `source`; None when there is no such function."""
+    text = text_of(source, qualname)
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def text_of(source: str, qualname: str) -> str | None:
+    """A function's text in `source` from ``def`` on; None when there is no such function.
 
     Text, not AST: the same on every Python. Trailing blanks and indentation do not count.
     """
@@ -176,8 +196,7 @@ def fingerprint(source: str, qualname: str) -> str | None:
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.end_lineno is None:
         return None
     lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
-    text = textwrap.dedent("\n".join(line.rstrip() for line in lines))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return textwrap.dedent("\n".join(line.rstrip() for line in lines))
 
 
 def namesakes(seam: Seam | Callee, package: Path, at_most: int = 3) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_kairos.engine import features, http_slo
+from sglang_kairos.engine import compat, features, http_slo
+from sglang_kairos.engine.metrics import header_counter
 from sglang_kairos.engine.plugin import active_config
 from sglang_kairos.request_checks import MOST_SAMPLES, RequestLimits
 
@@ -32,8 +33,10 @@ def run_http_server(
         raise SystemExit(refused)
     from sglang.srt.entrypoints.http_server import app
 
-    facts = facts_of(server_args, tokenizer_manager, scheduler_infos)
-    http_slo.install(app, active_config().slo_table(), facts)
+    token_ids = compat.finalizes_input_logprobs()
+    facts = facts_of(server_args, tokenizer_manager, scheduler_infos, token_ids)
+    count = header_counter(server_args) if getattr(server_args, "enable_metrics", False) else None
+    http_slo.install(app, active_config().slo_table(), facts, count)
     return original(
         server_args,
         tokenizer_manager,
@@ -46,9 +49,15 @@ def run_http_server(
 
 
 def facts_of(
-    server_args: Any, tokenizer_manager: Any, scheduler_infos: list[dict[str, Any]]
+    server_args: Any,
+    tokenizer_manager: Any,
+    scheduler_infos: list[dict[str, Any]],
+    token_ids: bool = True,
 ) -> http_slo.ServerFacts:
-    """What the middleware needs to know of this server; what SGLang does not tell stays unknown."""
+    """What the middleware needs to know of this server; what SGLang does not tell stays unknown.
+
+    `token_ids`: whether log probabilities of chosen token ids may be asked for.
+    """
 
     def told(owner: Any, name: str, fallback: Any = None) -> Any:
         return getattr(owner, name, fallback)
@@ -68,6 +77,7 @@ def facts_of(
         page_tokens=told(server_args, "page_size") or 1,
         # SGLang gives all samples of a prompt one bootstrap room, and none of them ever ends.
         samples=MOST_SAMPLES if role == "null" else 1,
+        token_ids_logprob=token_ids,
     )
     return http_slo.ServerFacts(
         limits=limits,

@@ -1,12 +1,15 @@
 """Would Kairos start with this SGLang? Looks, changes nothing, and imports nothing of SGLang.
 
 Exit code 0 when all is well, 1 when something has to be done; what, stands in the lines marked ``!!``.
+Of each function that is not as in a version that Kairos knows it says what a machine can tell.
+``--diff`` shows what changed in those functions alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,12 +18,15 @@ from pathlib import Path
 import sglang_kairos
 from sglang_kairos.config import ConfigError
 from sglang_kairos.cpu import runtime, site
+from sglang_kairos.engine import fingerprints
+from sglang_kairos.engine.callees import Callee
+from sglang_kairos.engine.judge import Judge, Verdict
 from sglang_kairos.engine.plugin import PLUGIN_GROUP, PLUGIN_NAME, check_loadable
-from sglang_kairos.engine.seams import SUPPORTED_VERSIONS
-from sglang_kairos.engine.sources import Finding, Survey, namesakes
+from sglang_kairos.engine.seams import SUPPORTED_VERSIONS, Seam
+from sglang_kairos.engine.sources import Survey, namesakes
 from sglang_kairos.engine.sources import survey as survey_seams
 from sglang_kairos.other_sglang import NoSuchSglang, folder_of
-from sglang_kairos.tools import patch
+from sglang_kairos.tools import patch, upstream_texts
 
 BESIDE = ("torch", "transformers")  # what an SGLang most often quarrels with
 
@@ -52,9 +58,45 @@ def examine(where: str | None = None) -> Iterator[Check]:
         return
     found = survey_seams(package=tree.root)
     yield about_sglang(tree, found)
-    yield about_functions("seams", found.findings, tree, found.version)
-    yield about_functions("relied on", found.relied_on, tree, found.version)
+    if os.environ.get(fingerprints.VOUCHED_FOR):
+        yield about_vouched(found)
+    yield about_seams(tree, found, verdicts_of(tree, found))
+    yield about_callees(found)
     yield about_patches(tree, found.version)
+
+
+def verdicts_of(tree: patch.Tree, found: Survey) -> list[Verdict]:
+    """What a machine can tell of each seam in a tree."""
+    version = found.version if tree.version is None else fingerprints.release(tree.version)
+    return Judge(tree.root, version).verdicts()
+
+
+def diffs(tree: patch.Tree, found: Survey) -> Iterator[str]:
+    """Of each function whose text is not known, what changed since the nearest version it is known in."""
+    for function, print_ in _unknown(found):
+        if print_:
+            near = nearest(function, found.version)
+            try:
+                name = tree.version or "this tree"
+                yield upstream_texts.diff(function.target, near, tree.root, name)
+            except upstream_texts.NoText as error:
+                yield f"{function.target}: no v{near} to compare with: {error}"
+
+
+def _unknown(found: Survey) -> Iterator[tuple[Seam | Callee, str]]:
+    seen: set[str] = set()
+    for finding in found.all:
+        if finding.problem and finding.function.target not in seen:
+            seen.add(finding.function.target)
+            yield finding.function, finding.text
+
+
+def nearest(function: Seam | Callee, version: str) -> str:
+    """Of the versions that a function is known in the one nearest to `version`: it, or the newest
+    before, or the oldest after."""
+    known = sorted(function.fingerprints, key=fingerprints.order)
+    before = [v for v in known if fingerprints.order(v) <= fingerprints.order(version)]
+    return before[-1] if before else known[0]
 
 
 def locate(where: str | None) -> patch.Tree:
@@ -106,31 +148,91 @@ def about_sglang(tree: patch.Tree, found: Survey) -> Check:
         headline = f"in {tree.root}, does not say its version; taken for {found.version}"
         return Check("SGLang", not found.problems, headline, (supported,))
     headline = f"{tree.version} in {tree.root}"
-    if tree.version.split("+")[0] in SUPPORTED_VERSIONS:
+    if fingerprints.release(tree.version) in SUPPORTED_VERSIONS:
         return Check("SGLang", True, headline)
     state = "runs as" if not found.problems else "not supported, closest to"
     return Check("SGLang", not found.problems, f"{headline}: {state} {found.version}", (supported,))
 
 
-def about_functions(topic: str, looked: list[Finding], tree: patch.Tree, version: str) -> Check:
-    """Each function that Kairos wraps, or that its handlers rely on: the same, changed or gone."""
+def about_vouched(found: Survey) -> Check:
+    """Texts that somebody else than Kairos' authors has checked."""
+    named = f"{fingerprints.VOUCHED_FOR}={os.environ[fingerprints.VOUCHED_FOR]}"
+    try:
+        fingerprints.vouched()
+    except fingerprints.TableError as error:
+        return Check("vouched", False, str(error), ("Kairos does not start with it",))
+    names = ", ".join(found.vouched_for)
+    return Check(
+        "vouched", True, f"{len(found.vouched_for)} texts by {named}", (names,) * bool(names)
+    )
+
+
+def about_seams(tree: patch.Tree, found: Survey, verdicts: list[Verdict]) -> Check:
+    """Each function that Kairos wraps: as in which version, changed how, or gone."""
+    of = {verdict.seam.target: verdict for verdict in verdicts}
     details: list[str] = []
-    for finding in looked:
-        if not finding.problem:
+    for version, names in _as_elsewhere(found).items():
+        details.append(f"as in v{version}: {', '.join(names)}")
+    open_ = [one for one in found.findings if one.problem]
+    changed = {one.seam.target for one in found.all if one.problem}
+    judged = [of[target] for target in sorted(changed) if target in of]
+    harmless = [v.seam.qualname for v in judged if v.kind == "harmless" and not v.like]
+    if harmless:
+        details.append(f"text changed, everything relied on is there: {', '.join(harmless)}")
+    for verdict in judged:
+        if verdict.kind == "harmless" or (verdict.kind == "as in" and not verdict.like):
             continue
-        details.append(f"{finding.state}: {finding.problem}")
-        if finding.state == "gone":
-            named = namesakes(finding.function, tree.root)
-            details.append(f"      same name: {', '.join(named) or 'nowhere'}")
-        elif finding.callee is not None:
+        details += _in_words(verdict, tree)
+    if changed:
+        details.append(
+            "what to do: docs/upstream.md; until then --kairos off serves stock SGLang, "
+            "--kairos-strict seam all but what the functions named give"
+        )
+    same = len(found.findings) - len(open_)
+    headline = f"{same} of {len(found.findings)} as Kairos knows them from v{found.version}"
+    return Check("seams", not changed, headline, tuple(details))
+
+
+def _as_elsewhere(found: Survey) -> dict[str, list[str]]:
+    """Functions that are as in another version than the closest one, by the newest of those."""
+    by_version: dict[str, list[str]] = {}
+    for finding in found.all:
+        if finding.known_as and found.version not in finding.known_as:
+            names = by_version.setdefault(finding.known_as[0], [])
+            if finding.function.qualname not in names:
+                names.append(finding.function.qualname)
+    return by_version
+
+
+def _in_words(verdict: Verdict, tree: patch.Tree) -> Iterator[str]:
+    seam = verdict.seam
+    heads = {"another": "another seam serves", "compat": "text changed, compat serves"}
+    if verdict.kind != "person":
+        yield f"{heads.get(verdict.kind, verdict.kind)}: {seam.qualname}: {'; '.join(verdict.reasons)}"
+        return
+    state = "changed" if verdict.text else "gone"
+    yield f"needs a person: {state}: {seam.target}: {verdict.reasons[0]}"
+    yield from (f"      {reason}" for reason in verdict.reasons[1:])
+    if not verdict.text:
+        yield f"      same name: {', '.join(namesakes(seam, tree.root)) or 'nowhere'}"
+        if seam.instead:
+            yield f"      served in other versions by: {', '.join(seam.instead)}"
+        if seam.elsewhere:
+            yield f"      or not needed: {seam.elsewhere}"
+    if seam.upstream:
+        yield f"      see {seam.upstream}"
+
+
+def about_callees(found: Survey) -> Check:
+    """Each function that handlers call or replace without wrapping it."""
+    details: list[str] = []
+    for finding in found.relied_on:
+        if finding.problem and finding.callee is not None:
+            details.append(f"{finding.state}: {finding.problem}")
             details.append(f"      taken for granted: {finding.callee.taken}")
-        if finding.callee is None and finding.seam.upstream:
-            details.append(f"      see {finding.seam.upstream}")
-    if details:
-        details.append("what to do: docs/upstream.md; until then --kairos off serves stock SGLang")
-    same = sum(finding.state == "same" for finding in looked)
-    headline = f"{same} of {len(looked)} as Kairos knows them from v{version}"
-    return Check(topic, not details, headline, tuple(details))
+    same = sum(not finding.problem for finding in found.relied_on)
+    headline = f"{same} of {len(found.relied_on)} as Kairos knows them from v{found.version}"
+    return Check("relied on", not details, headline, tuple(details))
 
 
 def about_patches(tree: patch.Tree, version: str) -> Check:
@@ -163,10 +265,21 @@ def main(argv: list[str] | None = None) -> int:
         help="a checkout, a package folder, or the version of one beside the installed "
         "(default: the installed one)",
     )
+    parser.add_argument(
+        "--diff",
+        action="store_true",
+        help="show what changed in the functions that Kairos does not know (downloads the version "
+        "to compare with where it is not here)",
+    )
+    args = parser.parse_args(argv)
     well = True
-    for check in examine(parser.parse_args(argv).sglang):
+    for check in examine(args.sglang):
         print(check)
         well &= check.ok
+    if args.diff:
+        tree = locate(args.sglang)
+        for text in diffs(tree, survey_seams(package=tree.root)):
+            print(f"\n{text}")
     return 0 if well else 1
 
 

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from sglang_kairos.engine.fingerprints import release
+
 # Contents by path inside the package; None is a file that does not exist.
 Files = Mapping[str, bytes | None]
 
@@ -31,7 +33,8 @@ SEAMS_SOURCE = "kairos_seams.py"
 SOUND = ("applied", "not applied")
 
 _HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
-_VERSION = re.compile(r"^__version__\s*=.*['\"]([^'\"]+)['\"]", re.MULTILINE)
+# As setuptools-scm writes it; the tuple below it may hold texts too.
+_VERSION = re.compile(r"^__version__\s*=[^'\"\n]*['\"]([^'\"\n]+)['\"]", re.MULTILINE)
 
 
 class PatchError(Exception):
@@ -236,7 +239,7 @@ def supported_version(tree: Tree, stated: str | None, supported: list[str]) -> s
             f"{tree.root} does not say which SGLang it is (a source tree knows only after an "
             f"install): state it with --version. {known}"
         )
-    found = (tree.version or stated or "").split("+")[0]
+    found = release(tree.version or stated or "")
     if stated is not None and found != stated.removeprefix("v"):
         raise PatchError(f"{tree.root} is SGLang {tree.version}, not {stated}. {known}")
     if found not in supported:
