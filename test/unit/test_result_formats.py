@@ -333,7 +333,7 @@ def test_an_answer_of_one_token_counts_as_its_tool_counts_it(
     unjudged = single(targets=Targets(math.inf, math.inf))
     assert unjudged.met_ttft and unjudged.met_tpot, "no target, nothing to miss"
     text = "missed" if False in met else "no TPOT, which counts as met"
-    assert any("1 answers of one token" in note and text in note for note in recorded(tool).notes)
+    assert any("answers of one token (1)" in note and text in note for note in recorded(tool).notes)
 
 
 def test_aiperf_without_its_settings_cannot_tell_short_from_cut_off(tmp_path: Path) -> None:
