@@ -28,7 +28,7 @@ THEIRS = set(
     (
         "adder batch before decode.plan e entry envs gone graphs kv manager model output owner queue "
         "recv_req reporter req r prefill.one result scheduler server_args args slot_req snapshot "
-        "subset.view tokenizer_manager AddReqResult BaseGrammarObject KVPoll pool algorithm "
+        "subset.view tokenizer_manager AddReqResult BaseGrammarObject KVPoll LogitsProcessorOutput pool algorithm "
         "model_runner in_flight holder"
     ).split()
 )
@@ -53,7 +53,7 @@ OURS = set(
         "platform preferred promise random reqs rest roster row row_of self scheduler_infos scope set "
         "state stay str table text through threading time torch type value values verdict view views "
         "wire weakref watched len next getattr base chunks app name b more Counter gauge histogram "
-        "metrics text_ silences sum max min sorted list tuple id map"
+        "counter metrics text_ silences sum max min sorted list tuple id map"
     ).split()
 )
 # Attributes of plain values: lists, dictionaries, texts, numbers, arrays, tensors.
@@ -197,7 +197,7 @@ def _is_theirs(module: str, value: ast.expr) -> bool:
         return True
     if name in OURS or value.id in OURS or value.id.startswith("_"):
         return False
-    raise Unknown(f"{module}: whose is {value.id!r} in {text!r}?")
+    raise Unknown(f"{module}: whose is {value.id!r} in {text!r}? (OURS or THEIRS in helpers/harvest.py)")
 
 
 def _by_name(module: str, call: ast.Call) -> Iterator[str]:

@@ -43,6 +43,7 @@ OWNERS: Mapping[str, tuple[str, ...]] = {
     ),
     "kv_sender": (f"{_SRT}.disaggregation.base.conn:BaseKVSender",),
     "load": (f"{_SRT}.managers.io_struct:*", f"{_SRT}.managers.load_snapshot:*"),
+    "logits": (f"{_SRT}.layers.logits_processor:LogitsProcessorOutput",),
     "metadata_allocator": (f"{_SRT}.disaggregation.utils:ReqToMetadataIdxAllocator",),
     "mm_receiver": (
         f"{_SRT}.disaggregation.encoder.receiver:*",
@@ -127,7 +128,8 @@ ATTRIBUTES: Mapping[str, str] = {
     "server_args.allow_auto_truncate server_args.disaggregation_transfer_backend "
     "server_args.enable_pd_role_switch@0.5.21 server_args.num_reserved_decode_tokens "
     "server_args.page_size server_args.preferred_sampling_params server_args.disaggregation_mode "
-    "server_args.enable_hisparse tokenizer_manager.preferred_sampling_params "
+    "server_args.enable_hisparse sglang.srt.layers.logits_processor:LogitsProcessorOutput "
+    "logits.finalize_input_logprobs@0.5.21 tokenizer_manager.preferred_sampling_params "
     "tokenizer_manager.model_config tokenizer_manager.context_len",
     "Scheduler.run_event_loop": f"{STATE} scheduler.enable_priority_scheduling",
     "Scheduler.get_new_batch_prefill": f"""
