@@ -197,7 +197,9 @@ def _is_theirs(module: str, value: ast.expr) -> bool:
         return True
     if name in OURS or value.id in OURS or value.id.startswith("_"):
         return False
-    raise Unknown(f"{module}: whose is {value.id!r} in {text!r}? (OURS or THEIRS in helpers/harvest.py)")
+    raise Unknown(
+        f"{module}: whose is {value.id!r} in {text!r}? (OURS or THEIRS in helpers/harvest.py)"
+    )
 
 
 def _by_name(module: str, call: ast.Call) -> Iterator[str]:
