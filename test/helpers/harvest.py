@@ -28,8 +28,8 @@ THEIRS = set(
     (
         "adder batch before decode.plan e entry envs gone graphs kv manager model output owner queue "
         "recv_req reporter req r prefill.one result scheduler server_args args slot_req snapshot "
-        "subset.view tokenizer_manager AddReqResult BaseGrammarObject KVPoll LogitsProcessorOutput pool algorithm "
-        "model_runner in_flight holder"
+        "subset.view tokenizer_manager AddReqResult BaseGrammarObject KVPoll LogitsProcessorOutput "
+        "pool algorithm model_runner in_flight holder"
     ).split()
 )
 # Expressions that begin with a name of ours and hold an object of SGLang's.

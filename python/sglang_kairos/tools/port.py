@@ -251,7 +251,7 @@ def _ran(name: str, command: list[str], root: Path, say: Callable[[str], object]
     run = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     lines = (run.stdout + run.stderr).strip().splitlines()
     mark = "  " if run.returncode == 0 else "!!"
-    say(f"{mark}  {name}: {lines[-1] if lines else 'done'}")
+    say(f"{mark}  {name}: {'done' if name == 'import' or not lines else lines[-1]}")
     if run.returncode:
         say("\n".join(f"        {line}" for line in lines[-12:]))
     return run.returncode == 0
