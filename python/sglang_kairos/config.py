@@ -66,6 +66,10 @@ class KairosConfig:
     strict: bool = _setting(
         True, "refuse to start when a touched SGLang function is missing or unknown; off only warns"
     )
+    dynamo: bool = _setting(
+        True,
+        "in a worker of NVIDIA Dynamo: take the SLOs of its requests and show metrics on its port",
+    )
     order: bool = _setting(True, "order waiting prefills by urgency")
     pause: bool = _setting(
         True, "pause a chunked prefill at a chunk boundary for a more urgent request"
