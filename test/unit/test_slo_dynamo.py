@@ -113,7 +113,7 @@ def test_a_request_is_as_old_as_the_frontend_says(since: Any, age: float) -> Non
 json_like = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
-    max_leaves=6,
+    max_leaves=3,
 )
 
 
