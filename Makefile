@@ -7,10 +7,10 @@ RESULTS_ARGS ?=
 CHECKED := python test benchmark scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap demo results test test-all test-dynamo test-flags test-versions lint format clean distclean
+.PHONY: help bootstrap demo results test test-all test-dynamo test-flags test-versions test-load-generators test-transfers lint format clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
 
 bootstrap: ## build or update .venv (the targets below do it by themselves)
 	@bash scripts/bootstrap.sh
@@ -36,6 +36,13 @@ test-flags: bootstrap ## SGLang's scheduling flags, all of them (an hour; KAIROS
 
 test-versions: lint ## every supported SGLang: seams, patches, identity (20 min; KAIROS_TEST_VERSIONS="0.5.19 …")
 	@bash scripts/versions.sh $(PYTEST_ARGS)
+
+test-load-generators: bootstrap ## GuideLLM, aiperf, inference-perf and bench_serving on real pairs (6 min; installs 7 GB)
+	@bash scripts/beside.sh load-generators
+	@bash scripts/pytest.sh test/e2e/test_load_generators.py $(PYTEST_ARGS)
+
+test-transfers: bootstrap ## NIXL, mooncake_tcp, KV checksums, prefill_complete (30 min; KAIROS_TEST_VERSIONS=…)
+	@bash scripts/transfers.sh $(PYTEST_ARGS)
 
 lint: bootstrap ## ruff and mypy
 	@$(PYTHON) -m ruff check $(CHECKED)

@@ -19,7 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_kairos.slo import LIMITS_MS, Slo, SloError, SloTable, parse_classes
+from sglang_kairos.slo import (
+    LIMITS_MS,
+    Slo,
+    SloError,
+    SloTable,
+    parse_classes,
+    parse_priorities,
+)
+from sglang_kairos.slo_age import AGE_HEADERS, START_HEADERS, AgeRule
 
 FILE_FLAG, FILE_ENV = "--kairos-config", "KAIROS_CONFIG"
 
@@ -62,6 +70,22 @@ class KairosConfig:
     )
     slo_classes: str = _setting(
         "", "JSON or TOML file of SLO classes: name -> ttft_ms, tpot_ms, weight"
+    )
+    priority_classes: str = _setting(
+        "",
+        "SLO class of a request that names none, by its priority: 0=batch,10=chat is batch from 0 to 9 "
+        "and chat from 10 on; or a JSON or TOML file of priority -> class",
+    )
+    age_headers: str = _setting(
+        ",".join(START_HEADERS),
+        "headers in which a gateway says when it got a request, of "
+        f"{', '.join(AGE_HEADERS)}; off: none",
+    )
+    max_age_ms: float = _setting(
+        30_000.0,
+        "a header that makes a request older than this is not believed (ms)",
+        low=0.0,
+        high=LIMITS_MS["age_ms"][1],
     )
     strict: bool = _setting(
         True, "refuse to start when a touched SGLang function is missing or unknown; off only warns"
@@ -151,14 +175,30 @@ class KairosConfig:
                 raise ConfigError(f"{flag}: must be text, got {value!r}")
 
     def slo_table(self) -> SloTable:
-        """Default SLO and classes; reads the classes file. ConfigError when it is unusable."""
+        """Default SLO, classes and the rest of `SloTable`; reads the files. ConfigError if unusable."""
         default = Slo(self.ttft_ms, self.tpot_ms)
-        if not self.slo_classes:
-            return SloTable(default)
+        table = SloTable(default, age_rule=self._age_rule())
+        flag, named = "--kairos-slo-classes", self.slo_classes
         try:
-            return SloTable(default, parse_classes(_read_mapping(self.slo_classes), default))
+            if named:
+                classes = parse_classes(_read_mapping(named), default)
+                table = dataclasses.replace(table, classes=classes)
+            flag, named = "--kairos-priority-classes", self.priority_classes
+            if named:
+                priorities = parse_priorities(_priorities(named), table)
+                table = dataclasses.replace(table, priorities=priorities)
         except SloError as error:
-            raise ConfigError(f"--kairos-slo-classes {self.slo_classes}: {error}") from None
+            raise ConfigError(f"{flag} {named}: {error}") from None
+        return table
+
+    def _age_rule(self) -> AgeRule:
+        words = [word.strip().lower() for word in self.age_headers.split(",")]
+        names = tuple(word for word in words if word and word != "off")
+        for name in names:
+            if name not in AGE_HEADERS:
+                known = ", ".join(AGE_HEADERS)
+                raise ConfigError(f"--kairos-age-headers: must be off or of {known}, got {name!r}")
+        return AgeRule(names, self.max_age_ms)
 
     def to_env(self, env: MutableMapping[str, str]) -> None:
         """Write every setting into `env`, so that child processes read the same configuration."""
@@ -265,6 +305,22 @@ def _from_text(item: dataclasses.Field[Any], text: str) -> Any:
             what = "a whole number" if kind is int else "a number"
             raise ConfigError(f"{flag_of(item)}: must be {what}, got {text!r}") from None
     return text
+
+
+def _priorities(text: str) -> Any:
+    """What ``--kairos-priority-classes`` says: a file's content, or ``0=batch,10=chat`` itself."""
+    if text.endswith((".json", ".toml")):
+        return _read_mapping(text)
+    pairs = [word.partition("=") for word in text.split(",")]
+    if any(not priority.strip() or not name.strip() for priority, _, name in pairs):
+        raise ConfigError(
+            "--kairos-priority-classes: must be PRIORITY=CLASS,… or a .json or .toml file, "
+            f"got {_shown(text)}"
+        )
+    names = [priority.strip() for priority, _, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--kairos-priority-classes: a priority is there twice in {_shown(text)}")
+    return {priority.strip(): name.strip() for priority, _, name in pairs}
 
 
 def _read_mapping(path: str) -> Any:

@@ -1,11 +1,6 @@
-"""Service-level objectives: what a request is promised, and how it says so.
+"""Service-level objectives: what a request is promised, and the server's table of them.
 
-A request names its targets in the JSON body (``ttft_ms``, ``tpot_ms``, ``slo_class``,
-or the same three inside an ``slo`` object; ``slo`` may also be a bare class name) or in headers
-(``x-slo-ttft-ms``, ``x-slo-tpot-ms``, ``x-slo-class``, ``x-dynamo-slo-ttft-ms``).
-Body beats header, an explicit number beats the class, the server's default fills the rest. A value
-out of range is an error in a body, which a client wrote; a header may come from infrastructure, so
-its number is moved into the range, and a word or nothing at all counts as nothing said (`HeaderNotes`).
+How a request asks for one is in `slo_request`, how HTTP carries it in `slo_http`.
 
 Between router, prefill and decode the resolved SLO travels in SGLang's own
 ``custom_params`` under the key ``kairos`` (see `to_wire`), because that field follows every
@@ -19,11 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sglang_kairos.slo_age import NO_AGE, AgeRule
+
 WIRE_KEY = "kairos"
-BODY_FIELDS = ("ttft_ms", "tpot_ms", "slo_class", "slo")
-TTFT_HEADERS = ("x-slo-ttft-ms", "x-dynamo-slo-ttft-ms")
-TPOT_HEADERS = ("x-slo-tpot-ms",)
-CLASS_HEADERS = ("x-slo-class",)
 
 # Milliseconds. Above these a value is a unit mistake (seconds of epoch, nanoseconds), not a target.
 LIMITS_MS: dict[str, tuple[float, float]] = {
@@ -35,9 +28,6 @@ LIMITS_MS: dict[str, tuple[float, float]] = {
 
 MOST_KNOWN = 1024  # a process remembers so many different targets
 LONGEST_NAME = 64  # of a class that this server does not know
-
-# What `request_slo` tells of headers that it did not take as written: "x-slo-ttft-ms clamped", say.
-HeaderNotes = list[str]
 
 
 class SloError(ValueError):
@@ -60,10 +50,15 @@ class Slo:
 
 @dataclass(frozen=True, slots=True)
 class SloTable:
-    """The server's default SLO and its named classes."""
+    """The server's default SLO, its named classes, and what else it makes of a request's words.
+
+    `priorities`: from which priority on a request without a class gets which, in rising order.
+    """
 
     default: Slo
     classes: Mapping[str, Slo] = field(default_factory=dict)
+    priorities: tuple[tuple[int, str], ...] = ()
+    age_rule: AgeRule = NO_AGE
     _known: dict[Any, Slo] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def read(self, wire: Any) -> RequestSlo:
@@ -94,6 +89,15 @@ class SloTable:
             known = ", ".join(sorted({"default", *self.classes}))
             shown = name if len(name) <= 64 else name[:61] + "..."
             raise SloError(field_name, f"unknown class {shown!r}; known: {known}") from None
+
+    def of_priority(self, priority: int) -> Slo | None:
+        """The class of a request with this priority; None below the lowest that has one."""
+        name = None
+        for lowest, candidate in self.priorities:
+            if lowest > priority:
+                break
+            name = candidate
+        return None if name is None else self.named(name, "priority")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,99 +145,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, str | bool) and len(repr(value)) <= 64:
         return repr(value)
     return "null" if value is None else f"a {type(value).__name__}"
-
-
-def _header_ms(
-    headers: Mapping[str, str], names: tuple[str, ...], key: str, notes: HeaderNotes
-) -> float | None:
-    """The first header that names a number, moved into the range."""
-    low, high = LIMITS_MS[key]
-    for name in names:
-        text = headers.get(name)
-        if text is None:
-            continue
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if math.isnan(number):
-            notes.append(f"{name} ignored")
-            continue
-        inside = min(max(number, low), high)
-        if inside != number:
-            notes.append(f"{name} clamped")
-        return inside
-    return None
-
-
-def _body_fields(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The SLO fields of a body, the ``slo`` object flattened; explicit top-level fields win."""
-    found: dict[str, Any] = {}
-    nested = body.get("slo")
-    if isinstance(nested, str):
-        found["slo_class"] = nested
-    elif isinstance(nested, Mapping):
-        for key, value in nested.items():
-            if value is None:
-                continue
-            if key in ("ttft_ms", "tpot_ms"):
-                found[key] = value
-            elif key in ("class", "slo_class"):
-                found["slo_class"] = value
-            else:
-                known = "ttft_ms, tpot_ms, class"
-                raise SloError("slo", f"unknown key {str(key)[:64]!r}; known: {known}")
-    elif nested is not None:
-        raise SloError("slo", "must be a class name or an object with ttft_ms, tpot_ms, class")
-    for key in ("ttft_ms", "tpot_ms", "slo_class"):
-        if body.get(key) is not None:
-            found[key] = body[key]
-    return found
-
-
-def request_slo(
-    body: Mapping[str, Any],
-    headers: Mapping[str, str],
-    table: SloTable,
-    notes: HeaderNotes | None = None,
-) -> Slo | None:
-    """The SLO a request asks for, or None when it says nothing (the default then applies).
-
-    `headers` has lower-case names; what is not taken as they write it goes to `notes`. Raises
-    SloError on a value of the body out of range, or an unknown class.
-    """
-    asked = _body_fields(body)
-    notes = [] if notes is None else notes
-    ttft: float | None
-    tpot: float | None
-    if "ttft_ms" in asked:
-        ttft = check_ms("ttft_ms", asked["ttft_ms"])
-    else:
-        ttft = _header_ms(headers, TTFT_HEADERS, "ttft_ms", notes)
-    if "tpot_ms" in asked:
-        tpot = check_ms("tpot_ms", asked["tpot_ms"])
-    else:
-        tpot = _header_ms(headers, TPOT_HEADERS, "tpot_ms", notes)
-    class_field, class_name = "slo_class", asked.get("slo_class")
-    if class_name is None:
-        for name in CLASS_HEADERS:
-            said = headers.get(name)
-            if said:
-                class_field, class_name = name, said
-                break
-            if said is not None:
-                notes.append(f"{name} ignored")
-    if class_name is not None and not isinstance(class_name, str):
-        raise SloError(class_field, "must be the name of an SLO class")
-    if ttft is None and tpot is None and class_name is None:
-        return None
-    base = table.default if class_name is None else table.named(class_name, class_field)
-    return Slo(
-        ttft_ms=base.ttft_ms if ttft is None else ttft,
-        tpot_ms=base.tpot_ms if tpot is None else tpot,
-        name=base.name,
-        weight=base.weight,
-    )
 
 
 def to_wire(slo: Slo, age_ms: float = 0.0) -> dict[str, Any]:
@@ -302,3 +213,26 @@ def parse_classes(raw: Any, default: Slo) -> dict[str, Slo]:
             weight=check_weight(f"{where}.weight", entry.get("weight", 1.0)),
         )
     return classes
+
+
+def parse_priorities(raw: Any, table: SloTable) -> tuple[tuple[int, str], ...]:
+    """Classes by priority, as in ``{"0": "batch", "10": "chat"}``: from that priority on, in order.
+
+    Raises SloError for a priority that is no whole number and for a class that `table` lacks.
+    """
+    where = "priority_classes"
+    if not isinstance(raw, Mapping):
+        raise SloError(where, "must be an object of priority -> class name")
+    found: dict[int, str] = {}
+    for key, name in raw.items():
+        try:
+            priority = int(str(key))
+        except ValueError:
+            raise SloError(where, f"{str(key)[:64]!r} is no whole number") from None
+        if priority in found:
+            raise SloError(where, f"{priority} is there twice")
+        if not isinstance(name, str):
+            raise SloError(f"{where}.{priority}", "must be the name of an SLO class")
+        table.named(name, f"{where}.{priority}")
+        found[priority] = name
+    return tuple(sorted(found.items()))

@@ -19,27 +19,21 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_kairos.slo import SloError, SloTable
-from sglang_kairos.slo_http import CHAT, GENERATE, carry
-
-# A clock that is further off than a request waits says nothing about its age, ms.
-MOST_AGE_MS = 30_000.0
-# Less is not worth an entry, ms.
-LEAST_AGE_MS = 10.0
-
-_TARGETS = {"ttft_target": "ttft_ms", "itl_target": "tpot_ms"}
+from sglang_kairos.slo import SloTable
+from sglang_kairos.slo_http import AGE_STEP_MS, CHAT, GENERATE, carry
 
 
-def age_ms(request: Mapping[str, Any], now_ms: float) -> float:
+def age_ms(request: Mapping[str, Any], now_ms: float, most_ms: float) -> float:
     """Milliseconds since the frontend got the request; 0 where it does not say, or is not believed.
 
-    `now_ms`: this machine's time since 1970, milliseconds.
+    `now_ms`: this machine's time since 1970. Less than `AGE_STEP_MS` is not worth saying; more than
+    `most_ms` is a clock that is wrong. Both milliseconds.
     """
     since = request.get("request_timestamp_ms")
     if isinstance(since, bool) or not isinstance(since, int | float):
         return 0.0
     age = now_ms - since
-    return age if math.isfinite(age) and LEAST_AGE_MS <= age <= MOST_AGE_MS else 0.0
+    return age if math.isfinite(age) and AGE_STEP_MS <= age <= most_ms else 0.0
 
 
 def custom_params(
@@ -75,20 +69,19 @@ def native_body(
     if isinstance(params, dict):  # the request may be sent again, and must say the same then
         body["sampling_params"] = dict(params)
     _carry(body, GENERATE, request, table, now_ms, preferred)
-    return body
+    kept = {*payload, "sampling_params"}
+    return {key: value for key, value in body.items() if key in kept}
 
 
 def _said(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The targets and the priority of a request, as a body of ours would have them."""
-    body: dict[str, Any] = {}
+    """The targets and the priority of a request, where the client's body had them."""
+    nvext: dict[str, Any] = {}
     router, routing = request.get("router"), request.get("routing")
     if isinstance(router, Mapping):
-        for theirs, ours in _TARGETS.items():
-            if router.get(theirs) is not None:
-                body[ours] = router[theirs]
+        nvext["router"] = router
     if isinstance(routing, Mapping) and routing.get("priority") is not None:
-        body["priority"] = routing["priority"]
-    return body
+        nvext["agent_hints"] = {"priority": routing["priority"]}
+    return {"nvext": nvext} if nvext else {}
 
 
 def _carry(
@@ -99,13 +92,5 @@ def _carry(
     now_ms: float,
     preferred: Mapping[str, Any] | None,
 ) -> None:
-    age = age_ms(request, now_ms)
-    try:
-        carry(body, path, {}, table, age_ms=age, always=age > 0.0, preferred=preferred)
-    except SloError as error:
-        router = request.get("router")
-        for theirs, ours in _TARGETS.items():
-            if error.field == ours and isinstance(router, Mapping) and theirs in router:
-                text = str(error).removeprefix(f"{ours}: ")
-                raise SloError(f"nvext.router.{theirs}", text) from None
-        raise
+    age = age_ms(request, now_ms, table.age_rule.most_ms)
+    carry(body, path, {}, table, age_ms=age, always=age > 0.0, preferred=preferred)

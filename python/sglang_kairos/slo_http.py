@@ -12,32 +12,36 @@ top-level ``custom_params`` for /v1/completions and /v1/chat/completions. The ke
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
 from sglang_kairos.slo import (
-    BODY_FIELDS,
-    CLASS_HEADERS,
     LIMITS_MS,
-    TPOT_HEADERS,
-    TTFT_HEADERS,
     WIRE_KEY,
-    HeaderNotes,
     RequestSlo,
     SloError,
     SloTable,
-    request_slo,
     to_wire,
+)
+from sglang_kairos.slo_age import HeaderNotes
+from sglang_kairos.slo_request import (
+    BODY_FIELDS,
+    FOREIGN_KEYS,
+    PRIORITY_KEY,
+    SLO_HEADERS,
+    request_slo,
 )
 
 GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
 SLO_PATHS = frozenset({GENERATE, COMPLETIONS, CHAT})
-SLO_HEADERS = frozenset((*TTFT_HEADERS, *TPOT_HEADERS, *CLASS_HEADERS))
 
-_KEYS = tuple(f'"{key}"'.encode() for key in (*BODY_FIELDS, WIRE_KEY))
+_KEYS = tuple(f'"{key}"'.encode() for key in (*BODY_FIELDS, *FOREIGN_KEYS, WIRE_KEY))
+_PRIORITY = f'"{PRIORITY_KEY}"'.encode()
+# A body that is no longer under way here is not written anew for its age, ms.
+AGE_STEP_MS = 10.0
 # A key may be spelt with \u escapes; its letters and underscore all lie in U+005F..U+007A.
 _ESCAPES = (b"\\u005", b"\\u006", b"\\u007")
 
@@ -59,12 +63,16 @@ class Carried:
             wire["age_ms"] = _aged(wire.get("age_ms") or 0.0, age_ms)
 
 
-def mentions_slo(raw: bytes, header_names: Iterable[str]) -> bool:
-    """Whether a body or its headers (lower-case names) can say anything about an SLO.
+def mentions_slo(raw: bytes, header_names: Collection[str], table: SloTable) -> bool:
+    """Whether a body or its headers (lower-case names) can say anything about an SLO or an age.
 
-    Cheap and never wrong by a False: it decides whether the JSON is parsed at all.
+    Cheap and never wrong by a False: it decides whether the SLO is looked for at all.
     """
     if not SLO_HEADERS.isdisjoint(header_names):
+        return True
+    if any(name in header_names for name in table.age_rule.headers):
+        return True
+    if table.priorities and _PRIORITY in raw:
         return True
     return any(key in raw for key in _KEYS) or any(key in raw for key in _ESCAPES)
 
@@ -76,6 +84,7 @@ def carry(
     table: SloTable,
     *,
     age_ms: float = 0.0,
+    now_s: float | None = None,
     always: bool = False,
     preferred: Mapping[str, Any] | None = None,
     notes: HeaderNotes | None = None,
@@ -84,6 +93,7 @@ def carry(
 
     `age_ms` (milliseconds) is what the request has spent here; it is added to the age of an SLO
     that is already on the wire, which otherwise stays as it is and wins over the body's own fields.
+    `now_s` (since 1970): with it, no request is younger than a gateway in front says (`slo_age`).
     With `always`, a request that asks for nothing still carries its age, and the next server's
     default SLO fills the rest. `preferred`: the server's own ``custom_params``
     (``--preferred-sampling-params``), which SGLang forgets as soon as a request has some: they stay
@@ -93,8 +103,15 @@ def carry(
     holders = _holders(body, path, create=False)
     wired = bool(holders) and all(_wire_in(holder) is not None for holder, _ in holders)
     asks = not wired or any(body.get(name) is not None for name in BODY_FIELDS)
+    notes = [] if notes is None else notes
     asked = request_slo(body, headers, table, notes) if asks else None
-    wire = to_wire(asked, age_ms) if asked else {"age_ms": round(age_ms, 3)} if always else None
+    since_ms = 0.0 if now_s is None else table.age_rule.age_ms(headers, now_s, notes)
+    oldest_ms = _aged(max(age_ms, since_ms), 0.0)
+    wire: dict[str, Any] | None = None
+    if asked is not None:
+        wire = to_wire(asked, oldest_ms)
+    elif always or since_ms >= AGE_STEP_MS:
+        wire = {"age_ms": oldest_ms}
     changed = False
     for name in BODY_FIELDS:
         changed |= body.pop(name, None) is not None
@@ -107,9 +124,9 @@ def carry(
                 continue
             raise SloError(place, "must be an object")
         if existing is not None:
-            slo, chosen = _older(existing, table, age_ms)
+            slo, chosen = _older(existing, table, age_ms, since_ms)
         elif wire is not None:
-            slo, chosen = RequestSlo(asked or table.default, age_ms), wire
+            slo, chosen = RequestSlo(asked or table.default, oldest_ms), wire
         else:
             continue
         found.append(slo)
@@ -122,7 +139,7 @@ def carry(
             chosen = existing
         wires[id(chosen)] = chosen
     if not found:
-        found.append(RequestSlo(asked or table.default, age_ms))
+        found.append(RequestSlo(asked or table.default, oldest_ms))
     tightest = min(found, key=lambda item: item.slo.ttft_ms - item.age_ms)
     return Carried(tightest, changed, tuple(wires.values()))
 
@@ -158,18 +175,23 @@ def _aged(was_ms: float, more_ms: float) -> float:
     return round(min(was_ms + more_ms, LIMITS_MS["age_ms"][1]), 3)
 
 
-def _older(wire: Any, table: SloTable, age_ms: float) -> tuple[RequestSlo, dict[str, Any]]:
+def _older(
+    wire: Any, table: SloTable, age_ms: float, since_ms: float
+) -> tuple[RequestSlo, dict[str, Any]]:
     """A wire SLO read and made canonical: known keys only, checked, older by `age_ms`.
 
-    Unknown keys go: SGLang types the values of ``custom_params`` as flat, and this entry is ours to
-    keep so.
+    `since_ms` ago a gateway saw the request: whoever wrote the wire may not have known. Unknown keys
+    go: SGLang types the values of ``custom_params`` as flat, and this entry is ours to keep so.
     """
     read = table.read(wire)
-    older = RequestSlo(read.slo, _aged(read.age_ms, age_ms))
+    aged = _aged(read.age_ms, age_ms)
+    if since_ms >= aged + AGE_STEP_MS:
+        aged = _aged(since_ms, 0.0)
+    older = RequestSlo(read.slo, aged)
     canonical = {
         key: value
         for key, value in to_wire(older.slo, older.age_ms).items()
-        if wire.get(key) is not None or (key == "age_ms" and age_ms > 0.0)
+        if wire.get(key) is not None or (key == "age_ms" and aged > read.age_ms)
     }
     return older, canonical
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 class Setting:
     """How a pair is started. `longest`: prompt tokens that both servers can hold, output included.
 
+    `needs`: a module that only `make test-transfers` installs.
     `pauses`, `parks`: whether random decisions must have paused prefills, parked decodes.
     """
 
@@ -25,6 +26,7 @@ class Setting:
     decode: str = ""
     env: Mapping[str, str] = field(default_factory=dict)
     longest: int = 3000
+    needs: str = ""
     pauses: bool = True
     parks: bool = True
 
@@ -98,6 +100,9 @@ SETTINGS = (
         decode="--max-total-tokens 4000",
         pauses=False,  # every prefill may be re-queued by upstream, which looks for it in the slot
     ),
+    Setting("KV checksums", "--disaggregation-enable-kv-checksum"),
+    Setting("Mooncake over TCP", "--disaggregation-transfer-backend mooncake_tcp"),
+    Setting("NIXL", "--disaggregation-transfer-backend nixl", needs="nixl"),
     Setting("inputs polled all the time", env=POLLING),
     Setting(
         "polled every fourth time",
@@ -134,13 +139,11 @@ LEFT_OUT = {
     "--num-continuous-decode-steps": "unified serving only",
     "--max-mamba-cache-size": "state-space models",
     "--mamba-full-memory-ratio": "state-space models",
-    "--disaggregation-enable-kv-checksum": "its kernel runs on CUDA only",
     "--enable-hierarchical-cache": "needs pinned host memory, thus a GPU",
     "--speculative-algorithm": "its kernels run on CUDA only; packing falls back: test_engine_fallbacks",
     "--enable-lora": "test_lora",
     "--tp-size": "test_tp2",
     "--disaggregation-mode": "every pair has both",
-    "--disaggregation-transfer-backend": "Mooncake is the one that runs without a GPU",
     "--disaggregation-bootstrap-port": "chosen by the cluster",
     "--disaggregation-ib-device": "needs RDMA",
     "--disaggregation-decode-enable-offload-kvcache": "needs pinned host memory, thus a GPU",

@@ -15,7 +15,8 @@ import pytest
 from helpers.upstream import upstream_goodput
 from sglang_kairos.cluster import Cluster, ClusterSpec
 from sglang_kairos.cpu.zygote import Zygote
-from sglang_kairos.tools.report import from_bench_record
+from sglang_kairos.tools.result_bench import from_bench_record
+from sglang_kairos.tools.result_outcomes import Targets
 
 PROMPTS = 40
 
@@ -49,7 +50,7 @@ def test_the_table_of_a_run_agrees_with_upstreams_goodput(
         cluster.url, tiny_model, tmp_path / "bench.jsonl", "--goodput", "ttft:400", "tpot:25"
     )
     cluster.check()
-    metrics = from_bench_record(record).metrics
+    metrics = from_bench_record(record, Targets()).metrics
     assert (metrics.sent, metrics.failed) == (PROMPTS, 0)
     # Its latency ends with the [DONE] line, ours with the last token: one request may flip.
     one = 1.01 / PROMPTS
@@ -78,7 +79,7 @@ def test_the_table_of_a_run_agrees_with_upstreams_goodput(
         {"ttft": ttft_ms, "tpot": metrics.tpot_p99_ms},
         record["duration"],
     )
-    ours = from_bench_record(record, ttft_ms, metrics.tpot_p99_ms).metrics
+    ours = from_bench_record(record, Targets(ttft_ms, metrics.tpot_p99_ms)).metrics
     assert 0.3 < ours.e2e_attainment < 0.8
     assert ours.e2e_attainment == theirs.slo_attainment
     assert ours.goodput_rps == pytest.approx(theirs.request_goodput)

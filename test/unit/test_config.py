@@ -18,6 +18,8 @@ OTHER: dict[str, Any] = {
     "ttft_ms": 123.5,
     "tpot_ms": 7.25,
     "slo_classes": "x.json",
+    "priority_classes": "0=chat",
+    "age_headers": "traceparent",
     "max_wait": 3.5,
     "late_share": 0.25,
     "max_paused": 3,
@@ -142,3 +144,46 @@ def test_help_shows_every_flag() -> None:
     add_flags(parser)
     shown = parser.format_help()
     assert all(flag_of(item) in shown for item in FIELDS.values())
+
+
+def test_priorities_get_their_classes_from_text_or_a_file(tmp_path: Path) -> None:
+    classes = tmp_path / "classes.json"
+    classes.write_text(json.dumps({"chat": {"ttft_ms": 500}, "batch": {"ttft_ms": 60_000}}))
+    steps = tmp_path / "priorities.toml"
+    steps.write_text('"10" = "chat"\n"-5" = "batch"\n')
+    for text_or_file in ("10=chat, -5=batch", str(steps)):
+        config = KairosConfig(slo_classes=str(classes), priority_classes=text_or_file)
+        assert config.slo_table().priorities == ((-5, "batch"), (10, "chat"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"priority_classes": "0=gold"},
+            "--kairos-priority-classes 0=gold: .*unknown class 'gold'",
+        ),
+        ({"priority_classes": "default"}, "must be PRIORITY=CLASS"),
+        ({"priority_classes": "0=default,"}, "must be PRIORITY=CLASS"),
+        ({"priority_classes": "0=default,0=default"}, "twice"),
+        ({"priority_classes": "x=default"}, "'x' is no whole number"),
+        ({"priority_classes": "none.json"}, "cannot be read"),
+        ({"age_headers": "x-forwarded-for"}, "--kairos-age-headers: must be off or of x-request"),
+    ],
+)
+def test_a_table_that_cannot_be_made_is_refused(settings: dict[str, str], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        KairosConfig(**settings).slo_table()
+
+
+@pytest.mark.parametrize(
+    ("words", "headers"),
+    [
+        ("off", ()),
+        ("", ()),
+        ("X-Request-Start, traceparent", ("x-request-start", "traceparent")),
+    ],
+)
+def test_the_headers_that_say_an_age_are_chosen(words: str, headers: tuple[str, ...]) -> None:
+    rule = KairosConfig(age_headers=words, max_age_ms=500.0).slo_table().age_rule
+    assert (rule.headers, rule.most_ms) == (headers, 500.0)

@@ -145,7 +145,7 @@ def test_a_build_is_read_as_setuptools_scm_writes_it(
 def test_versions_are_in_order() -> None:
     ordered = ["0.5.9", "0.5.24.dev2", "0.5.24.dev12", "0.5.24rc1", "0.5.24", "0.5.24.post1"]
     ordered += ["0.5.25", "v0.6.0+cu130", "1.0"]
-    assert sorted(ordered[::-1], key=fingerprints.order) == ordered
+    assert sorted(set(ordered), key=fingerprints.order) == ordered
     assert fingerprints.order("main") < fingerprints.order("0.1")
     assert fingerprints.release("v0.5.23+cu130") == "0.5.23"
     assert fingerprints.release("0.5.24.dev12+gabc") == "0.5.24.dev12"

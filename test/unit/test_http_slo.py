@@ -19,6 +19,7 @@ from starlette.routing import Route
 
 from sglang_kairos.engine.http_slo import ServerFacts, SloMiddleware, install
 from sglang_kairos.slo import Slo, SloError, SloTable
+from sglang_kairos.slo_age import AGE_HEADERS, AgeRule
 from sglang_kairos.slo_http import carry, dump, error_body, mentions_slo
 
 GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
@@ -346,6 +347,68 @@ def test_age_adds_up_and_an_unasked_request_carries_only_its_age() -> None:
     assert body["sampling_params"]["custom_params"]["kairos"] == {"age_ms": 3_600_000.0}
 
 
+AGED = SloTable(TABLE.default, TABLE.classes, ((0, "chat"),), AgeRule(AGE_HEADERS))
+
+
+@pytest.mark.parametrize(
+    ("wire", "spent_ms", "started_ms_ago", "expected_ms"),
+    [
+        (None, 0.0, 0.0, None),
+        (None, 0.0, 9.0, None),  # not worth a new body
+        (None, 0.0, 700.0, 700.0),
+        (None, 20.0, 700.0, 700.0),
+        (None, 900.0, 700.0, 900.0),
+        ({"age_ms": 650.0}, 0.0, 700.0, 700.0),
+        ({"age_ms": 695.0}, 0.0, 700.0, 695.0),
+        ({"age_ms": 650.0}, 100.0, 700.0, 750.0),  # a router's, which has seen the header too
+        ({"age_ms": 1.0}, 0.0, 40_000.0, 1.0),
+    ],
+)
+def test_no_request_is_younger_than_its_first_gateway_says_and_no_time_counts_twice(
+    wire: Any, spent_ms: float, started_ms_ago: float, expected_ms: float | None
+) -> None:
+    body: dict[str, Any] = {"prompt": "x", **({"custom_params": {"kairos": wire}} if wire else {})}
+    headers = {"x-request-start": f"t={1_764_300_000 - started_ms_ago / 1e3:.3f}"}
+    assert mentions_slo(dump(body), headers, AGED)
+    for _ in ("router", "server"):
+        carry(body, COMPLETIONS, headers, AGED, age_ms=spent_ms, now_s=1_764_300_000.0)
+        spent_ms = 0.0
+    found = body.get("custom_params", {}).get("kairos", {}).get("age_ms")
+    assert found == pytest.approx(expected_ms)
+
+
+def test_a_header_that_is_not_taken_as_written_is_counted() -> None:
+    counted: list[str] = []
+    app = SloMiddleware(Seen(), AGED, wall_clock=lambda: 1e9, count=counted.append)
+    headers = {"x-slo-ttft-ms": "0", "x-llm-d-slo-tpot-ms": "default", "x-request-start": "t=5"}
+    asyncio.run(send_to(app, COMPLETIONS, b'{"prompt": "x"}', headers))
+    assert counted == [
+        "x-slo-ttft-ms clamped",
+        "x-llm-d-slo-tpot-ms ignored",
+        "x-request-start ignored",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"priority": 3}, "chat"),
+        ({"nvext": {"agent_hints": {"priority": 3}}}, "chat"),
+        ({"priority": -3}, None),
+    ],
+)
+def test_a_priority_stays_in_the_body_and_its_class_travels(
+    body: dict[str, Any], expected: str | None
+) -> None:
+    seen = Seen()
+    raw = orjson.dumps({"prompt": "x", **body})
+    asyncio.run(send_to(SloMiddleware(seen, AGED), COMPLETIONS, raw))
+    assert seen.raw is not None
+    passed = json.loads(seen.raw)
+    assert {key: passed.get(key) for key in body} == body
+    assert passed.get("custom_params", {}).get("kairos", {}).get("class") == expected
+
+
 keys = st.sampled_from(
     ["ttft_ms", "slo", "slo_class", "sampling_params", "custom_params", "kairos", "text"]
 )
@@ -365,7 +428,7 @@ def test_carry_raises_only_slo_errors_and_is_idempotent(body: dict[str, Any], pa
     except SloError:
         return
     if changed:
-        assert mentions_slo(raw, [])
+        assert mentions_slo(raw, [], TABLE)
     once = dump(body)
     assert not carry(body, path, {}, TABLE).changed
     assert dump(body) == once

@@ -14,6 +14,8 @@ from helpers.upstream import upstream_goodput
 from sglang_kairos.tools import report
 from sglang_kairos.tools.replay import Metrics, Outcome, Result
 from sglang_kairos.tools.report import Run
+from sglang_kairos.tools.result_bench import from_bench_record
+from sglang_kairos.tools.result_outcomes import Targets
 
 KEYS = [
     "ttft_attainment",
@@ -123,7 +125,7 @@ def bench_record(**more: Any) -> dict[str, Any]:
 
 def test_bench_record_agrees_with_upstream() -> None:
     slos = {"ttft": 1000.0, "tpot": 30.0}
-    metrics = report.from_bench_record(bench_record(goodput_slos_ms=slos)).metrics
+    metrics = from_bench_record(bench_record(goodput_slos_ms=slos), Targets()).metrics
     assert metrics.ttft_attainment == 0.5
     assert metrics.tpot_attainment == 0.75
     assert (metrics.e2e_attainment, metrics.goodput_rps, metrics.failed) == (0.5, 0.5, 1)
@@ -138,13 +140,13 @@ def test_bench_record_agrees_with_upstream() -> None:
 
 
 def test_bench_record_with_other_targets_or_none() -> None:
-    assert report.from_bench_record(bench_record()).metrics.e2e_attainment == 0.75
-    tight = report.from_bench_record(bench_record(goodput_slos_ms={"ttft": 1.0}), ttft_ms=600.0)
+    assert from_bench_record(bench_record(), Targets()).metrics.e2e_attainment == 0.75
+    tight = from_bench_record(bench_record(goodput_slos_ms={"ttft": 1.0}), Targets(600.0))
     assert tight.metrics.ttft_attainment == 0.5
     record = bench_record()
     del record["itls"]
     with pytest.raises(ValueError, match="no itls: run it with --output-details"):
-        report.from_bench_record(record)
+        from_bench_record(record, Targets())
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,10 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_kairos.slo import Slo, SloError, SloTable
-from sglang_kairos.slo_dynamo import LEAST_AGE_MS, MOST_AGE_MS, age_ms, custom_params, native_body
+from sglang_kairos.slo_dynamo import age_ms, custom_params, native_body
+from sglang_kairos.slo_http import AGE_STEP_MS
 
-TABLE = SloTable(Slo(2000.0, 100.0), {"chat": Slo(500.0, 50.0, "chat", 2.0)})
+TABLE = SloTable(
+    Slo(2000.0, 100.0), {"chat": Slo(500.0, 50.0, "chat", 2.0)}, priorities=((3, "chat"),)
+)
+MOST_AGE_MS = TABLE.age_rule.most_ms
 NOW_MS = 1.8e12
+HINT = "nvext.agent_hints.priority"
 
 
 def wire(request: dict[str, Any], params: dict[str, Any] | None = None, **more: Any) -> Any:
@@ -37,8 +42,27 @@ def test_the_targets_of_the_frontend_are_ours(
     assert found["class"] == "default" and found["age_ms"] == 0.0
 
 
+@pytest.mark.parametrize("priority", [3, 2**40])
+def test_the_hint_of_the_frontend_has_a_class(priority: int) -> None:
+    found = wire({"routing": {"priority": priority}})
+    assert (found["class"], found["ttft_ms"], found["weight"]) == ("chat", 500.0, 2.0)
+    found = wire({"routing": {"priority": priority}, "router": {"ttft_target": 700}})
+    assert (found["class"], found["ttft_ms"], found["tpot_ms"]) == ("chat", 700.0, 50.0)
+    body = native_body({"routing": {"priority": priority}}, {"text": "x"}, TABLE, NOW_MS)
+    assert set(body) == {"text", "sampling_params"}
+    assert body["sampling_params"]["custom_params"]["kairos"]["class"] == "chat"
+
+
 @pytest.mark.parametrize(
-    "request_", [{}, {"router": None}, {"router": {}}, {"router": "x"}, {"routing": {"dp_rank": 0}}]
+    "request_",
+    [
+        {},
+        {"routing": {"priority": 2}},
+        {"router": None},
+        {"router": {}},
+        {"router": "x"},
+        {"routing": {"dp_rank": 0}},
+    ],
 )
 def test_who_says_nothing_stays_as_it_is(request_: dict[str, Any]) -> None:
     assert custom_params(request_, None, TABLE, NOW_MS) is None
@@ -93,7 +117,7 @@ def test_a_native_body_says_all_that_a_server_of_ours_reads() -> None:
     ("since", "age"),
     [
         (NOW_MS - 500, 500.0),
-        (NOW_MS - LEAST_AGE_MS + 1, 0.0),
+        (NOW_MS - AGE_STEP_MS + 1, 0.0),
         (NOW_MS - MOST_AGE_MS - 1, 0.0),
         (NOW_MS + 500, 0.0),
         (None, 0.0),
@@ -104,7 +128,7 @@ def test_a_native_body_says_all_that_a_server_of_ours_reads() -> None:
 )
 def test_a_request_is_as_old_as_the_frontend_says(since: Any, age: float) -> None:
     request = {"request_timestamp_ms": since}
-    assert age_ms(request, NOW_MS) == age
+    assert age_ms(request, NOW_MS, MOST_AGE_MS) == age
     assert wire(request) == ({"age_ms": age} if age else None)
     found = wire({**request, "router": {"ttft_target": 700}})
     assert found["age_ms"] == age and found["ttft_ms"] == 700.0
@@ -137,6 +161,6 @@ def test_whatever_comes_is_read_or_refused_by_name(request: dict[str, Any]) -> N
         found = wire(request)
     except SloError as error:
         field = error.field
-    assert field in ("", "nvext.router.ttft_target", "nvext.router.itl_target", "priority")
+    assert field in ("", "nvext.router.ttft_target", "nvext.router.itl_target", HINT)
     assert found is None or TABLE.read(found).age_ms <= MOST_AGE_MS
     assert repr(request) == before

@@ -58,7 +58,9 @@ class Router:
         self.now_s, self.table = 100.0, new_table()
         self.options = RouterOptions(prefills=(("http://p", 1),), decodes=("http://d",))
         self.fleet = Fleet(self.options)
-        monkeypatch.setattr(call, "time", SimpleNamespace(monotonic=lambda: self.now_s))
+        monkeypatch.setattr(
+            call, "time", SimpleNamespace(monotonic=lambda: self.now_s, time=lambda: self.now_s)
+        )
 
     def accept(self, path: str, body: Any, headers: dict[str, str]) -> call.Call:
         lines = [(name.encode(), value.encode()) for name, value in headers.items()]

@@ -1,14 +1,16 @@
 """What is done to the few modules that stop stock SGLang from running without a GPU.
 
-=====================================  ============================================================
-import of                              what is done
-=====================================  ============================================================
-``sglang``                             `ENV_DEFAULTS` are set before its first line runs
-``sgl_kernel``                         `sgl_kernel_standin` takes its place: its wheels need CUDA
-``torchvision``                        operator schemas that its CUDA extension lacks are declared
-``sglang.srt.disaggregation.prefill``  its `torch` gets portable events and pageable host buffers
-``sglang.srt.entrypoints.engine``      with ``KAIROS_CPU_START=fork`` its children are forked
-=====================================  ============================================================
+======================================  ===========================================================
+import of                               what is done
+======================================  ===========================================================
+``sglang``                              `ENV_DEFAULTS` are set before its first line runs
+``sgl_kernel``                          `sgl_kernel_standin` takes its place: its wheels need CUDA
+``torchvision``                         operator schemas that its CUDA extension lacks are declared
+``sglang.srt.disaggregation.prefill``   its `torch` gets portable events and pageable host buffers
+``sglang.srt.entrypoints.engine``       with ``KAIROS_CPU_START=fork`` its children are forked
+``sglang.srt.disaggregation.checksum``  KV checksums are made by zlib instead of a CUDA kernel
+``nixl_cu13._api``, ``nixl_cu12._api``  what it is told is a GPU's memory is the host's
+======================================  ===========================================================
 
 Each step looks first whether it is needed: a source tree patched to be portable, or a CPU build
 of a package, is left as it is.
@@ -16,6 +18,7 @@ of a package, is left as it is.
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import sys
@@ -154,6 +157,36 @@ def _fork_children(module: ModuleType) -> None:
     module.__dict__["mp"] = _Overlay(multiprocessing, set_start_method=set_start_method)
 
 
+def _checksum_on_host(module: ModuleType) -> None:
+    """Gives `module` a KV checksum that needs no CUDA kernel, of the same bytes in the same order."""
+    import torch
+
+    from sglang_kairos.cpu import checksum
+
+    computer = getattr(module, "KvChecksumComputer", None)
+    if computer is None or torch.cuda.is_available():
+        return
+    computer.compute = checksum.compute
+
+
+def _host_memory_only(module: ModuleType) -> None:
+    """Has NIXL take memory named ``VRAM`` for the host's, which all memory is here.
+
+    SGLang says so of every pool, and UCX refuses host memory under that name.
+    """
+    agent = getattr(module, "nixl_agent", None)
+    if agent is None:
+        return
+    init = agent.__init__
+
+    @functools.wraps(init)
+    def named_alike(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.nixl_mems = {**self.nixl_mems, "VRAM": self.nixl_mems["DRAM"]}
+
+    agent.__init__ = named_alike
+
+
 class _Overlay(ModuleType):
     """A module that answers for another one, save for the names given."""
 
@@ -173,4 +206,6 @@ _BEFORE: dict[str, Callable[[], None]] = {
 _AFTER: dict[str, Callable[[ModuleType], None]] = {
     "sglang.srt.disaggregation.prefill": _make_events_portable,
     "sglang.srt.entrypoints.engine": _fork_children,
+    "sglang.srt.disaggregation.checksum": _checksum_on_host,
+    **dict.fromkeys(("nixl_cu13._api", "nixl_cu12._api"), _host_memory_only),
 }

@@ -23,8 +23,11 @@ MODES = ("auto", "on", "off")
 # What `adapt` knows how to treat.
 HOOKED = frozenset(
     {
+        "nixl_cu12._api",
+        "nixl_cu13._api",
         "sgl_kernel",
         "sglang",
+        "sglang.srt.disaggregation.checksum",
         "sglang.srt.disaggregation.prefill",
         "sglang.srt.entrypoints.engine",
         "torchvision",

@@ -27,7 +27,14 @@ from sglang_kairos.request_checks import (
     check_request,
 )
 from sglang_kairos.slo import SloError, SloTable
-from sglang_kairos.slo_http import SLO_PATHS, carry, dump, error_body, mentions_slo
+from sglang_kairos.slo_http import (
+    AGE_STEP_MS,
+    SLO_PATHS,
+    carry,
+    dump,
+    error_body,
+    mentions_slo,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +62,6 @@ class ServerFacts:
 
 
 UNKNOWN = ServerFacts()
-# A body that came in no longer time is not written anew for its age.
-_AGE_STEP_MS = 10.0
 
 
 class SloMiddleware:
@@ -68,9 +73,12 @@ class SloMiddleware:
         table: SloTable,
         facts: ServerFacts = UNKNOWN,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+        count: Callable[[str], None] | None = None,
     ) -> None:
         self._app = app
-        self._clock = clock
+        self._clock, self._wall_clock = clock, wall_clock
+        self._count = count
         self._table = table
         self._facts = facts
         self._notes: Counter[str] = Counter()
@@ -116,7 +124,7 @@ class SloMiddleware:
         headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
-        if not mentions_slo(raw, headers):
+        if not mentions_slo(raw, headers, self._table):
             return raw, scope
         notes: list[str] = []
         age_ms = 1e3 * (self._clock() - arrived_s)
@@ -125,7 +133,8 @@ class SloMiddleware:
             path,
             headers,
             self._table,
-            age_ms=age_ms if age_ms >= _AGE_STEP_MS else 0.0,
+            age_ms=age_ms if age_ms >= AGE_STEP_MS else 0.0,
+            now_s=self._wall_clock(),
             preferred=self._facts.preferred,
             notes=notes,
         )
@@ -142,8 +151,10 @@ class SloMiddleware:
         return changed, {**scope, "headers": kept}
 
     def _tell(self, notes: list[str]) -> None:
-        """One line for the first, tenth, hundredth … header of a kind."""
+        """Count them; one line for the first, tenth, hundredth … header of a kind."""
         for note in notes:
+            if self._count is not None:
+                self._count(note)
             self._notes[note] += 1
             count = self._notes[note]
             if count == 10 ** (len(str(count)) - 1):
@@ -158,15 +169,21 @@ def _python_json(raw: bytes) -> Any:
         return None
 
 
-def install(app: HasMiddleware, table: SloTable, facts: ServerFacts = UNKNOWN) -> None:
+def install(
+    app: HasMiddleware,
+    table: SloTable,
+    facts: ServerFacts = UNKNOWN,
+    count: Callable[[str], None] | None = None,
+) -> None:
     """Put the middleware into a FastAPI app that has not served yet, as the innermost one.
 
     Innermost: after API-key checks (a stranger learns nothing) and after SGLang's own request
-    decompression (the body is plain JSON). Does nothing when it is already there.
+    decompression (the body is plain JSON). `count` is told of each header that was not taken as
+    written. Does nothing when it is already there.
     """
     if any(item.cls is SloMiddleware for item in app.user_middleware):
         return
-    app.user_middleware.append(Middleware(SloMiddleware, table=table, facts=facts))
+    app.user_middleware.append(Middleware(SloMiddleware, table=table, facts=facts, count=count))
 
 
 def _route_path(scope: Scope) -> str:

@@ -116,3 +116,19 @@ class SchedulerMetrics:
         for event, count in counters.items():
             self._events.labels(*self._labels, event).inc(count - self._told[event])
         self._told = counters.copy()
+
+
+def header_counter(server_args: Any) -> Callable[[str], None]:
+    """What counts SLO headers that were not taken as written ("x-slo-ttft-ms clamped").
+
+    For the HTTP process, which reads them; see `slo_age.HeaderNotes`.
+    """
+    from prometheus_client import Counter
+
+    counter = Counter(
+        "kairos_slo_headers_adjusted",
+        "SLO headers whose number was moved into the range, or that said nothing to be used",
+        [*LABELS, "header", "action"],
+    )
+    own = str(server_args.disaggregation_mode), str(server_args.served_model_name)
+    return lambda note: counter.labels(*own, *note.split()).inc()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_kairos.engine import compat, features, http_slo
+from sglang_kairos.engine.metrics import header_counter
 from sglang_kairos.engine.plugin import active_config
 from sglang_kairos.request_checks import MOST_SAMPLES, RequestLimits
 
@@ -26,7 +27,8 @@ def run_http_server(
 
     token_ids = compat.finalizes_input_logprobs()
     facts = facts_of(server_args, tokenizer_manager, scheduler_infos, token_ids)
-    http_slo.install(app, active_config().slo_table(), facts)
+    count = header_counter(server_args) if getattr(server_args, "enable_metrics", False) else None
+    http_slo.install(app, active_config().slo_table(), facts, count)
     return original(
         server_args,
         tokenizer_manager,

@@ -30,7 +30,8 @@ from sglang_kairos.router.prompt import (
 )
 from sglang_kairos.router.relay import Relayed
 from sglang_kairos.router.servers import Server
-from sglang_kairos.slo import HeaderNotes, RequestSlo, Slo, SloError, SloTable
+from sglang_kairos.slo import RequestSlo, Slo, SloError, SloTable
+from sglang_kairos.slo_age import HeaderNotes
 from sglang_kairos.slo_attainment import class_label
 from sglang_kairos.slo_http import Carried, carry, dump
 
@@ -209,6 +210,9 @@ def _carried(
     age_ms = 1e3 * (time.monotonic() - arrived_s)
     try:
         path = scope["path"]
-        return carry(body, path, headers, table, age_ms=age_ms, always=True, notes=notes)
+        now_s = time.time()
+        return carry(
+            body, path, headers, table, age_ms=age_ms, now_s=now_s, always=True, notes=notes
+        )
     except SloError as error:
         raise BadRequest(str(error), error.field) from None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from sglang_kairos.slo_age import START_HEADERS
+from sglang_kairos.slo_request import SLO_HEADERS
+
 # Hop-by-hop headers, those that this router answers for, and those that would undo the pairing.
 _NOT_FORWARDED = frozenset(
     """accept-encoding connection content-length expect host keep-alive proxy-authenticate
     proxy-authorization proxy-connection te trailer transfer-encoding upgrade
-    x-override-bootstrap-host x-override-bootstrap-port x-override-bootstrap-room
-    x-slo-ttft-ms x-slo-tpot-ms x-slo-class x-dynamo-slo-ttft-ms""".split()
-)
+    x-override-bootstrap-host x-override-bootstrap-port x-override-bootstrap-room""".split()
+) | {*SLO_HEADERS, *START_HEADERS}
 _NOT_RETURNED = frozenset(
     """connection date keep-alive proxy-connection server te trailer transfer-encoding
     upgrade x-request-id""".split()

@@ -25,8 +25,9 @@ from sglang_kairos.router.options import RouterOptions
 from sglang_kairos.router.prompt import describe, prompt_blocks
 from sglang_kairos.router.servers import DecodeServer, PrefillServer, Ticket
 from sglang_kairos.router.watch import Watch
-from sglang_kairos.slo import SloError, request_slo
+from sglang_kairos.slo import SloError
 from sglang_kairos.slo_http import CHAT, COMPLETIONS, GENERATE
+from sglang_kairos.slo_request import request_slo
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -35,7 +36,8 @@ class Outcome:
 
     `status` is ``ok``, ``http 429`` and the like, ``aborted`` (the server ended it early),
     ``timeout`` or ``error``. `first_token_s` and `last_token_s` are 0 when there was no token.
-    `rid` is the id that the servers know it by, empty when no token came.
+    `rid` is the id that the servers know it by, empty when no token came. `missed_by_tool`: targets
+    (``ttft``, ``tpot``) that count as missed whatever the times, since the tool that sent it has none.
     """
 
     index: int
@@ -53,6 +55,7 @@ class Outcome:
     output_tokens: int = 0
     itls_ms: list[float] = field(default_factory=list)
     rid: str = ""
+    missed_by_tool: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -75,11 +78,14 @@ class Outcome:
 
     @property
     def met_ttft(self) -> bool:
-        return self.ok and self.ttft_ms <= self.ttft_slo_ms
+        return self.ok and self._met("ttft", self.ttft_ms, self.ttft_slo_ms)
 
     @property
     def met_tpot(self) -> bool:
-        return self.ok and self.tpot_ms <= self.tpot_slo_ms
+        return self.ok and self._met("tpot", self.tpot_ms, self.tpot_slo_ms)
+
+    def _met(self, name: str, took_ms: float, slo_ms: float) -> bool:
+        return took_ms <= slo_ms and (name not in self.missed_by_tool or math.isinf(slo_ms))
 
 
 @dataclass(frozen=True)

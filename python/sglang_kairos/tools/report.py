@@ -17,14 +17,8 @@ from typing import Any
 import numpy as np
 
 from sglang_kairos.tools.replay import Outcome, Result, is_dump, load
-from sglang_kairos.tools.result_formats import (
-    Targets,
-    from_bench_record,
-    known_tools,
-    read_results,
-)
-
-__all__ = ["Run", "by_policy", "from_bench_record", "main", "table", "write_json", "write_png"]
+from sglang_kairos.tools.result_formats import Reading, known_tools, read_results
+from sglang_kairos.tools.result_outcomes import Targets
 
 # Heading, digits after the point, factor from the metric's unit to the shown one.
 COLUMNS: dict[str, tuple[str, int, float]] = {
@@ -216,23 +210,16 @@ def _tokens(count: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Reports on files: the replayer's own, or those of another load generator."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sglang_kairos.tools.report",
-        description="Table of runs; the policy is each file's name, less a leading number. Reads the "
-        "replayer's files and those of " + ", ".join(known_tools()),
-    )
-    parser.add_argument("files", nargs="+", type=Path, help="POLICY.jsonl")
-    parser.add_argument("--ttft-ms", type=float, help="judge by this target instead")
-    parser.add_argument("--tpot-ms", type=float, help="judge by this target instead")
-    parser.add_argument("--json", type=Path, help="also write JSON here")
-    parser.add_argument("--png", type=Path, help="also draw here")
-    given = parser.parse_args(argv)
+    given = _parser().parse_args(argv)
+    targets = Targets(given.ttft_ms, given.tpot_ms, given.short_answers)
     runs: list[Run] = []
     try:
         for file in given.files:
-            for result in _results(file, given.ttft_ms, given.tpot_ms):
-                _say_without_targets(file, result)
-                runs.append(Run(re.sub(r"^\d+-", "", file.stem), result))
+            reading = _read(file, targets, given.one_token == "tool")
+            for note in [*reading.notes, *_without_targets(reading.results)]:
+                print(f"note: {file}: {note}", file=sys.stderr)
+            name = re.sub(r"^\d+-", "", file.stem)
+            runs += [Run(name, result) for result in reading.results]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         said = f"no {error}" if isinstance(error, KeyError) else error
         print(f"error: {file}: {said}", file=sys.stderr)
@@ -245,26 +232,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _say_without_targets(file: Path, result: Result) -> None:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kairos report",
+        description="Table of runs; the policy is each file's name, less a leading number. Reads the "
+        "replayer's files and those of " + ", ".join(known_tools()),
+    )
+    parser.add_argument("files", nargs="+", type=Path, help="see docs/load_generators.md")
+    parser.add_argument("--ttft-ms", type=float, help="judge by this target instead")
+    parser.add_argument("--tpot-ms", type=float, help="judge by this target instead")
+    parser.add_argument(
+        "--short-answers",
+        choices=("auto", "failed", "ok"),
+        default="auto",
+        help="whether an answer shorter than asked for was cut off (auto: where the file says that "
+        "end-of-sequence tokens were ignored)",
+    )
+    parser.add_argument(
+        "--one-token",
+        choices=("tool", "met"),
+        default="tool",
+        help="whether an answer of one token, which has no TPOT, counts as its tool counts it",
+    )
+    parser.add_argument("--json", type=Path, help="also write JSON here")
+    parser.add_argument("--png", type=Path, help="also draw here")
+    return parser
+
+
+def _without_targets(results: Iterable[Result]) -> list[str]:
     flags = {"--ttft-ms": "ttft_slo_ms", "--tpot-ms": "tpot_slo_ms"}
+    answered = [outcome for result in results for outcome in result.outcomes if outcome.ok]
     without = [
         flag
         for flag, name in flags.items()
-        if any(math.isinf(getattr(outcome, name)) for outcome in result.outcomes)
+        if any(math.isinf(getattr(outcome, name)) for outcome in answered)
     ]
-    if without:
-        said = f"it names no target; without {' and '.join(without)} every answer meets it"
-        print(f"note: {file}: {said}", file=sys.stderr)
+    if not without:
+        return []
+    return [f"it names no target; without {' and '.join(without)} every answer meets it"]
 
 
-def _results(file: Path, ttft_ms: float | None, tpot_ms: float | None) -> list[Result]:
+def _read(file: Path, targets: Targets, one_token_as_tool: bool) -> Reading:
     if not is_dump(file):
-        return read_results(file, Targets(ttft_ms, tpot_ms))
+        return read_results(file, targets, one_token_as_tool=one_token_as_tool)
     result = load(file)
     for outcome in result.outcomes:
-        outcome.ttft_slo_ms = ttft_ms or outcome.ttft_slo_ms
-        outcome.tpot_slo_ms = tpot_ms or outcome.tpot_slo_ms
-    return [result]
+        outcome.ttft_slo_ms, outcome.tpot_slo_ms = targets.of(
+            outcome.ttft_slo_ms, outcome.tpot_slo_ms
+        )
+    return Reading([result], [])
 
 
 if __name__ == "__main__":
