@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -26,8 +27,8 @@ SGLANG = "0.5.21"  # what ai-dynamo 1.6.1 pins
 FOLDER = Path(os.environ.get("KAIROS_DYNAMO_FOLDER") or ROOT / "out" / "dynamo")
 MODEL = "tiny"
 # The report that SGLang's own server shows in /server_info, as a route of the worker's.
-ROUTE = ("--engine-route", "kairos=get_internal_state:tm")
-READY_S = 240.0
+ROUTES = "kairos=get_internal_state:tm"
+READY_S = 400.0
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,14 @@ def dynamo(
         "DYN_DISCOVERY_BACKEND": "file",
         "DYN_FILE_KV": str(folder / "discovery"),
         "DYN_SGLANG_ENABLE_GENERATE": "true",
+        "DYN_SGLANG_ENGINE_ROUTES": ROUTES,
+        "KAIROS_CPU_START": "fork",  # or each of its children imports SGLang anew
         # Else decode is sent to this machine's outward address for the KV.
         "SGLANG_HOST_IP": "127.0.0.1",
         **env,
     }
     worker = ["--model-path", model, "--served-model-name", MODEL, "--host", "127.0.0.1"]
-    worker += ["--page-size", "1", "--enable-metrics", *ROUTE, *args]
+    worker += ["--page-size", "1", "--enable-metrics", *args]
     modes = {
         "prefill": ["--disaggregation-bootstrap-port", str(bootstrap), "--port", str(own[0])],
         "decode": ["--port", str(own[1])],
@@ -149,8 +152,12 @@ def _running(
 
 
 def _free_ports(count: int) -> list[int]:
+    """Dynamo reads the number of a worker's own port as a signed 16-bit one."""
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
+        found: list[int] = []
+        while len(found) < count:
+            one = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                one.bind(("127.0.0.1", random.randrange(20_000, 2**15)))
+                found.append(int(one.getsockname()[1]))
+        return found
