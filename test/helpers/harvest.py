@@ -94,17 +94,18 @@ def of_state() -> set[str]:
 
 
 def _closure(start: tuple[str, str]) -> set[str]:
-    nodes, seen, todo = _nodes(), set(), [start]
+    seen: dict[tuple[str, str], Node] = {}
+    todo = [start]
     while todo:
         here = todo.pop()
-        if here in seen or here not in nodes:
+        if here in seen or here not in _definitions():
             continue
         # The state belongs to the seam that makes it.
         if here == ("state", "KairosState") and start not in (here, ("state", "run_event_loop")):
             continue
-        seen.add(here)
-        todo += nodes[here].refers
-    return set().union(*(nodes[here].uses for here in seen))
+        seen[here] = _node(here)
+        todo += seen[here].refers
+    return set().union(*(node.uses for node in seen.values()))
 
 
 def uses_in(source: str) -> set[str]:
@@ -114,9 +115,15 @@ def uses_in(source: str) -> set[str]:
 
 
 @functools.cache
-def _nodes() -> dict[tuple[str, str], Node]:
+def _node(here: tuple[str, str]) -> Node:
+    return _read(here[0], *_definitions()[here])
+
+
+@functools.cache
+def _definitions() -> dict[tuple[str, str], tuple[list[ast.AST], dict[str, tuple[str, str]]]]:
+    """Every definition in the folder by module and name, and what names mean in its module."""
     return {
-        (path.stem, name): _read(path.stem, trees, imported)
+        (path.stem, name): (trees, imported)
         for path in sorted(ENGINE.glob("*.py"))
         if path.stem not in NO_HANDLERS
         for imported, defined in [_module(path)]

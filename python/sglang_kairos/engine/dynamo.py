@@ -119,13 +119,13 @@ def install(config: KairosConfig) -> None:
         return
     if problems := unknown_texts():
         listed = "\n".join(f"  - {problem}" for problem in problems)
-        if config.strict:
+        if config.strict == "on":
             raise SystemExit(
                 f"Kairos refuses to start: the installed Dynamo is not what it was checked against.\n"
                 f"{listed}\nWay out: install ai-dynamo 1.6.1, or set KAIROS_DYNAMO=off: requests then "
                 "all have the default SLO, and Kairos' metrics are missing."
             )
-        logger.warning("Kairos leaves this Dynamo alone (--kairos-strict off):\n%s", listed)
+        logger.warning("Kairos leaves this Dynamo alone (--kairos-strict seam):\n%s", listed)
         return
     worker = Worker(config.slo_table())
     for module in (DECODE_MODULE, PREFILL_MODULE):

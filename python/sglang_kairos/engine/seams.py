@@ -271,7 +271,6 @@ SEAMS: tuple[Seam, ...] = (
         target="sglang.srt.managers.scheduler_components.output_streamer:"
         "SchedulerOutputStreamer.stream_output",
         handler="sglang_kairos.engine.attainment:stream_output",
-        process="scheduler",
         why="whether a request got what it was promised is known where its tokens leave, and whoever "
         "was served passes here at its end",
         how="notes when each got its first and last token, judges who has ended",
