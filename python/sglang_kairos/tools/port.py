@@ -263,5 +263,5 @@ def _left(made: Plan, say: Callable[[str], object]) -> None:
         "left for a person:\n"
         f"    read the diffs of the texts that are new: {names}\n"
         "    a GPU: step times are not measured on a CPU as they are there\n"
-        "    docs/upstream.md, "Add a version", from step 3 on"
+        "    docs/upstream.md, Add a version, from step 3 on"
     )
