@@ -14,6 +14,7 @@ from sglang_kairos import other_sglang
 from sglang_kairos.config import ConfigError
 from sglang_kairos.engine import fingerprints
 from sglang_kairos.engine.seams import SEAMS
+from sglang_kairos.engine.sources import Finding, Survey
 from sglang_kairos.other_sglang import NoSuchSglang, first_on_path, folder_of
 from sglang_kairos.tools import doctor, patch
 
@@ -187,3 +188,22 @@ def test_another_sglang_goes_first_on_the_path(
     monkeypatch.setitem(sys.modules, "sglang", ModuleType("sglang"))
     with pytest.raises(NoSuchSglang, match="imported already"):
         other_sglang.use(str(folder))
+
+
+def test_texts_that_a_file_vouches_for_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mine.json"
+    monkeypatch.setenv("KAIROS_SEAMS", str(file))
+    found = Survey(NEWEST, [], [])
+    broken = doctor.about_vouched(found)
+    assert not broken.ok and str(file) in broken.headline
+    file.write_text("{}")
+    fine = doctor.about_vouched(found)
+    assert (fine.ok, fine.headline) == (True, f"0 texts by KAIROS_SEAMS={file}")
+    seam = SEAMS[0]
+    mine = Finding(seam, "same", "", None, "0" * 16, ("0.5.99",))
+    theirs = Finding(seam, "same", "", None, seam.fingerprints[NEWEST], (NEWEST,))
+    assert doctor.about_vouched(Survey(NEWEST, [theirs], [])).headline.startswith("0 texts")
+    named = doctor.about_vouched(Survey(NEWEST, [mine, theirs], []))
+    assert named.headline.startswith("1 texts") and named.details == (seam.target,)
