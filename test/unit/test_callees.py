@@ -31,6 +31,8 @@ EXCUSED = {
     "envs": "settings",
     "get_parallel": "settings",
     "app": "the FastAPI app",
+    "LogitsProcessorOutput": "a class that is only asked for a method",
+    "_scheduler_init_result": "what schedulers said when they came up, in Dynamo's worker",
 }
 OURS = ("_kairos", "__")
 ANOTHER = dict.fromkeys(SUPPORTED_VERSIONS, "another")
