@@ -171,7 +171,9 @@ def test_the_plugin_waits_for_dynamos_worker(
     waited: dict[str, Any] = {}
     monkeypatch.setattr(plugin, "when_imported", waited.__setitem__)
     monkeypatch.setattr(plugin, "active_config", KairosConfig)
-    monkeypatch.setattr(plugin, "survey", lambda: SimpleNamespace(problems=[], findings=[], vouched_for=[]))
+    monkeypatch.setattr(
+        plugin, "survey", lambda: SimpleNamespace(problems=[], findings=[], vouched_for=[])
+    )
     plugin.install()
     decode = there[dynamo.DECODE_MODULE]
     before = decode.apply_thinking_budget
