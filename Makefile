@@ -8,7 +8,7 @@ CHECKED := python test benchmark scripts
 
 .DEFAULT_GOAL := help
 .PHONY: help bootstrap demo results test test-all test-flags test-versions test-front-ends test-load-generators
-.PHONY: test-transfers lint format clean distclean
+.PHONY: test-dynamo test-transfers lint format clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,10 @@ test: lint ## lint, then unit, simulator, end-to-end and fault tests (TESTS=…,
 
 test-all: lint ## the same with the slow ones
 	@bash scripts/pytest.sh $(TESTS) $(PYTEST_ARGS)
+
+test-dynamo: bootstrap ## NVIDIA Dynamo's workers with Kairos, on the SGLang that it pins (5 min)
+	@bash scripts/dynamo.sh
+	@bash scripts/pytest.sh test/e2e/test_dynamo.py $(PYTEST_ARGS)
 
 test-flags: bootstrap ## SGLang's scheduling flags, all of them (an hour; KAIROS_FLAGS_SEED=…, PYTEST_ARGS="-k …")
 	@bash scripts/pytest.sh test/e2e/test_flags.py $(PYTEST_ARGS)

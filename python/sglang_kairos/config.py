@@ -95,6 +95,10 @@ class KairosConfig:
         "exactly what it gives, and says so (off: the same, its old name)",
         words={"on": "on", "seam": "seam", "off": "seam"},
     )
+    dynamo: bool = _setting(
+        True,
+        "in a worker of NVIDIA Dynamo: take the SLOs of its requests and show metrics on its port",
+    )
     order: bool = _setting(True, "order waiting prefills by urgency")
     pause: bool = _setting(
         True, "pause a chunked prefill at a chunk boundary for a more urgent request"

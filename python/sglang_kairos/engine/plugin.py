@@ -35,6 +35,7 @@ PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "kairos"
 HTTP_MODULE = "sglang.srt.entrypoints.http_server"
 SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 MOONCAKE_MODULE = "sglang.srt.disaggregation.mooncake.conn"
+DYNAMO_MODULE = "dynamo.sglang.init_llm"  # its workers have it before they make an engine
 
 
 @functools.cache
@@ -95,6 +96,13 @@ def install() -> None:
     for process, module in modules.items():
         seams = [seam for seam in kept if seam.process == process]
         when_imported(module, functools.partial(_wrap, seams))
+    when_imported(DYNAMO_MODULE, functools.partial(_into_dynamo, config))
+
+
+def _into_dynamo(config: KairosConfig) -> None:
+    from sglang_kairos.engine import dynamo
+
+    dynamo.install(config)
 
 
 def _kept(found: Survey) -> list[Seam]:

@@ -22,15 +22,7 @@ def run_http_server(
     **kwargs: Any,
 ) -> Any:
     """Seam of SGLang's HTTP server start: check the schedulers, put the SLO middleware in front."""
-    without = sum("kairos" not in info for info in scheduler_infos)
-    if without and "Scheduler.get_init_info" not in MISSING:
-        raise SystemExit(
-            f"Kairos refuses to serve: {without} of {len(scheduler_infos)} scheduler processes came "
-            "up without it, so they would schedule as stock SGLang. Look for the plugin's message in "
-            "the log above; start with --kairos off for stock scheduling."
-        )
-    if refused := features.why_not("serve", server_args):
-        raise SystemExit(refused)
+    refuse_to_serve(server_args, scheduler_infos)
     from sglang.srt.entrypoints.http_server import app
 
     token_ids = compat.finalizes_input_logprobs()
@@ -46,6 +38,19 @@ def run_http_server(
         *args,
         **kwargs,
     )
+
+
+def refuse_to_serve(server_args: Any, scheduler_infos: list[dict[str, Any]]) -> None:
+    """SystemExit where a scheduler came up without Kairos, or the server would drop SLOs."""
+    without = sum("kairos" not in info for info in scheduler_infos)
+    if without and "Scheduler.get_init_info" not in MISSING:
+        raise SystemExit(
+            f"Kairos refuses to serve: {without} of {len(scheduler_infos)} scheduler processes came "
+            "up without it, so they would schedule as stock SGLang. Look for the plugin's message in "
+            "the log above; start with --kairos off for stock scheduling."
+        )
+    if refused := features.why_not("serve", server_args):
+        raise SystemExit(refused)
 
 
 def facts_of(
