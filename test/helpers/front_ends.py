@@ -13,7 +13,7 @@ from typing import Any
 
 GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
 PATHS = {GENERATE: "generate", COMPLETIONS: "completions", CHAT: "chat"}
-ALL, NOTHING, REFUSED = "yes", "no", "refused"
+ALL, NOTHING = "yes", "no"
 
 DEFAULT_MS, DEFAULT_TPOT_MS = 900_000.0, 9000.0
 # Each way names a target of its own, so that one that arrives is known by it. Milliseconds.

@@ -15,7 +15,6 @@ from helpers.front_ends import (
     NOTHING,
     PAGE,
     PATHS,
-    REFUSED,
     WAYS,
     FrontEnd,
     Table,
@@ -26,7 +25,7 @@ from helpers.front_ends import (
 from sglang_kairos.slo_request import SLO_HEADERS
 
 ENDPOINTS = tuple(PATHS.values())
-LEGAL = {ALL, NOTHING, REFUSED} | {
+LEGAL = {ALL, NOTHING} | {
     ", ".join(some) for count in (1, 2) for some in combinations(ENDPOINTS, count)
 }
 ELSEWHERE = "[below](#dynamo)"  # another test measures it
