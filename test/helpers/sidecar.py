@@ -1,67 +1,84 @@
 """A stand-in for llm-d's sidecar before SGLang: body and headers go to both legs as they came.
 
-It adds the three bootstrap fields and answers with what decode says, as it comes. One thread a request.
+It adds the three bootstrap fields and answers with what decode says, as it comes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import http.client
 import json
 import random
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
+
+import aiohttp
+from aiohttp import web
 
 _HOP_BY_HOP = {"host", "content-length", "connection", "accept-encoding"}
 
 
-def handler_for(prefill: str, bootstrap_port: int, decode: str) -> type[BaseHTTPRequestHandler]:
-    """The request handler of a sidecar between these servers."""
-    host = urlsplit(prefill).hostname
+class Sidecar:
+    """Between one prefill and one decode server; usable on the event loop that called `start`."""
 
-    class Sidecar(BaseHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            """Says nothing."""
+    def __init__(self, prefill: str, bootstrap_port: int, decode: str) -> None:
+        self._prefill, self._decode = prefill, decode
+        host = urlsplit(prefill).hostname
+        self._bootstrap = {"bootstrap_host": host, "bootstrap_port": bootstrap_port}
 
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            body |= {"bootstrap_host": host, "bootstrap_port": bootstrap_port}
-            raw = json.dumps(body | {"bootstrap_room": random.getrandbits(62)}).encode()
-            other = threading.Thread(target=lambda: self.ask(prefill, raw)[1].read())
-            other.start()
-            connection, answer = self.ask(decode, raw)
-            self.send_response(answer.status)
-            self.send_header("content-type", answer.getheader("content-type", "text/plain"))
-            self.end_headers()
-            while piece := answer.read1(65536):
-                self.wfile.write(piece)
-                self.wfile.flush()
-            connection.close()
-            other.join()
+    async def start(self) -> int:
+        """Serves from now on; the port."""
+        self._session = aiohttp.ClientSession()
+        app = web.Application(client_max_size=2**26)
+        app.router.add_post("/{path:.*}", self._forward)
+        self._runner = web.AppRunner(app)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        return int(self._runner.addresses[0][1])
 
-        def ask(
-            self, server: str, raw: bytes
-        ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-            connection = http.client.HTTPConnection(urlsplit(server).netloc, timeout=120)
-            headers = {k: v for k, v in self.headers.items() if k.lower() not in _HOP_BY_HOP}
-            connection.request("POST", self.path, raw, headers)
-            return connection, connection.getresponse()
+    async def stop(self) -> None:
+        await self._runner.cleanup()
+        await self._session.close()
 
-    return Sidecar
+    async def _forward(self, request: web.Request) -> web.StreamResponse:
+        body = json.loads(await request.read()) | self._bootstrap
+        raw = json.dumps(body | {"bootstrap_room": random.getrandbits(62)}).encode()
+        headers = {k: v for k, v in request.headers.items() if k.lower() not in _HOP_BY_HOP}
+
+        async def prefill() -> None:
+            async with self._session.post(
+                self._prefill + request.path, data=raw, headers=headers
+            ) as leg:
+                await leg.read()
+
+        other = asyncio.create_task(prefill())
+        async with self._session.post(
+            self._decode + request.path, data=raw, headers=headers
+        ) as leg:
+            answer = web.StreamResponse(
+                status=leg.status, headers={"content-type": leg.content_type}
+            )
+            await answer.prepare(request)
+            async for piece in leg.content.iter_any():
+                await answer.write(piece)
+        await other
+        await answer.write_eof()
+        return answer
 
 
 @contextlib.contextmanager
 def sidecar(prefill: str, bootstrap_port: int, decode: str) -> Iterator[str]:
-    """Runs one; its URL."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler_for(prefill, bootstrap_port, decode))
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    """Runs one in a thread of its own; its URL."""
+    loop, runs = asyncio.new_event_loop(), Sidecar(prefill, bootstrap_port, decode)
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        port = asyncio.run_coroutine_threadsafe(runs.start(), loop).result(30)
+        yield f"http://127.0.0.1:{port}"
+        asyncio.run_coroutine_threadsafe(runs.stop(), loop).result(30)
     finally:
-        server.shutdown()
-        server.server_close()
+        loop.call_soon_threadsafe(loop.stop)
         thread.join()
+        loop.close()

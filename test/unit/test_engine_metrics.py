@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sglang_kairos.engine.metrics import EVERY_S, SchedulerMetrics
+from sglang_kairos.engine.metrics import EVERY_S, SchedulerMetrics, header_counter
 from sglang_kairos.predict.error import PredictError
 from sglang_kairos.slo_attainment import OUTCOMES, Verdict
 
@@ -115,6 +115,11 @@ def test_it_is_told_once_in_a_while(metrics: SchedulerMetrics) -> None:
 def test_the_page_for_3_a_m_names_what_there_is(metrics: SchedulerMetrics, repo_root: Path) -> None:
     from prometheus_client import REGISTRY
 
+    args = SimpleNamespace(disaggregation_mode="decode", served_model_name="m")
+    header_counter(args)("x-slo-ttft-ms clamped")
+    assert exported("slo_headers_adjusted_total") == {
+        "kairos_slo_headers_adjusted_totalclampeddecodemx-slo-ttft-ms": 1.0
+    }
     page = (repo_root / "docs" / "attainment.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`?(kairos_[a-z_]+)", page)) - {"kairos_router_slo_total"}
     there = {family.name for family in REGISTRY.collect()}

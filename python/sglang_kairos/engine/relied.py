@@ -128,7 +128,8 @@ ATTRIBUTES: Mapping[str, str] = {
     "server_args.allow_auto_truncate server_args.disaggregation_transfer_backend "
     "server_args.enable_pd_role_switch@0.5.21 server_args.num_reserved_decode_tokens "
     "server_args.page_size server_args.preferred_sampling_params server_args.disaggregation_mode "
-    "server_args.enable_hisparse sglang.srt.layers.logits_processor:LogitsProcessorOutput "
+    "server_args.enable_hisparse server_args.enable_metrics server_args.served_model_name "
+    "sglang.srt.layers.logits_processor:LogitsProcessorOutput "
     "logits.finalize_input_logprobs@0.5.21 tokenizer_manager.preferred_sampling_params "
     "tokenizer_manager.model_config tokenizer_manager.context_len",
     "Scheduler.run_event_loop": f"{STATE} scheduler.enable_priority_scheduling",
