@@ -7,7 +7,8 @@ RESULTS_ARGS ?=
 CHECKED := python test benchmark scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap demo results test test-all test-dynamo test-flags test-versions test-load-generators test-transfers lint format clean distclean
+.PHONY: help bootstrap demo results test test-all test-dynamo test-flags test-versions
+.PHONY: test-front-ends test-load-generators test-transfers lint format clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
@@ -28,7 +29,7 @@ test-all: lint ## the same with the slow ones
 	@bash scripts/pytest.sh $(TESTS) $(PYTEST_ARGS)
 
 test-dynamo: bootstrap ## NVIDIA Dynamo's workers with Kairos, on the SGLang that it pins (5 min)
-	@bash scripts/dynamo.sh
+	@bash scripts/beside.sh dynamo
 	@bash scripts/pytest.sh test/e2e/test_dynamo.py $(PYTEST_ARGS)
 
 test-flags: bootstrap ## SGLang's scheduling flags, all of them (an hour; KAIROS_FLAGS_SEED=…, PYTEST_ARGS="-k …")
@@ -36,6 +37,10 @@ test-flags: bootstrap ## SGLang's scheduling flags, all of them (an hour; KAIROS
 
 test-versions: lint ## every supported SGLang: seams, patches, identity (20 min; KAIROS_TEST_VERSIONS="0.5.19 …")
 	@bash scripts/versions.sh $(PYTEST_ARGS)
+
+test-front-ends: bootstrap ## real gateways before a pair; KAIROS_WRITE_TABLES=1 writes docs/front_ends.md (10 min)
+	@bash scripts/beside.sh front-ends
+	@bash scripts/pytest.sh test/e2e/test_front_ends.py $(PYTEST_ARGS)
 
 test-load-generators: bootstrap ## GuideLLM, aiperf, inference-perf and bench_serving on real pairs (6 min; installs 7 GB)
 	@bash scripts/beside.sh load-generators

@@ -43,9 +43,11 @@ def _setting(
     flag: str = "",
     low: float = -math.inf,
     high: float = math.inf,
+    words: Mapping[str, str] | None = None,
 ) -> Any:
     return dataclasses.field(
-        default=default, metadata={"help": help_text, "flag": flag, "low": low, "high": high}
+        default=default,
+        metadata={"help": help_text, "flag": flag, "low": low, "high": high, "words": words},
     )
 
 
@@ -87,8 +89,11 @@ class KairosConfig:
         low=0.0,
         high=LIMITS_MS["age_ms"][1],
     )
-    strict: bool = _setting(
-        True, "refuse to start when a touched SGLang function is missing or unknown; off only warns"
+    strict: str = _setting(
+        "on",
+        "when a touched SGLang function is missing or unknown: on refuses to start, seam runs without "
+        "exactly what it gives, and says so (off: the same, its old name)",
+        words={"on": "on", "seam": "seam", "off": "seam"},
     )
     dynamo: bool = _setting(
         True,
@@ -173,6 +178,8 @@ class KairosConfig:
                     raise ConfigError(f"{flag}: {wanted}, got {_shown(value)}")
             elif not isinstance(value, str):
                 raise ConfigError(f"{flag}: must be text, got {value!r}")
+            elif (words := item.metadata["words"]) and value not in words.values():
+                raise ConfigError(f"{flag}: must be {_any_of(words)}, got {value!r}")
 
     def slo_table(self) -> SloTable:
         """Default SLO, classes and the rest of `SloTable`; reads the files. ConfigError if unusable."""
@@ -270,9 +277,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             flag_of(item),
             dest=item.name,
             default=None,
-            metavar="on|off" if isinstance(item.default, bool) else item.name.upper(),
+            metavar=_metavar(item),
             help=item.metadata["help"].replace("%", "%%") + shown,
         )
+
+
+def _metavar(item: dataclasses.Field[Any]) -> str:
+    if words := item.metadata["words"]:
+        return "|".join(dict.fromkeys(words.values()))
+    return "on|off" if isinstance(item.default, bool) else item.name.upper()
+
+
+def _any_of(words: Mapping[str, str]) -> str:
+    return " or ".join(dict.fromkeys(words.values()))
 
 
 def _shown(value: Any) -> str:
@@ -289,14 +306,22 @@ def _to_text(value: Any) -> str:
     return f"{value:.17g}" if isinstance(value, float) else str(value)
 
 
+_SWITCH = dict.fromkeys(("on", "true", "1", "yes"), True)
+_SWITCH |= dict.fromkeys(("off", "false", "0", "no"), False)
+
+
 def _from_text(item: dataclasses.Field[Any], text: str) -> Any:
+    word = text.strip().lower()
     if isinstance(item.default, bool):
-        word = text.strip().lower()
-        if word in ("on", "true", "1", "yes"):
-            return True
-        if word in ("off", "false", "0", "no"):
-            return False
+        if word in _SWITCH:
+            return _SWITCH[word]
         raise ConfigError(f"{flag_of(item)}: must be on or off, got {text!r}")
+    if words := item.metadata["words"]:
+        if word in _SWITCH:
+            word = _to_text(_SWITCH[word])
+        if word in words:
+            return words[word]
+        raise ConfigError(f"{flag_of(item)}: must be {_any_of(words)}, got {text!r}")
     if isinstance(item.default, int | float):
         kind = type(item.default)
         try:
@@ -342,6 +367,8 @@ def _read_settings(path: str) -> dict[str, Any]:
         name = "enabled" if name == "kairos" else name
         if name not in items:
             raise ConfigError(f"{path}: unknown setting {key!r}; known: {', '.join(items)}")
+        if isinstance(value, bool) and items[name].metadata["words"]:
+            value = _to_text(value)
         settings[name] = _from_text(items[name], value) if isinstance(value, str) else value
         if isinstance(items[name].default, float) and type(settings[name]) is int:
             with contextlib.suppress(OverflowError):  # out of any range: refused as it stands

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from router_counts import counted
 
 from helpers.upstream import upstream_goodput
 from sglang_kairos.cluster import Cluster, ClusterSpec
@@ -36,6 +37,7 @@ def bench(url: str, model: str, out: Path, *more: str) -> dict[str, Any]:
     command += ["--dataset-name", "random-ids", "--num-prompts", str(PROMPTS)]
     command += ["--random-input-len", "600", "--random-output-len", "24"]
     command += ["--random-range-ratio", "0.2", "--request-rate", "8", "--seed", "1"]
+    command += ["--warmup-requests", "0"]
     command += ["--output-file", str(out), "--output-details", "--disable-tqdm", *more]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -46,10 +48,12 @@ def bench(url: str, model: str, out: Path, *more: str) -> dict[str, Any]:
 def test_the_table_of_a_run_agrees_with_upstreams_goodput(
     cluster: Cluster, tiny_model: str, tmp_path: Path
 ) -> None:
+    before = counted(cluster)
     record = bench(
         cluster.url, tiny_model, tmp_path / "bench.jsonl", "--goodput", "ttft:400", "tpot:25"
     )
     cluster.check()
+    seen = counted(cluster) - before
     metrics = from_bench_record(record, Targets()).metrics
     assert (metrics.sent, metrics.failed) == (PROMPTS, 0)
     # Its latency ends with the [DONE] line, ours with the last token: one request may flip.
@@ -66,6 +70,11 @@ def test_the_table_of_a_run_agrees_with_upstreams_goodput(
     assert metrics.ttft_p99_ms == pytest.approx(record["p99_ttft_ms"])
     # The [DONE] line's delay is shared by a handful of tokens: theirs is the larger.
     assert record["p99_tpot_ms"] - 5.0 < metrics.tpot_p99_ms < record["p99_tpot_ms"] + 0.1
+
+    # And with the router's counts, in front of which the client waits for its turn on two cores.
+    assert (seen.answers(), seen.answers("200")) == (PROMPTS, PROMPTS)
+    assert seen.met("ttft")[1] == seen.met("tpot")[1] == PROMPTS
+    assert -1.0 < record["mean_ttft_ms"] - seen.mean_ms("ttft") < 40.0 + seen.mean_ms("ttft")
 
     # At targets that half of the requests miss, whatever this machine's speed.
     ttft_ms = float(sorted(record["ttfts"])[PROMPTS // 2]) * 1e3

@@ -1,90 +1,42 @@
 """Load generators against a real pair: what `kairos report` makes of their files is what the router
 and the decode server counted.
 
-Bounds: counts are equal. A mean TTFT at the client is the router's and up to 40 ms more (its own
-connection, and on two cores it waits for its turn), a mean TPOT differs by 1 ms or a fifth at most.
+Bounds: counts are equal. A mean TTFT at the client is the router's and at most 40 ms and a third more
+(its own connection; and on two cores it waits for its turn), a mean TPOT differs by 1 ms or a fifth at
+most. Attainment differs by those whose time is that near to the target.
 """
 
 from __future__ import annotations
 
-import json
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
 import pytest
 from pd_client import trouble_in
-from prometheus_client.parser import text_string_to_metric_families
+from router_counts import Counted, counted
 
 from helpers.load_generators import TOOLS, Load
 from sglang_kairos.cluster import Cluster
 from sglang_kairos.cluster_layout import ClusterSpec
 from sglang_kairos.cpu.zygote import Zygote
-from sglang_kairos.tools.result_formats import Reading, read_results
+from sglang_kairos.tools.result_formats import Reading, known_tools, read_results
 from sglang_kairos.tools.result_outcomes import Targets
 
 PLAIN = Load(60, 4.0, output=16, spread=4, longest=32, ttft_ms=150.0, tpot_ms=12.0)
 # Longer answers than the servers' running time-out leaves time for; more at once than the router takes.
 TROUBLE = Load(48, 6.0, output=250, spread=400, longest=900, ttft_ms=5000.0, tpot_ms=500.0)
 RUNNING_TIMEOUT_S = 1.5
-ADDED_MS = 40.0
+LATER, LATER_MS = 1 / 3, 40.0
 TPOT_APART, TPOT_APART_MS = 0.2, 1.0
 
+pytestmark = pytest.mark.timeout(600)
 # In `make test` there is SGLang's own benchmark only, of which test_bench_goodput has a run.
 each_tool = pytest.mark.parametrize(
     "tool", [pytest.param(name, marks=pytest.mark.slow) for name in TOOLS]
 )
-
-
-@dataclass(frozen=True)
-class Counted:
-    """What router and decode server have counted so far."""
-
-    router: Counter[str]
-    served: Counter[str]
-
-    def __sub__(self, other: Counted) -> Counted:
-        return Counted(self.router - other.router, self.served - other.served)
-
-    def answers(self, status: str = "") -> int:
-        """Requests that the router answered, with this status; with any."""
-        return round(sum(n for name, n in self.router.items() if name.startswith(f"http {status}")))
-
-    def met(self, target: str) -> tuple[int, int]:
-        """Streams that met that target, and that had one to meet."""
-        met, missed = self.router[f"{target} yes"], self.router[f"{target} no"]
-        return round(met), round(met + missed)
-
-    def mean_ms(self, target: str) -> float:
-        return 1e3 * self.router[f"{target} sum"] / self.router[f"{target} count"]
-
-
-def counted(cluster: Cluster) -> Counted:
-    router: Counter[str] = Counter()
-    for family in text_string_to_metric_families(_get(cluster.url + "/metrics").decode()):
-        for sample in family.samples:
-            name = sample.name.removeprefix("kairos_router_")
-            if name == "requests_total":
-                router["http " + sample.labels["status"]] += sample.value  # type: ignore[assignment]
-            elif name == "overloaded_total":  # Whom it had no room for counts only here.
-                router["http 429"] += sample.value  # type: ignore[assignment]
-            elif name == "slo_total":
-                router[f"{sample.labels['target']} {sample.labels['met']}"] += sample.value  # type: ignore[assignment]
-            elif name in ("ttft_seconds_sum", "tpot_seconds_sum"):
-                router[f"{name[:4]} sum"] += sample.value  # type: ignore[assignment]
-            elif name in ("ttft_seconds_count", "tpot_seconds_count"):
-                router[f"{name[:4]} count"] += sample.value  # type: ignore[assignment]
-    state = json.loads(_get(cluster.decode_urls[0] + "/server_info"))["internal_states"][0]
-    return Counted(router, Counter(state["kairos"]["attainment"]["requests"]))
-
-
-def _get(url: str) -> bytes:
-    with urllib.request.urlopen(url, timeout=30) as answer:
-        found: bytes = answer.read()
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -139,20 +91,21 @@ def test_the_report_counts_and_measures_what_the_router_does(
     several = [outcome for outcome in outcomes if outcome.output_tokens > 1]
     assert seen.met("ttft")[1] == PLAIN.count
     assert seen.met("tpot")[1] == len(several)
-    # Whoever met a target at the client met it at the router, the few aside that are near it.
     ttft_ms = mean(outcome.ttft_ms for outcome in outcomes)
     tpot_ms = mean(outcome.tpot_ms for outcome in several)
     print(f"{tool}: TTFT {ttft_ms:.1f} / {seen.mean_ms('ttft'):.1f} ms, ", end="")
     print(f"TPOT {tpot_ms:.2f} / {seen.mean_ms('tpot'):.2f} ms, ", end="")
     print(f"met {sum(o.met_ttft for o in outcomes)} / {seen.met('ttft')[0]}, ", end="")
     print(f"{sum(o.met_tpot for o in several)} / {seen.met('tpot')[0]} of {PLAIN.count}")
-    assert -1.0 < ttft_ms - seen.mean_ms("ttft") < ADDED_MS
+    assert -1.0 < ttft_ms - seen.mean_ms("ttft") < LATER_MS + LATER * seen.mean_ms("ttft")
     assert tpot_ms == pytest.approx(seen.mean_ms("tpot"), rel=TPOT_APART, abs=TPOT_APART_MS)
-    near = [o for o in outcomes if abs(o.ttft_ms - PLAIN.ttft_ms) < 2 * ADDED_MS]
-    assert abs(sum(o.met_ttft for o in outcomes) - seen.met("ttft")[0]) <= len(near)
+    latest = PLAIN.ttft_ms + 2 * (LATER_MS + LATER * PLAIN.ttft_ms)
+    near = [one for one in outcomes if PLAIN.ttft_ms < one.ttft_ms <= latest]
+    missed_late = seen.met("ttft")[0] - sum(one.met_ttft for one in outcomes)
+    assert 0 <= missed_late <= len(near)
     room = 2 * max(TPOT_APART * PLAIN.tpot_ms, TPOT_APART_MS)
-    near = [o for o in several if abs(o.tpot_ms - PLAIN.tpot_ms) < room]
-    assert abs(sum(o.met_tpot for o in several) - seen.met("tpot")[0]) <= len(near)
+    near = [one for one in several if abs(one.tpot_ms - PLAIN.tpot_ms) < room]
+    assert abs(sum(one.met_tpot for one in several) - seen.met("tpot")[0]) <= len(near)
 
 
 @each_tool
@@ -179,7 +132,5 @@ def test_what_the_server_ended_and_the_router_refused_has_failed_in_the_report(
 
 
 def test_every_tool_is_read() -> None:
-    from sglang_kairos.tools.result_formats import known_tools
-
     names = {"bench": "sglang.benchmark.serving", "guidellm": "GuideLLM"}
     assert {names.get(tool, tool) for tool in TOOLS} == set(known_tools())

@@ -165,6 +165,25 @@ def test_a_bad_slo_is_a_400_that_names_it_at_router_and_servers(
     assert caught.value.code == 400
 
 
+def test_servers_and_router_count_headers_that_were_not_taken_as_written(cluster: Cluster) -> None:
+    """Straight at a server SGLang then refuses the request, which names no bootstrap room."""
+    odd = {"x-slo-ttft-ms": "0", "x-llm-d-slo-tpot-ms": "default", "x-request-start": "t=1"}
+    assert post(cluster.url + "/generate", native(), odd)[0] == 200
+    post(cluster.decode_urls[0] + "/generate", native(), odd)
+    for base in (cluster.url, cluster.decode_urls[0]):
+        request = urllib.request.Request(
+            base + "/metrics", headers={"authorization": "Bearer secret"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            lines = re.findall(r"slo_headers_adjusted_total{(.*)} 1.0", answer.read().decode())
+        told = {frozenset(re.findall(r'(?:action|header)="([^"]+)"', line)) for line in lines}
+        assert told == {
+            frozenset(("x-slo-ttft-ms", "clamped")),
+            frozenset(("x-llm-d-slo-tpot-ms", "ignored")),
+            frozenset(("x-request-start", "ignored")),
+        }
+
+
 def test_the_openai_client_streams_with_an_slo_in_extra_body(cluster: Cluster) -> None:
     client = openai.OpenAI(base_url=cluster.url + "/v1", api_key="secret")
     stream = client.chat.completions.create(

@@ -22,7 +22,7 @@ from helpers.trees import NEWEST, TESTED_VERSIONS, sglang_folder
 from sglang_kairos.cpu.zygote import Zygote
 from sglang_kairos.other_sglang import first_on_path
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 JOBS = long_tail_jobs(60, seed=5)
 DOOMED = doomed_jobs(6, 6, seed=8, span_s=3.0)

@@ -19,7 +19,8 @@ from sglang_kairos.predict.cache import KERNEL_SETTINGS
 ENGINE = Path(seams.__file__).parent
 # No handlers: the tables, what reads SGLang's source, and the installer.
 NO_HANDLERS = (
-    "callees fingerprints judge losses meanings on_import plugin relied seams sources upstream_ast"
+    "callees fingerprints judge losses meanings on_import plugin relied relied_meanings seams sources "
+    "trials upstream_ast"
 ).split()
 
 # Variables that hold SGLang's objects. ``module.name`` goes before a bare name.

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,10 +88,9 @@ def aiperf(url: str, model: str, load: Load, folder: Path) -> Path:
 
 
 def inference_perf(url: str, model: str, load: Load, folder: Path) -> Path:
-    def lengths(mean: int, spread: int, longest: int) -> dict[str, int]:
-        return {"type": "normal", "min": 1, "max": longest, "mean": mean, "std_dev": spread} | {  # type: ignore[dict-item]
-            "total_count": 2 * load.count
-        }
+    def lengths(mean: int, spread: int, longest: int) -> dict[str, Any]:
+        normal = {"type": "normal", "min": 1, "max": longest, "mean": mean, "std_dev": spread}
+        return normal | {"total_count": 2 * load.count}
 
     config = {
         "api": {

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 
@@ -59,6 +60,23 @@ def sglang_folder(version: str) -> Path:
     pytest.skip(
         f"SGLang {version} is not here: `python -m sglang_kairos.other_sglang {version}` installs it"
     )
+
+
+def changed_copy(folder: Path, version: str, changes: Mapping[str, tuple[str, str]]) -> Path:
+    """A folder for PYTHONPATH with that SGLang in links, and in some files one text for another."""
+    source, target = sglang_folder(version) / "sglang", folder / "sglang"
+    folders = {parent for name in changes for parent in Path(name).parents}
+    for here in sorted(folders):
+        (target / here).mkdir(parents=True, exist_ok=True)
+        for entry in (source / here).iterdir():
+            inner = here / entry.name
+            if inner not in folders and str(inner) not in changes and entry.name != "__pycache__":
+                (target / inner).symlink_to(entry)
+    for name, (old, new) in changes.items():
+        text = (source / name).read_text(encoding="utf-8")
+        assert old in text, f"{name} has no {old!r}"
+        (target / name).write_text(text.replace(old, new), encoding="utf-8")
+    return folder
 
 
 def patched_copy(source: Path, folder: Path, version: str) -> Path:

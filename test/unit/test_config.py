@@ -29,6 +29,7 @@ OTHER: dict[str, Any] = {
     "handoff_ms": 12.0,
     "chaos_seed": 11,
     "decision_log": "log.jsonl",
+    "strict": "seam",
 }
 
 
@@ -144,6 +145,35 @@ def test_help_shows_every_flag() -> None:
     add_flags(parser)
     shown = parser.format_help()
     assert all(flag_of(item) in shown for item in FIELDS.values())
+
+
+@pytest.mark.parametrize(
+    ("word", "strict"),
+    [
+        ("on", "on"),
+        ("true", "on"),
+        ("seam", "seam"),
+        ("SEAM", "seam"),
+        ("off", "seam"),
+        ("0", "seam"),
+    ],
+)
+def test_strictness_is_on_or_seam_and_off_is_the_old_name_of_seam(
+    word: str, strict: str, tmp_path: Path
+) -> None:
+    assert KairosConfig.load(["--kairos-strict", word], {})[0].strict == strict
+    path = tmp_path / "kairos.json"
+    path.write_text(json.dumps({"strict": word == "on"}))
+    assert KairosConfig.load(["--kairos-config", str(path)], {})[0].strict == (
+        "on" if word == "on" else "seam"
+    )
+
+
+def test_another_strictness_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--kairos-strict: must be on or seam, got 'maybe'"):
+        KairosConfig.load(["--kairos-strict", "maybe"], {})
+    with pytest.raises(ConfigError, match="--kairos-strict: must be on or seam, got 'off'"):
+        KairosConfig(strict="off")
 
 
 def test_priorities_get_their_classes_from_text_or_a_file(tmp_path: Path) -> None:

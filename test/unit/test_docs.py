@@ -54,6 +54,11 @@ PACKAGE = ROOT / "python" / "sglang_kairos"
 NOT_HERE = re.compile(r"(^|/)(out|OUT|INTO|build|shared)/|\.venv|0\.5\.24|…|^profile_export|\*")
 # Of git; and one that is put together.
 FLAGS_OF_OTHERS = {"zero-commit", "hard", "sigma-input", "sigma-output"}
+# smg's; GuideLLM's, aiperf's and inference-perf's.
+FLAGS_OF_OTHERS |= {"worker-overload-waiting-requests"}
+FLAGS_OF_OTHERS |= {"constraint", "data", "output", "profile", "ui", "artifact-dir", "config-file"}
+FLAGS_OF_OTHERS |= {"endpoint-type", "extra-inputs", "output-tokens-mean", "streaming"}
+FLAGS_OF_OTHERS |= {"request-count", "synthetic-input-tokens-mean"}
 EXTENSIONS = "py|md|json|jsonl|sh|txt|gz|png|toml|patch"
 
 

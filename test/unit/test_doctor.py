@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from helpers.trees import NEWEST, OLDEST, TESTED_VERSIONS, sglang_folder
+from helpers.trees import NEWEST, OLDEST, TESTED_VERSIONS, changed_copy, sglang_folder
 from sglang_kairos import other_sglang
 from sglang_kairos.config import ConfigError
 from sglang_kairos.engine import fingerprints
@@ -18,6 +18,7 @@ from sglang_kairos.other_sglang import NoSuchSglang, first_on_path, folder_of
 from sglang_kairos.tools import doctor, patch
 
 Printed = pytest.CaptureFixture[str]
+UNCHANGED = {"_version.py": ("__version__", "__version__")}
 
 
 @pytest.fixture(autouse=True)
@@ -25,29 +26,6 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plugin and runtime are this machine's own affair."""
     monkeypatch.setattr(doctor, "check_loadable", lambda: None)
     monkeypatch.setattr(doctor, "about_runtime", lambda: doctor.Check("runtime", True, "fine"))
-
-
-def damaged(folder: Path, version: str, changes: dict[str, tuple[str, str]]) -> Path:
-    """A copy of an SGLang, in links, with texts replaced in some files."""
-    source, target = sglang_folder(version) / "sglang", folder / "sglang"
-    (target / "srt").mkdir(parents=True)
-    for entry in (source / "srt").iterdir():
-        name = f"srt/{entry.name}"
-        if any(changed.startswith(f"{name}/") for changed in changes):
-            for path in entry.rglob("*.py"):
-                copy = target / path.relative_to(source)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                copy.symlink_to(path)
-        elif entry.name != "__pycache__":
-            (target / name).symlink_to(entry)
-    for name in ("__init__.py", "_version.py"):
-        (target / name).write_text((source / name).read_text())
-    for name, (old, new) in changes.items():
-        text = (target / name).read_text()
-        assert old in text
-        (target / name).unlink()
-        (target / name).write_text(text.replace(old, new))
-    return folder
 
 
 @pytest.mark.parametrize("version", TESTED_VERSIONS)
@@ -63,7 +41,7 @@ def test_a_supported_sglang_is_well(version: str, capsys: Printed) -> None:
 
 def test_what_moved_is_named_with_where_it_may_be_now(tmp_path: Path, capsys: Printed) -> None:
     policy, batch = "srt/managers/schedule_policy.py", "srt/managers/schedule_batch.py"
-    tree = damaged(
+    tree = changed_copy(
         tmp_path,
         "0.5.23",
         {
@@ -91,7 +69,7 @@ def test_a_change_that_touches_nothing_relied_on_is_said_and_shown(
 ) -> None:
     batch = "srt/managers/schedule_batch.py"
     signature = "def prepare_for_decode(self):"
-    tree = damaged(
+    tree = changed_copy(
         tmp_path, "0.5.23", {batch: (signature, f"{signature}\n        self.more = True")}
     )
     assert doctor.main(["--sglang", str(tree), "--diff"]) == 1
@@ -132,7 +110,7 @@ def test_a_build_is_read_as_setuptools_scm_writes_it(
     """A local part is the same source; a build before or after a release need not be."""
     old = "__version__ = version = '0.5.23'\n__version_tuple__ = version_tuple = (0, 5, 23)"
     new = f"__version__ = version = '{version}'\n__version_tuple__ = version_tuple = {parts}"
-    tree = damaged(tmp_path, "0.5.23", {"_version.py": (old, new)})
+    tree = changed_copy(tmp_path, "0.5.23", {"_version.py": (old, new)})
     assert patch.find_tree(tree).version == version
     assert doctor.main(["--sglang", str(tree)]) == 0
     text = capsys.readouterr().out
@@ -152,13 +130,13 @@ def test_versions_are_in_order() -> None:
 
 
 def test_an_unknown_version_with_known_functions_is_well(tmp_path: Path, capsys: Printed) -> None:
-    tree = damaged(tmp_path, "0.5.23", {"_version.py": ("0.5.23", "0.5.99")})
+    tree = changed_copy(tmp_path, "0.5.23", {"_version.py": ("0.5.23", "0.5.99")})
     assert doctor.main(["--sglang", str(tree)]) == 0
     assert "0.5.99 in " in (text := capsys.readouterr().out) and "runs as 0.5.23" in text
 
 
 def test_a_tree_without_a_version_is_judged_by_its_source(tmp_path: Path, capsys: Printed) -> None:
-    tree = damaged(tmp_path, "0.5.23", {})
+    tree = changed_copy(tmp_path, NEWEST, UNCHANGED)
     (tree / "sglang" / "_version.py").unlink()
     assert doctor.main(["--sglang", str(tree)]) == 0
     assert "does not say its version; taken for 0.5.23" in capsys.readouterr().out

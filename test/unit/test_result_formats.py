@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -10,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sglang_kairos.tools import report
+from sglang_kairos.tools.replay import Result
 from sglang_kairos.tools.result_bench import from_bench_record
 from sglang_kairos.tools.result_formats import Reading, read_results
 from sglang_kairos.tools.result_outcomes import ABORTED, Targets
@@ -329,7 +333,7 @@ def test_an_answer_of_one_token_counts_as_its_tool_counts_it(
     unjudged = single(targets=Targets(math.inf, math.inf))
     assert unjudged.met_ttft and unjudged.met_tpot, "no target, nothing to miss"
     text = "missed" if False in met else "no TPOT, which counts as met"
-    assert any("1 answers of one token" in note and text in note for note in recorded(tool).notes)
+    assert any("answers of one token (1)" in note and text in note for note in recorded(tool).notes)
 
 
 def test_aiperf_without_its_settings_cannot_tell_short_from_cut_off(tmp_path: Path) -> None:
@@ -405,3 +409,38 @@ def test_it_is_said_where_sglangs_benchmark_cannot_tell(
 ) -> None:
     notes = read_results(written(tmp_path / "b.jsonl", bench(**more)), TARGETS).notes
     assert any("look whole in this file" in note for note in notes) == blind
+
+
+def mutated(document: Any, data: st.DataObject) -> Any:
+    """`document` with one value, found at random, replaced by something that is none there."""
+    junk = st.sampled_from(
+        [None, "x", "", -1, 1e400, math.nan, True, [], {}, [None], [[1]], {"a": 1}]
+    )
+    if isinstance(document, dict) and document and data.draw(st.integers(0, 9)):
+        key = data.draw(st.sampled_from(sorted(document)))
+        return {**document, key: mutated(document[key], data)}
+    if isinstance(document, list) and document and data.draw(st.integers(0, 9)):
+        at = data.draw(st.integers(0, len(document) - 1))
+        return [mutated(one, data) if i == at else one for i, one in enumerate(document)]
+    return data.draw(junk)
+
+
+@pytest.mark.parametrize("tool", FILES)
+@given(data=st.data())
+@settings(max_examples=60)
+def test_a_damaged_file_is_read_or_refused_by_an_error_that_says_why(
+    tool: str, data: st.DataObject
+) -> None:
+    text = (RECORDED / FILES[tool]).read_text()
+    documents = (
+        [json.loads(line) for line in text.splitlines()]
+        if FILES[tool].endswith("jsonl")
+        else json.loads(text)
+    )
+    damaged = mutated(documents, data)
+    with tempfile.TemporaryDirectory() as folder:
+        path = written(Path(folder) / "damaged.json", json.dumps(damaged))
+        results: list[Result] = []
+        with contextlib.suppress(ValueError):  # and nothing else
+            results = read_results(path, TARGETS).results
+        assert all(0 <= result.metrics.e2e_attainment <= 1 for result in results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -10,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers.trees import TESTED_VERSIONS, sglang_folder
-from sglang_kairos.engine import fingerprints
+from helpers.trees import NEWEST, TESTED_VERSIONS, changed_copy, sglang_folder
+from sglang_kairos.engine import fingerprints, losses, plugin
 from sglang_kairos.engine.seams import SEAMS, SUPPORTED_VERSIONS, Seam
-from sglang_kairos.engine.sources import fingerprint, namesakes, survey, way_out
+from sglang_kairos.engine.sources import Texts, fingerprint, namesakes, survey, way_out
 
 SOURCE = '''
 class Scheduler:
@@ -134,44 +135,98 @@ def test_namesakes_of_a_lost_function_are_found_nearest_first(
 def test_the_message_names_the_function_and_the_way_out() -> None:
     text = way_out(["x:Y.z: SGLang has no such function"], "v9.9")
     oldest_to_newest = f"{SUPPORTED_VERSIONS[-1]} to {SUPPORTED_VERSIONS[0]}"
-    for part in ("x:Y.z", "v9.9", "--kairos off", "--kairos-strict off", oldest_to_newest):
+    for part in ("x:Y.z", "v9.9", "--kairos off", "--kairos-strict seam", oldest_to_newest):
         assert part in text
 
 
-def tree_with_renamed_function(folder: Path, file: str, old: str, new: str) -> Path:
-    """A view of the installed SGLang (links), one function of one file renamed."""
-    found = importlib.util.find_spec("sglang")
-    assert found is not None and found.submodule_search_locations
-    source, target = Path(next(iter(found.submodule_search_locations))), folder / "sglang"
-    parts = Path(file).parts
-    for depth in range(len(parts)):
-        here = Path(*parts[:depth])
-        (target / here).mkdir(parents=True, exist_ok=True)
-        for entry in (source / here).iterdir():
-            if entry.name != parts[depth] and entry.name != "__pycache__":
-                (target / here / entry.name).symlink_to(entry)
-    text = (source / file).read_text()
-    assert text.count(old) == 1
-    (target / file).write_text(text.replace(old, new))
-    return folder
+POLICY = "srt/managers/schedule_policy.py"
+RENAMED = {POLICY: ("def calc_priority(", "def compute_priority(")}
+INSTALL = """
+import logging
+logging.basicConfig(format="%(message)s")
+from sglang_kairos.engine.plugin import MISSING, install
+install()
+print(sorted(MISSING))
+"""
+
+
+def installing(tree: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    """The plugin's own start, without SGLang's."""
+    python = os.pathsep.join([str(tree), *filter(None, sys.path)])
+    env = {**os.environ, "PYTHONPATH": python, "KAIROS": "on", **settings}
+    command = [sys.executable, "-c", INSTALL]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
 @needs_sglang
 def test_a_renamed_upstream_function_stops_the_start_and_is_named(tmp_path: Path) -> None:
-    tree = tree_with_renamed_function(
-        tmp_path, "srt/managers/schedule_policy.py", "def calc_priority(", "def compute_priority("
-    )
-    code = "from sglang_kairos.engine.plugin import install; install()"
-    python = os.pathsep.join([str(tree), *filter(None, sys.path)])
-    env = {**os.environ, "PYTHONPATH": python, "KAIROS": "on"}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    tree = changed_copy(tmp_path, NEWEST, RENAMED)
+    run = installing(tree)
     assert run.returncode == 1
     assert "schedule_policy:SchedulePolicy.calc_priority: SGLang has no such function" in run.stderr
-    assert "--kairos off" in run.stderr
-    off = subprocess.run(
-        [sys.executable, "-c", code], env={**env, "KAIROS": "off"}, capture_output=True, text=True
-    )
+    assert "--kairos off" in run.stderr and "--kairos-strict seam" in run.stderr
+    off = installing(tree, KAIROS="off")
     assert off.returncode == 0, off.stderr
+
+
+@needs_sglang
+def test_a_seam_left_out_takes_with_it_what_depends_on_it_and_says_so(tmp_path: Path) -> None:
+    run = installing(changed_copy(tmp_path, NEWEST, RENAMED), KAIROS_STRICT="seam")
+    assert run.returncode == 0, run.stderr
+    wanted = ["PrefillAdder.add_one_req", "SchedulePolicy.calc_priority"]
+    wanted += ["SchedulePolicy.shortest_prefill_chunk_limit", "Scheduler.get_new_batch_prefill"]
+    assert run.stdout.strip() == str(wanted)
+    assert "SchedulePolicy.calc_priority: SGLang has no such function" in run.stderr
+    for name in wanted:
+        assert f"Kairos: lost without {name}: {losses.LOST[name]}" in run.stderr
+
+
+@needs_sglang
+def test_without_the_seam_that_makes_the_state_there_is_no_start(tmp_path: Path) -> None:
+    change = {"srt/managers/scheduler.py": ("def run_event_loop(", "def run_events(")}
+    run = installing(changed_copy(tmp_path, NEWEST, change), KAIROS_STRICT="off")
+    assert run.returncode == 1 and "refuses to start" in run.stderr
+    assert "Scheduler.run_event_loop: SGLang has no such function" in run.stderr
+
+
+@needs_sglang
+def test_texts_that_a_user_vouches_for_are_known_and_said(tmp_path: Path) -> None:
+    change = {POLICY: ("def calc_priority(\n", "def calc_priority(  # mine\n")}
+    tree = changed_copy(tmp_path / "tree", NEWEST, change)
+    target = "sglang.srt.managers.schedule_policy:SchedulePolicy.calc_priority"
+    (seam,) = (seam for seam in SEAMS if seam.target == target)
+    text, _ = Texts(tree / "sglang").of(seam)
+    assert text not in seam.fingerprints.values()
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({NEWEST: {"seams": {target: text}}}))
+    assert installing(tree).returncode == 1
+    run = installing(tree, KAIROS_SEAMS=str(file))
+    assert run.returncode == 0, run.stderr
+    assert f"texts vouched for by KAIROS_SEAMS={file}: {target}" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "No such file"),
+        ("{", "Expecting"),
+        ("[]", "must be an object with a column for each SGLang version"),
+        ('{"0.5.23": {"seam": {}}}', "0.5.23: must be an object with seams and relied_on"),
+        ('{"0.5.23": {"seams": {"a:b": "12"}}}', "seams.a:b: must be 16 hexadecimal digits"),
+    ],
+)
+def test_a_file_of_texts_that_is_none_stops_the_start(
+    content: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mine.json"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setenv("KAIROS_SEAMS", str(file))
+    with pytest.raises(SystemExit, match="refuses to start: KAIROS_SEAMS=") as refused:
+        plugin.install()
+    assert said in str(refused.value) and str(file) in str(refused.value)
+    fingerprints.table.cache_clear()
+    assert tuple(fingerprints.table()) == SUPPORTED_VERSIONS
 
 
 def test_every_seam_says_what_serves_in_a_version_that_has_none() -> None:

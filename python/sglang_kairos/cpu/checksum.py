@@ -30,4 +30,4 @@ def rows(address: int, length: int, indices: Any) -> bytes:
     if not len(indices) or not length:
         return b""
     table = (ctypes.c_uint8 * (length * (int(indices.max()) + 1))).from_address(address)
-    return np.frombuffer(table, np.uint8).reshape(-1, length)[indices].tobytes()
+    return np.frombuffer(memoryview(table), np.uint8).reshape(-1, length)[indices].tobytes()

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import sglang_kairos
-from sglang_kairos.engine import fingerprints, relied
+from sglang_kairos.engine import fingerprints, relied, relied_meanings
 from sglang_kairos.engine.callees import Callee
+from sglang_kairos.engine.meanings import Check, Delegates
 from sglang_kairos.engine.seams import SEAMS, SUPPORTED_VERSIONS, Seam
 from sglang_kairos.engine.sources import Texts
 from sglang_kairos.engine.upstream_ast import Signature, Tree
@@ -122,6 +123,8 @@ class Judge:
             return Verdict(seam, "as in", (), text, like, callees)
         if not like:
             faults += self._parameters(seam) + self._meaning(seam.target)
+        elif self._version not in self._versions:  # callers may have changed
+            faults += self._meaning(seam.target)
         faults += [
             f"{callee.qualname}: {fault}"
             for callee, print_, is_known in callees
@@ -158,9 +161,18 @@ class Judge:
                 yield f"{callee.qualname} is gone: {callee.taken}"
 
     def _meaning(self, target: str, callee: Callee | None = None) -> list[str]:
-        checks = [check for check in relied.MEANINGS if check.target == target]
+        checks: list[Check] = [
+            check for check in relied_meanings.MEANINGS if check.target == target
+        ]
         if callee is not None and not checks:
             return [f"changed, and must be as it was: {callee.taken}"]
+        known = {seam.qualname for seam in self._seams}
+        checks = [
+            replace(check, seams=tuple(name for name in check.seams if name in known))
+            if isinstance(check, Delegates)
+            else check
+            for check in checks
+        ]
         return [fault for check in checks for fault in check.faults(self.tree)]
 
     def _attributes(self, seam: Seam) -> tuple[list[str], list[str]]:

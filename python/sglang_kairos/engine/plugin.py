@@ -16,14 +16,20 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sglang_kairos.config import ConfigError, KairosConfig
+from sglang_kairos.engine import fingerprints, losses
+from sglang_kairos.engine.judge import Judge
 from sglang_kairos.engine.on_import import when_imported
 from sglang_kairos.engine.seams import Seam
-from sglang_kairos.engine.sources import survey, way_out
+from sglang_kairos.engine.sources import Survey, package_folder, survey, way_out
 
 logger = logging.getLogger(__name__)
 
 # How many seams are active in this process, by the way they came in.
 INSTALLED = {"hooks": 0, "tree": 0}
+# Seams that are left out in this process (``--kairos-strict seam``), by qualified name, and what is
+# lost with each; functions whose text only the file of KAIROS_SEAMS knows.
+MISSING: dict[str, str] = {}
+VOUCHED_FOR: list[str] = []
 
 PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "kairos"
 HTTP_MODULE = "sglang.srt.entrypoints.http_server"
@@ -68,23 +74,28 @@ def install() -> None:
     try:
         config = active_config()
         config.slo_table()
-    except ConfigError as error:
+        if config.enabled:
+            fingerprints.vouched()
+    except (ConfigError, fingerprints.TableError) as error:
         raise SystemExit(f"Kairos refuses to start: {error}") from None
     if not config.enabled:
         return
     found = survey()
-    if found.problems and config.strict:
+    if found.problems and config.strict == "on":
         raise SystemExit(way_out(found.problems, installed_sglang()))
-    for problem in found.problems:
-        logger.warning("Kairos runs without a seam (--kairos-strict off): %s", problem)
+    kept = _kept(found)
+    VOUCHED_FOR[:] = found.vouched_for
+    if VOUCHED_FOR:
+        named = f"{fingerprints.VOUCHED_FOR}={os.environ.get(fingerprints.VOUCHED_FOR)}"
+        logger.warning("Kairos: texts vouched for by %s: %s", named, ", ".join(VOUCHED_FOR))
     # In the main process none of these modules is there yet. It needs the scheduler's seams only to
     # hand them to children that are forked; spawned ones come through here with their module loaded.
     # Mooncake's comes where SGLang wants it: it is not installed everywhere, and imported early it
     # would have prometheus-client forget that there are several processes.
     modules = {"scheduler": SCHEDULER_MODULE, "http": HTTP_MODULE, "mooncake": MOONCAKE_MODULE}
     for process, module in modules.items():
-        seams = [seam for seam in found.usable if seam.process == process]
-        when_imported(module, functools.partial(_wrap, seams, config.strict))
+        seams = [seam for seam in kept if seam.process == process]
+        when_imported(module, functools.partial(_wrap, seams))
     when_imported(DYNAMO_MODULE, functools.partial(_into_dynamo, config))
 
 
@@ -92,6 +103,30 @@ def _into_dynamo(config: KairosConfig) -> None:
     from sglang_kairos.engine import dynamo
 
     dynamo.install(config)
+
+
+def _kept(found: Survey) -> list[Seam]:
+    """The seams to install; notes in `MISSING` what is lost with the others."""
+    MISSING.clear()
+    wanted = [finding.seam for finding in found.findings]
+    if not found.problems:
+        return wanted
+    unknown = {seam.qualname for seam in wanted} - {seam.qualname for seam in found.usable}
+    reasons = list(found.problems)
+    # Texts that are known may rely on what is known no more, as all of SGLang here is not.
+    package = package_folder()
+    for verdict in Judge(package, found.version).verdicts() if package else ():
+        if verdict.kind == "person" and verdict.seam in found.usable:
+            unknown.add(verdict.seam.qualname)
+            reasons.append(f"{verdict.seam.target}: {'; '.join(verdict.reasons)}")
+    MISSING.update(losses.missing((seam.qualname for seam in wanted), unknown))
+    if losses.START in MISSING:
+        raise SystemExit(way_out(reasons, installed_sglang()))
+    for reason in reasons:
+        logger.warning("Kairos runs without a seam (--kairos-strict seam): %s", reason)
+    for name, lost in MISSING.items():
+        logger.warning("Kairos: lost without %s: %s", name, lost)
+    return [seam for seam in wanted if seam.qualname not in MISSING]
 
 
 def _resolve(path: str) -> Any:
@@ -109,7 +144,7 @@ def _tree_seams() -> Any:
     return importlib.import_module("sglang.srt.kairos_seams")
 
 
-def _wrap(seams: Iterable[Seam], strict: bool) -> None:
+def _wrap(seams: Iterable[Seam]) -> None:
     """Install handlers: into a patched tree's own seams where it announces them, else by hooks."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -131,8 +166,6 @@ def _wrap(seams: Iterable[Seam], strict: bool) -> None:
         for target, function in stock.items()
         if _resolve(target) is function
     ]
-    if missing and strict:
+    if missing:
         raise SystemExit(way_out(missing, installed_sglang()))
-    for problem in missing:
-        logger.warning("Kairos runs without a seam (--kairos-strict off): %s", problem)
-    INSTALLED["hooks"] += len(stock) - len(missing)
+    INSTALLED["hooks"] += len(stock)

@@ -11,17 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from sglang_kairos.engine.meanings import (
-    BusyTime,
-    Check,
-    Decorated,
-    Flow,
-    Mentions,
-    Rebinds,
-    Sets,
-    Takes,
-)
-
 # Where the attributes of an object are defined: classes, ``module:*`` for all of a module's. A name in
 # brackets is a module that gives the object attributes from outside.
 _SRT = "sglang.srt"
@@ -64,6 +53,7 @@ OWNERS: Mapping[str, tuple[str, ...]] = {
     "parallel": (
         f"{_SRT}.runtime_context:*",
         f"{_SRT}.arg_groups.fields.parallel:*",
+        f"{_SRT}.server_args:ServerArgs",
         f"{_SRT}.distributed.parallel_state:*",
     ),
     "penalties": (f"{_SRT}.sampling.penaltylib.orchestrator:BatchedPenalizerOrchestrator",),
@@ -216,70 +206,6 @@ ATTRIBUTES: Mapping[str, str] = {
     "ScheduleBatch.prepare_for_decode": f"{_RUNNING} batch.filter_batch batch.forward_mode "
     "batch.input_ids batch.orig_seq_lens batch.out_cache_loc batch.seq_lens batch.seq_lens_sum",
 }
-
-_SCHEDULER = f"{_SRT}.managers.scheduler:Scheduler"
-_ADDER = f"{_SRT}.managers.schedule_policy:PrefillAdder"
-_BATCH = f"{_SRT}.managers.schedule_batch:ScheduleBatch"
-_SAMPLING = f"{_SRT}.sampling.sampling_batch_info:SamplingBatchInfo"
-_PREALLOC = f"{_SRT}.disaggregation.decode:DecodePreallocQueue"
-_REQUEUE = (
-    f"{_SRT}.disaggregation.prefill:"
-    "SchedulerDisaggregationPrefillMixin.optimistic_release_and_requeue"
-)
-_MATCHES = (
-    f"{_SRT}.mem_cache.common:match_kv_cache",
-    f"{_SRT}.managers.schedule_policy:match_prefix_for_req",
-)
-
-# What functions must mean: those wrapped, and those that handlers call or replace besides.
-MEANINGS: tuple[Check, ...] = (
-    BusyTime(f"{_SCHEDULER}._record_step_counters", "total_prefill_busy_us"),
-    Flow(
-        f"{_ADDER}.add_chunked_req",
-        "_rem_tokens",
-        (
-            "rem_chunk_tokens",
-            "rem_total_tokens",
-            "rem_swa_tokens",
-            "page_size",
-            "_get_dllm_remain_tokens",
-        ),
-    ),
-    Takes(f"{_PREALLOC}.pop_preallocated", 1, ("rids_to_check",)),
-    Mentions(
-        f"{_PREALLOC}.pop_preallocated", ("_resolve_pending_reqs", "_update_handshake_waiters")
-    ),
-    Mentions(f"{_BATCH}.retract_decode", ("_get_decode_retraction_order",)),
-    Takes(_REQUEUE, 2),
-    Mentions(
-        _REQUEUE,
-        (
-            "release_kv_cache",
-            "reset_for_retract",
-            "pending_bootstrap",
-            "waiting_queue",
-            "disagg_prefill_bootstrap_queue",
-        ),
-    ),
-    *(Mentions(target, ("num_matched_prefix_tokens",)) for target in _MATCHES),
-    Takes(_MATCHES[1], 2, ("include_req",)),
-    Takes(_MATCHES[0], 2),
-    Decorated(f"{_ADDER}._lock_node", "contextmanager"),
-    Takes(f"{_ADDER}._lock_node", 2),
-    Decorated(f"{_ADDER}.rem_total_tokens", "property"),
-    Mentions(
-        f"{_ADDER}.rem_total_tokens",
-        ("available_size", "evictable_size", "rem_total_token_offset"),
-    ),
-    Takes(f"{_ADDER}.ceil_paged_tokens", 2),
-    Sets(f"{_SCHEDULER}.run_batch", "_pending_chunked_abort_req", ("self.chunked_req",)),
-    Takes(f"{_PREALLOC}._resolve_pending_reqs", 1),
-    Takes(f"{_PREALLOC}._update_handshake_waiters", 1),
-    Decorated(f"{_BATCH}._get_decode_retraction_order", "staticmethod"),
-    Takes(f"{_BATCH}.filter_batch", 1, ("keep_indices",)),
-    Rebinds(f"{_BATCH}.filter_batch", ("filter_batch", "finished", "need_capture")),
-    Rebinds(f"{_SAMPLING}.filter_batch", ("filter", "items", "keys")),
-)
 
 
 @dataclass(frozen=True)

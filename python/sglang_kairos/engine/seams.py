@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sglang_kairos.engine import callees, fingerprints
+from sglang_kairos.engine import callees, fingerprints, losses
 from sglang_kairos.engine.callees import Callee, Function
 
 SUPPORTED_VERSIONS = tuple(fingerprints.table())  # newest first
@@ -45,6 +45,16 @@ class Seam(Function):
     known: Mapping[str, str] | None = None
 
     kind: ClassVar[fingerprints.Kind] = "seams"
+
+    @property
+    def lost(self) -> str:
+        """What is lost where it is left out (``--kairos-strict seam``)."""
+        return losses.LOST[self.qualname]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Seams, by qualified name, without which it is left out too."""
+        return losses.NEEDS.get(self.qualname, ())
 
 
 SEAMS: tuple[Seam, ...] = (

@@ -154,13 +154,19 @@ class Texts:
         return (text, "") if text else ("", "SGLang has no such function")
 
 
+def package_folder(name: str = "sglang") -> Path | None:
+    """The folder of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
 def _module_path(module: str, package: Path | None) -> Path | None:
     top, *rest = module.split(".")
+    package = package_folder(top) if package is None else package
     if package is None:
-        spec = importlib.util.find_spec(top)
-        if spec is None or not spec.submodule_search_locations:
-            return None
-        package = Path(next(iter(spec.submodule_search_locations)))
+        return None
     base = package.joinpath(*rest)
     for path in (base.with_suffix(".py"), base / "__init__.py"):
         if path.is_file():
@@ -241,6 +247,6 @@ def way_out(problems: Iterable[str], installed: str) -> str:
         f"Kairos refuses to start: the installed SGLang ({installed}) is not what it was checked "
         f"against.\n{listed}\n"
         f"Way out: install a supported SGLang ({versions}), or start with --kairos off (KAIROS=off) "
-        "for stock scheduling, or --kairos-strict off (KAIROS_STRICT=off) to run without the seams "
-        "named above at your own risk. `python -m sglang_kairos.tools.doctor` says more."
+        "for stock scheduling, or --kairos-strict seam (KAIROS_STRICT=seam) to run without exactly "
+        "what depends on the functions named above. `python -m sglang_kairos.tools.doctor` says more."
     )

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.engine import features
+from sglang_kairos.engine import features, losses
 from sglang_kairos.engine.decision_log import DecisionLog
 from sglang_kairos.engine.graphs import captured_sizes
 from sglang_kairos.engine.latest import LatestSteps
 from sglang_kairos.engine.metrics import SchedulerMetrics
-from sglang_kairos.engine.plugin import INSTALLED, active_config
+from sglang_kairos.engine.plugin import INSTALLED, MISSING, VOUCHED_FOR, active_config
 from sglang_kairos.engine.profile import Profile
 from sglang_kairos.engine.ranks import Clock, agreement
 from sglang_kairos.engine.request_state import RequestState, kv_tokens
@@ -49,7 +49,8 @@ class KairosState:
         self.planner = prefill_planner(config)
         self.roster = Roster(self.promise)
         self.starving: Any = None
-        self.cannot_pause = ", ".join(features.reasons("pause", scheduler))
+        reasons = [*features.reasons("pause", scheduler), *losses.cannot_pause(MISSING)]
+        self.cannot_pause = ", ".join(reasons)
         # A CPU runs the forward inside the launch; a GPU's launch returns at once.
         self.synchronous: bool = scheduler.device == "cpu"
         self.launched: Any = None
@@ -176,6 +177,8 @@ class KairosState:
             "counters": dict(self.counters),
             "last_request": {},
             "seams": dict(INSTALLED),
+            "lost": dict(MISSING),
+            "vouched_for": list(VOUCHED_FOR),
             "profile": self.profile.source,
             "profile_key": dataclasses.asdict(self.profile.key),
             "captured_sizes": self.captured_sizes,
@@ -210,7 +213,7 @@ def current() -> KairosState | None:
 def run_event_loop(original: Callable[..., Any], scheduler: Any) -> Any:
     """Seam of Scheduler.run_event_loop: set Kairos up, then serve."""
     global CURRENT
-    config = active_config()
+    config = losses.without(active_config(), MISSING)
     features.refuse_unsupported(scheduler)
     CURRENT = KairosState(scheduler, config)
     logger.info(

@@ -7,7 +7,7 @@ from typing import Any
 
 from sglang_kairos.engine import compat, features, http_slo
 from sglang_kairos.engine.metrics import header_counter
-from sglang_kairos.engine.plugin import active_config
+from sglang_kairos.engine.plugin import MISSING, active_config
 from sglang_kairos.request_checks import MOST_SAMPLES, RequestLimits
 
 
@@ -43,7 +43,7 @@ def run_http_server(
 def refuse_to_serve(server_args: Any, scheduler_infos: list[dict[str, Any]]) -> None:
     """SystemExit where a scheduler came up without Kairos, or the server would drop SLOs."""
     without = sum("kairos" not in info for info in scheduler_infos)
-    if without and active_config().strict:
+    if without and "Scheduler.get_init_info" not in MISSING:
         raise SystemExit(
             f"Kairos refuses to serve: {without} of {len(scheduler_infos)} scheduler processes came "
             "up without it, so they would schedule as stock SGLang. Look for the plugin's message in "

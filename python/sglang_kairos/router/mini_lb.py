@@ -84,7 +84,7 @@ class Balancer:
         path = CHAT if "messages" in body else COMPLETIONS if "prompt" in body else GENERATE
         fleet, prompt = self._fleet, describe(dict(body), path)
         try:
-            slo = request_slo(body, {}, self._table) or self._table.default
+            slo = request_slo(dict(body), {}, self._table) or self._table.default
         except SloError:
             slo = self._table.default  # the servers will answer 400
         request = PlacedRequest(

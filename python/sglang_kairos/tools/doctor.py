@@ -26,7 +26,7 @@ from sglang_kairos.engine.seams import SUPPORTED_VERSIONS, Seam
 from sglang_kairos.engine.sources import Survey, namesakes
 from sglang_kairos.engine.sources import survey as survey_seams
 from sglang_kairos.other_sglang import NoSuchSglang, folder_of
-from sglang_kairos.tools import patch, upstream_texts
+from sglang_kairos.tools import patch, port, upstream_texts
 
 BESIDE = ("torch", "transformers")  # what an SGLang most often quarrels with
 
@@ -66,8 +66,10 @@ def examine(where: str | None = None) -> Iterator[Check]:
 
 
 def verdicts_of(tree: patch.Tree, found: Survey) -> list[Verdict]:
-    """What a machine can tell of each seam in a tree."""
+    """What a machine can tell of each seam in a tree; nothing of a version that Kairos knows whole."""
     version = found.version if tree.version is None else fingerprints.release(tree.version)
+    if not found.problems and version in SUPPORTED_VERSIONS:
+        return []
     return Judge(tree.root, version).verdicts()
 
 
@@ -175,6 +177,8 @@ def about_seams(tree: patch.Tree, found: Survey, verdicts: list[Verdict]) -> Che
         details.append(f"as in v{version}: {', '.join(names)}")
     open_ = [one for one in found.findings if one.problem]
     changed = {one.seam.target for one in found.all if one.problem}
+    wrapped = {one.seam.target for one in found.findings}
+    changed |= {t for t in wrapped if t in of and of[t].kind == "person"}
     judged = [of[target] for target in sorted(changed) if target in of]
     harmless = [v.seam.qualname for v in judged if v.kind == "harmless" and not v.like]
     if harmless:
@@ -271,7 +275,28 @@ def main(argv: list[str] | None = None) -> int:
         help="show what changed in the functions that Kairos does not know (downloads the version "
         "to compare with where it is not here)",
     )
+    more = parser.add_argument_group("add a version", port.__doc__)
+    more.add_argument("--port", metavar="VERSION|TREE", help="add this SGLang to what Kairos knows")
+    more.add_argument("--version", default="", help="of a tree that does not say it")
+    more.add_argument("--dry-run", action="store_true", help="judge, write and start nothing")
+    more.add_argument(
+        "--write", default="", metavar="FILE", help="write a file for KAIROS_SEAMS instead"
+    )
+    more.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a seam that you have looked at",
+    )
+    more.add_argument("--no-identity", action="store_true", help="do not start a pair")
     args = parser.parse_args(argv)
+    if args.port:
+        return port.run(
+            port.Options(
+                args.port, args.version, args.dry_run, args.write, args.accept, not args.no_identity
+            )
+        )
     well = True
     for check in examine(args.sglang):
         print(check)

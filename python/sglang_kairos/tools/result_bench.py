@@ -28,7 +28,7 @@ def from_bench_record(record: Mapping[str, Any], targets: Targets) -> Result:
     whole = Entry("record", record)
     limits = targets.of(whole.number("goodput_slos_ms.ttft"), whole.number("goodput_slos_ms.tpot"))
     # Requests ignore end-of-sequence tokens unless told otherwise, which the file does not say.
-    owed = targets.owed(_least_asked(record), ignores_eos=True)
+    owed = targets.owed(_least_asked(whole), ignores_eos=True)
     outcomes = []
     for index, (ttft, itls, output, inputs, error) in enumerate(
         zip(*(record[name] for name in _DETAILS), strict=True)
@@ -62,7 +62,8 @@ def _check(record: Mapping[str, Any]) -> None:
     for name in _DETAILS:
         if not isinstance(record[name], list):
             raise ValueError(f"{name} must be a list, got {record[name]!r:.40}")
-    checked(record["duration"], "duration")
+    if checked(record["duration"], "duration") is None:
+        raise ValueError("duration must be a number, got None")
     counts = {name: len(record[name]) for name in _DETAILS}
     if len(set(counts.values())) > 1:
         raise ValueError(f"lists of different lengths: {counts}")
@@ -75,7 +76,8 @@ def _check(record: Mapping[str, Any]) -> None:
         if not isinstance(itls, list):
             raise ValueError(f"itls[{index}] must be a list, got {itls!r:.40}")
         for itl in itls:
-            checked(itl, f"itls[{index}]")
+            if checked(itl, f"itls[{index}]") is None:
+                raise ValueError(f"itls[{index}] must hold numbers, got None")
 
 
 def blind_bench(document: Any, path: Path) -> str:
@@ -88,11 +90,9 @@ def blind_bench(document: Any, path: Path) -> str:
     )
 
 
-def _least_asked(record: Mapping[str, Any]) -> int | None:
+def _least_asked(record: Entry) -> float | None:
     """The fewest tokens that any request of a run with random prompts asked for."""
-    longest, ratio = record.get("random_output_len"), record.get("random_range_ratio")
-    if not str(record.get("dataset_name", "")).startswith("random"):
+    if not str(record.get("dataset_name")).startswith("random"):
         return None
-    if not isinstance(longest, int | float) or not isinstance(ratio, int | float):
-        return None
-    return max(1, int(longest * ratio))
+    longest, ratio = record.number("random_output_len"), record.number("random_range_ratio")
+    return None if longest is None or ratio is None else max(1.0, longest * ratio)

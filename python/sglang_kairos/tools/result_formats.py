@@ -82,11 +82,11 @@ def _notes(tool: ResultFormat, outcomes: Sequence[Outcome]) -> Iterator[str]:
     single = sum(outcome.ok and outcome.output_tokens == 1 for outcome in outcomes)
     if single and (names := _missed(outcomes)):
         yield (
-            f"{single} answers of one token count as missed ({names}), as {tool.name} counts them; "
+            f"answers of one token ({single}) count as missed ({names}), as {tool.name} counts them; "
             "with --one-token met they do not"
         )
     elif single:
-        yield f"{single} answers of one token: no TPOT, which counts as met"
+        yield f"answers of one token ({single}) have no TPOT, which counts as met"
 
 
 def _missed(outcomes: Sequence[Outcome]) -> str:

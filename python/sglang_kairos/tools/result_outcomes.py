@@ -115,7 +115,7 @@ def outcome_of(
     `error`: why the tool says that it failed. `cut_off`: what the server said when it ended the
     answer inside a 200, whatever the tool made of it. `owed`: tokens that a whole answer has.
     """
-    tokens = int(output_tokens) if output_tokens and math.isfinite(output_tokens) else 0
+    tokens = _count(output_tokens)
     first = sent_s + ttft_s if ttft_s is not None and 0.0 < ttft_s < math.inf else 0.0
     if not error and not cut_off:
         if not tokens or not first:
@@ -128,7 +128,7 @@ def outcome_of(
         index,
         planned_s=sent_s,
         sent_s=sent_s,
-        input_tokens=int(input_tokens or 0),
+        input_tokens=_count(input_tokens),
         asked_tokens=owed or tokens,
         ttft_slo_ms=targets[0],
         tpot_slo_ms=targets[1],
@@ -140,6 +140,11 @@ def outcome_of(
         output_tokens=tokens if answered else 0,
         itls_ms=[1e3 * tpot_s] * (tokens - 1) if answered and tpot_s is not None else [],
     )
+
+
+def _count(value: float | None) -> int:
+    """Tokens; none where the number makes no sense."""
+    return int(value) if value is not None and 0 <= value < math.inf else 0
 
 
 def is_short(outcome: Outcome) -> bool:
