@@ -7,8 +7,8 @@ RESULTS_ARGS ?=
 CHECKED := python test benchmark scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap demo results test test-all test-dynamo test-flags test-versions
-.PHONY: test-front-ends test-load-generators test-transfers lint format clean distclean
+.PHONY: help bootstrap demo results test test-all test-flags test-versions test-front-ends test-load-generators
+.PHONY: test-dynamo test-transfers lint format clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
