@@ -29,7 +29,7 @@ test-all: lint ## the same with the slow ones
 	@bash scripts/pytest.sh $(TESTS) $(PYTEST_ARGS)
 
 test-dynamo: bootstrap ## NVIDIA Dynamo's workers with Kairos, on the SGLang that it pins (5 min)
-	@bash scripts/dynamo.sh
+	@bash scripts/beside.sh dynamo
 	@bash scripts/pytest.sh test/e2e/test_dynamo.py $(PYTEST_ARGS)
 
 test-flags: bootstrap ## SGLang's scheduling flags, all of them (an hour; KAIROS_FLAGS_SEED=…, PYTEST_ARGS="-k …")

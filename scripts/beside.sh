@@ -4,6 +4,7 @@
 #   scripts/beside.sh load-generators   an environment for each of requirements/load-generators-*.txt
 #   scripts/beside.sh front-ends        an environment for each of requirements/front-ends-*.txt
 #   scripts/beside.sh nixl              requirements/nixl.txt in a folder for PYTHONPATH
+#   scripts/beside.sh dynamo            requirements/dynamo.txt likewise, and the SGLang that it pins
 #
 #   KAIROS_PYTHON_312   a Python ≥ 3.12 (default: python3.13, python3.12 or python3, or pyenv's)
 set -euo pipefail
@@ -45,18 +46,23 @@ environments() {
 
 own_python() { printf '.venv/bin/python\n'; }
 
-nixl() {
-    cmp -s requirements/nixl.txt out/nixl/pins.txt && return
-    printf 'installing NIXL in out/nixl\n'
-    rm -rf out/nixl
-    .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --target out/nixl \
-        -r requirements/nixl.txt
-    cp requirements/nixl.txt out/nixl/pins.txt
+# folder NAME: what is pinned, and nothing of what it declares, in out/NAME.
+folder() {
+    cmp -s "requirements/$1.txt" "out/$1/pins.txt" && return
+    printf 'installing requirements/%s.txt in out/%s\n' "$1" "$1"
+    rm -rf "out/$1"
+    .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --target "out/$1" \
+        -r "requirements/$1.txt"
+    cp "requirements/$1.txt" "out/$1/pins.txt"
 }
 
 case ${1:-} in
     load-generators) environments load-generators python_312 ;;
     front-ends) environments front-ends own_python ;;
-    nixl) nixl ;;
-    *) fail "load-generators, front-ends or nixl, got '${1:-}'" ;;
+    nixl) folder nixl ;;
+    dynamo)
+        folder dynamo
+        .venv/bin/python -m sglang_kairos.other_sglang 0.5.21
+        ;;
+    *) fail "load-generators, front-ends, nixl or dynamo, got '${1:-}'" ;;
 esac

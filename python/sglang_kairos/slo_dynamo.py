@@ -64,7 +64,11 @@ def native_body(
     preferred: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The body `payload` of a native ``/generate`` with its SLO where SGLang carries it. SloError."""
-    body = {**_said(request), **payload}
+    body = dict(payload)
+    routing = request.get("routing")
+    # The frontend moves a body's priority there, and writes 0 where there is none.
+    if isinstance(routing, Mapping) and routing.get("priority"):
+        body["priority"] = routing["priority"]
     params = body.get("sampling_params")
     if isinstance(params, dict):  # the request may be sent again, and must say the same then
         body["sampling_params"] = dict(params)

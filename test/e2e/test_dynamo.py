@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -18,13 +19,28 @@ import pytest
 from pd_client import trouble_in
 
 from helpers.dynamo import FOLDER, MODEL, SGLANG, Dynamo, dynamo
+from helpers.front_ends import (
+    AGE_MS,
+    CHAT,
+    CLASSES,
+    COMPLETIONS,
+    DEFAULT_MS,
+    DEFAULT_TPOT_MS,
+    DYNAMO,
+    GENERATE,
+    PAGE,
+    PRIORITY_CLASSES,
+    WAYS,
+    Table,
+    Way,
+    cell,
+    renew,
+    table_of,
+)
 from helpers.trees import sglang_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
-CLASSES = {"chat": {"ttft_ms": 260_000, "tpot_ms": 2600}}
-DEFAULT = {"ttft_ms": 900_000.0, "tpot_ms": 9000.0, "name": "default"}
 ARGS = ("--chunked-prefill-size", "256")
 BLOCKER = 5000  # tokens of a prompt behind which others queue: seconds
 Send = tuple[str, dict[str, Any]]
@@ -46,11 +62,15 @@ def body_of(path: str, prompt: str, tokens: int, **more: Any) -> dict[str, Any]:
 
 
 async def ask(
-    session: aiohttp.ClientSession, url: str, send: Send, first: Callable[[], None] | None = None
+    session: aiohttp.ClientSession,
+    url: str,
+    send: Send,
+    first: Callable[[], None] | None = None,
+    headers: dict[str, str] | None = None,
 ) -> tuple[int, str]:
     """The status and the text of an answer; `first` is called at the first event of a stream."""
     path, body = send
-    async with session.post(url + path, json=body) as answer:
+    async with session.post(url + path, json=body, headers=headers) as answer:
         lines = []
         async for line in answer.content:
             if first is not None and line.startswith(b"data:"):
@@ -60,17 +80,22 @@ async def ask(
         return answer.status, "".join(lines)
 
 
-def ask_all(url: str, sends: list[Send]) -> list[tuple[int, str]]:
+def ask_all(
+    url: str, sends: list[Send], headers: dict[str, str] | None = None
+) -> list[tuple[int, str]]:
     async def run() -> list[tuple[int, str]]:
         limits = aiohttp.ClientTimeout(total=240.0)
         async with aiohttp.ClientSession(timeout=limits) as session:
-            return list(await asyncio.gather(*(ask(session, url, send) for send in sends)))
+            going = (ask(session, url, send, headers=headers) for send in sends)
+            return list(await asyncio.gather(*going))
 
     return asyncio.run(run())
 
 
-def ask_one(url: str, path: str, body: dict[str, Any]) -> tuple[int, str]:
-    return ask_all(url, [(path, body)])[0]
+def ask_one(
+    url: str, path: str, body: dict[str, Any], headers: dict[str, str] | None = None
+) -> tuple[int, str]:
+    return ask_all(url, [(path, body)], headers)[0]
 
 
 def tokens_of(path: str, text: str) -> Any:
@@ -131,10 +156,12 @@ def running(
     classes = tmp_path_factory.mktemp("dynamo") / "classes.json"
     classes.write_text(json.dumps(CLASSES))
     env = {
-        "KAIROS_TTFT_MS": str(DEFAULT["ttft_ms"]),
-        "KAIROS_TPOT_MS": str(DEFAULT["tpot_ms"]),
+        "KAIROS_TTFT_MS": str(DEFAULT_MS),
+        "KAIROS_TPOT_MS": str(DEFAULT_TPOT_MS),
         "KAIROS_SLO_CLASSES": str(classes),
-        "KAIROS_PRIORITY_CLASSES": "8=chat",
+        "KAIROS_PRIORITY_CLASSES": PRIORITY_CLASSES,
+        "KAIROS_AGE_HEADERS": "x-request-start,traceparent",
+        "KAIROS_MAX_AGE_MS": str(2 * AGE_MS),
     }
     logs = out_dir / "dynamo"
     with dynamo(sglang, tiny_model, logs, env=env, args=ARGS) as found:
@@ -152,41 +179,27 @@ def test_every_worker_has_kairos_and_no_token_changes(stock: list[Any], running:
     assert found == stock
 
 
-NVEXT = {"nvext": {"router": {"ttft_target": 120_000, "itl_target": 1200}}}
-HINT = {"nvext": {"agent_hints": {"priority": 9}}}
-WIRE = {"custom_params": {"kairos": {"ttft_ms": 150_000, "tpot_ms": 1500}}}
+def test_what_arrives_is_what_the_page_says(running: Dynamo) -> None:
+    """docs/front_ends.md has a column; with KAIROS_WRITE_TABLES=1 it is written."""
+
+    def arrives(way: Way, path: str) -> bool:
+        more, headers = way.say(path)
+        body = body_of(path, "Once upon", 2)
+        for key, value in more.items():
+            body[key] = {**body[key], **value} if key == "sampling_params" else value
+        status, text = ask_one(running.url, path, body, headers)
+        assert status in (200, 400), (way.name, path, text)
+        return status == 200 and all(way.arrived(last) for last in running.last_requests())
+
+    found = {way: {path: arrives(way, path) for path in DYNAMO.paths} for way in WAYS}
+    column = {way.name: cell(DYNAMO, found[way]) for way in WAYS}
+    if os.environ.get("KAIROS_WRITE_TABLES"):
+        renew(PAGE, DYNAMO.title, column)
+    assert column == Table.read(table_of(PAGE.read_text("utf-8"))).cells[DYNAMO.title]
+
+
 BODY = {"ttft_ms": 130_000, "tpot_ms": 1300}
-
-
-def targets(ttft_ms: float, tpot_ms: float, name: str = "default") -> dict[str, Any]:
-    return {"ttft_ms": float(ttft_ms), "tpot_ms": float(tpot_ms), "name": name}
-
-
-IN_CLASS = targets(260_000, 2600, "chat")
-
-
-@pytest.mark.parametrize(
-    ("path", "more", "seen"),
-    [
-        (CHAT, NVEXT, targets(120_000, 1200)),
-        (CHAT, {"nvext": {"router": {"ttft_target": 140_000.5}}}, targets(140_000.5, 9000)),
-        (CHAT, HINT, IN_CLASS),
-        (COMPLETIONS, HINT, IN_CLASS),
-        (GENERATE, {"sampling_params": {"max_new_tokens": 2, **WIRE}}, targets(150_000, 1500)),
-        (GENERATE, BODY, targets(130_000, 1300)),
-        (GENERATE, {"slo_class": "chat"}, IN_CLASS),
-        (CHAT, {}, DEFAULT),
-        (COMPLETIONS, {}, DEFAULT),
-        (GENERATE, {}, DEFAULT),
-    ],
-)
-def test_both_schedulers_see_what_a_request_says(
-    running: Dynamo, path: str, more: dict[str, Any], seen: dict[str, Any]
-) -> None:
-    status, text = ask_one(running.url, path, body_of(path, "Once upon", 2, **more))
-    assert status == 200, text
-    for last in running.last_requests():
-        assert {key: last[key] for key in seen} == seen
+WIRE = {"custom_params": {"kairos": {"ttft_ms": 150_000}}}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from sglang_kairos.other_sglang import first_on_path
 from sglang_kairos.processes import EXEC_WITH_PARENT, kill_session
 
 SGLANG = "0.5.21"  # what ai-dynamo 1.6.1 pins
-# Where scripts/dynamo.sh puts it.
+# Where scripts/beside.sh puts it.
 FOLDER = Path(os.environ.get("KAIROS_DYNAMO_FOLDER") or ROOT / "out" / "dynamo")
 MODEL = "tiny"
 # The report that SGLang's own server shows in /server_info, as a route of the worker's.
@@ -41,7 +41,8 @@ class Dynamo:
 
     def kairos(self) -> list[dict[str, Any]]:
         """Kairos' report of the prefill and of the decode worker; empty without it."""
-        return [_post(url + "/engine/kairos", {})[0].get("kairos", {}) for url in self.workers]
+        states = (_post(url + "/engine/kairos", {})["result"] for url in self.workers)
+        return [state[0].get("kairos", {}) for state in states]
 
     def last_requests(self) -> list[dict[str, Any]]:
         return [report["last_request"] for report in self.kairos()]

@@ -140,7 +140,7 @@ SGLANG_PLAIN = FrontEnd("sglang-router 0.3.2 before Kairos' router")
 SMG_PD = FrontEnd("smg 1.13.0, PD")
 SMG_PLAIN = FrontEnd("smg 1.13.0 before Kairos' router")
 LITELLM = FrontEnd("litellm 1.108.7 before Kairos' router", (COMPLETIONS, CHAT))
-DYNAMO = FrontEnd("Dynamo 1.6.1", (COMPLETIONS, CHAT))
+DYNAMO = FrontEnd("Dynamo 1.6.1")
 FRONT_ENDS = (
     *(STRAIGHT, ROUTER, SIDECAR, SGLANG_PD, SGLANG_PLAIN),
     *(SMG_PD, SMG_PLAIN, LITELLM, DYNAMO),

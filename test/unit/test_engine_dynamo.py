@@ -36,6 +36,7 @@ MODULES = (
     "dynamo.common.utils.prometheus",
 )
 CLOCK = 1.8e9
+SURVEY = SimpleNamespace(problems=[], usable=[], findings=[], vouched_for=[])
 
 
 @pytest.fixture
@@ -159,10 +160,9 @@ def test_an_unknown_dynamo_stops_the_start_or_is_left_alone(
         dynamo.install(KairosConfig())
     text = str(caught.value)
     assert target in text and f"{gone}: there is no such function" in text
-    assert "KAIROS_DYNAMO=off" in text
-    for config in (KairosConfig(strict="seam"), KairosConfig(dynamo=False)):
-        dynamo.install(config)
-        assert there[dynamo.DECODE_MODULE].native_generate_payload is before
+    assert "KAIROS_STRICT=seam" in text
+    dynamo.install(KairosConfig(strict="seam"))
+    assert there[dynamo.DECODE_MODULE].native_generate_payload is before
 
 
 def test_the_plugin_waits_for_dynamos_worker(
@@ -171,9 +171,7 @@ def test_the_plugin_waits_for_dynamos_worker(
     waited: dict[str, Any] = {}
     monkeypatch.setattr(plugin, "when_imported", waited.__setitem__)
     monkeypatch.setattr(plugin, "active_config", KairosConfig)
-    monkeypatch.setattr(
-        plugin, "survey", lambda: SimpleNamespace(problems=[], findings=[], vouched_for=[])
-    )
+    monkeypatch.setattr(plugin, "survey", lambda: SURVEY)
     plugin.install()
     decode = there[dynamo.DECODE_MODULE]
     before = decode.apply_thinking_budget

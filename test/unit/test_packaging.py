@@ -22,8 +22,8 @@ from sglang_kairos.other_sglang import NEEDS
 
 SETUP_EXTRAS = ("cpu", "dev", "sim", "tables")
 # Imported under these names without being installed under them.
-# By SGLang's CUDA wheels, the first also by sglang_kairos.cpu.
-PROVIDED_ELSEWHERE = {"sgl_kernel", "flashinfer"}
+# By SGLang's CUDA wheels, the first also by sglang_kairos.cpu; the last in Dynamo's own workers only.
+PROVIDED_ELSEWHERE = {"sgl_kernel", "flashinfer", "dynamo"}
 
 
 @pytest.fixture(scope="module")

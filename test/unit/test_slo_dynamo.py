@@ -50,6 +50,13 @@ def test_the_hint_of_the_frontend_has_a_class(priority: int) -> None:
     assert (found["class"], found["ttft_ms"], found["tpot_ms"]) == ("chat", 700.0, 50.0)
     body = native_body({"routing": {"priority": priority}}, {"text": "x"}, TABLE, NOW_MS)
     assert set(body) == {"text", "sampling_params"}
+    hint = {"text": "x", "nvext": {"router": {"ttft_target": 700}}}
+    body = native_body({"routing": {"priority": priority}}, hint, TABLE, NOW_MS)
+    assert body["sampling_params"]["custom_params"]["kairos"]["ttft_ms"] == 700.0
+    assert body["sampling_params"]["custom_params"]["kairos"]["class"] == "chat"
+    low = SloTable(TABLE.default, TABLE.classes, priorities=((0, "chat"),))
+    assert native_body({"routing": {"priority": 0}}, {"text": "x"}, low, NOW_MS) == {"text": "x"}
+    body = native_body({"routing": {"priority": priority}}, {"text": "x"}, TABLE, NOW_MS)
     assert body["sampling_params"]["custom_params"]["kairos"]["class"] == "chat"
 
 

@@ -36,6 +36,10 @@ _HANDLERS = "dynamo.sglang.request_handlers.llm"
 DECODE_MODULE, PREFILL_MODULE = f"{_HANDLERS}.decode_handler", f"{_HANDLERS}.prefill_handler"
 
 
+# Where Dynamo is unknown, its requests …
+_LOST = "all have the default SLO, and Kairos' metrics are missing"
+
+
 def _known(target: str, taken: str, **fingerprints: str) -> Callee:
     known = {version[1:].replace("_", "."): text for version, text in fingerprints.items()}
     return Callee(target, taken, known=known)
@@ -114,18 +118,15 @@ def _text(function: Callee) -> str:
 
 def install(config: KairosConfig) -> None:
     """Put Kairos into this worker; SystemExit where Dynamo is not one that it knows."""
-    if not config.dynamo:
-        logger.warning("Kairos: Dynamo's requests all have the default SLO (--kairos-dynamo off)")
-        return
     if problems := unknown_texts():
         listed = "\n".join(f"  - {problem}" for problem in problems)
         if config.strict == "on":
             raise SystemExit(
-                f"Kairos refuses to start: the installed Dynamo is not what it was checked against.\n"
-                f"{listed}\nWay out: install ai-dynamo 1.6.1, or set KAIROS_DYNAMO=off: requests then "
-                "all have the default SLO, and Kairos' metrics are missing."
+                "Kairos refuses to start: the installed Dynamo is not what it was checked against.\n"
+                f"{listed}\nWay out: install ai-dynamo 1.6.1, or set KAIROS_STRICT=seam: requests then "
+                f"{_LOST}."
             )
-        logger.warning("Kairos leaves this Dynamo alone (--kairos-strict seam):\n%s", listed)
+        logger.warning("Kairos leaves this Dynamo alone, requests %s:\n%s", _LOST, listed)
         return
     worker = Worker(config.slo_table())
     for module in (DECODE_MODULE, PREFILL_MODULE):
