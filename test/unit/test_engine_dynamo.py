@@ -161,7 +161,8 @@ def test_an_unknown_dynamo_stops_the_start_or_is_left_alone(
     text = str(caught.value)
     assert target in text and f"{gone}: there is no such function" in text
     assert "KAIROS_STRICT=seam" in text
-    dynamo.install(KairosConfig(strict="seam"))
+    for config in (KairosConfig(strict="seam"), KairosConfig(dynamo=False)):
+        dynamo.install(config)
     assert there[dynamo.DECODE_MODULE].native_generate_payload is before
 
 

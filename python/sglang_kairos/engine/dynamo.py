@@ -118,6 +118,8 @@ def _text(function: Callee) -> str:
 
 def install(config: KairosConfig) -> None:
     """Put Kairos into this worker; SystemExit where Dynamo is not one that it knows."""
+    if not config.dynamo:
+        return
     if problems := unknown_texts():
         listed = "\n".join(f"  - {problem}" for problem in problems)
         if config.strict == "on":
