@@ -119,6 +119,7 @@ def _text(function: Callee) -> str:
 def install(config: KairosConfig) -> None:
     """Put Kairos into this worker; SystemExit where Dynamo is not one that it knows."""
     if not config.dynamo:
+        logger.warning("Kairos: Dynamo's requests all have the default SLO (--kairos-dynamo off)")
         return
     if problems := unknown_texts():
         listed = "\n".join(f"  - {problem}" for problem in problems)
