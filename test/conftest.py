@@ -41,11 +41,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def not_drawn(items: Sequence[pytest.Item], seed: int) -> list[pytest.Item]:
-    """All but one of the parameter sets of each test marked so."""
+    """All but one of the parameter sets of each test marked so, or of the tests of a named group."""
     families: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("one_of"):
-            families.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        if marker := item.get_closest_marker("one_of"):
+            family = marker.args[0] if marker.args else item.nodeid.partition("[")[0]
+            families.setdefault(family, []).append(item)
     return [
         item
         for family in families.values()

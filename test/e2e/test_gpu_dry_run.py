@@ -14,6 +14,7 @@ import pytest
 from sglang_kairos.tools.replay import Metrics
 
 
+@pytest.mark.one_of("long and unlikely to break alone")
 @pytest.mark.timeout(280)
 def test_every_part_runs_and_reports_with_the_demos_keys(out_dir: Path, repo_root: Path) -> None:
     out = out_dir / "gpu-dry-run"

@@ -94,6 +94,7 @@ def test_the_policies_change_no_token_under_pressure_and_forced_retraction(
     assert not any(name.endswith("_errors") for name in (*prefill, *decode)), (prefill, decode)
 
 
+@pytest.mark.one_of("long and unlikely to break alone")
 def test_a_patched_tree_behaves_as_the_plugin(
     patched_tree: Path, tiny_model: str, stock: list[tuple[int, Any]], out_dir: Path
 ) -> None:
