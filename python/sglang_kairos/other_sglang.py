@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m sglang_kairos.other_sglang",
         description="Install SGLang versions beside the one in this environment.",
     )
-    parser.add_argument("versions", nargs="+", metavar="VERSION", help="such as 0.5.19")
+    parser.add_argument("versions", nargs="*", metavar="VERSION", help="such as 0.5.19")
     try:
         for version in parser.parse_args(argv).versions:
             print(f"SGLang {version}: {fetch(version)}")

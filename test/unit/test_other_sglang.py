@@ -56,6 +56,7 @@ def test_what_pip_cannot_get_leaves_nothing_behind(tmp_path: Path, pip: list[lis
         fetch("9.9.9", tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert other_sglang.main(["9.9.9"]) == 1
+    assert other_sglang.main([]) == 0, "a run of the newest alone needs no other"
 
 
 def test_every_version_is_drawn_in_turn() -> None:
