@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.engine.running import RunningTable
+from sglang_kairos.engine.state.running_table import RunningTable
 from sglang_kairos.policy.admission import Occupancy, QueueView, plan_admission
 from sglang_kairos.policy.decode_planner import DecodePlanner, RunningView
 from sglang_kairos.policy.packing import choose_step
-from sglang_kairos.predict.stay import Stay
-from sglang_kairos.predict.step_time import StepTimeModel
+from sglang_kairos.predict.decode_latency import StepTimeModel
+from sglang_kairos.predict.request_statistics import Stay
 
 SIZES = (16, 64, 256, 512, 2048)
 BOUND_US = {256: 100.0, 2048: 1000.0}

@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 
 from benchmark import demo
-from sglang_kairos.cluster import Cluster, ClusterError, ClusterSpec
+from sglang_kairos.cluster.run import Cluster, ClusterError, ClusterSpec
 from sglang_kairos.cpu.tiny_model import TinyModel, make_tiny_model
-from sglang_kairos.tools import report, traces
-from sglang_kairos.tools.replay import Result, failures, make_jobs, replay, run
+from sglang_kairos.loads import traces
+from sglang_kairos.loads.replay import Result, failures, make_jobs, replay, run
+from sglang_kairos.reports import report
 
 POLICIES: dict[str, tuple[bool | Mapping[str, Any], str]] = {
     "stock": (False, "fcfs"),

@@ -24,7 +24,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_kairos.cpu import runtime
-from sglang_kairos.engine.subset import SubsetView
+from sglang_kairos.engine.state.subset_view import SubsetView
 
 DEVICE = "meta"
 ROWS = 64

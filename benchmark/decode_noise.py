@@ -10,9 +10,9 @@ load (`benchmark.decode_cpu`). Its steps take what the law says times a disturba
 * whatever T: every step takes T ms on average, scattered with sigma 0.5, whoever is in it: no
   batch is shorter than another, and every request that sits out does so for nothing.
 
-Kairos learns from these steps (`sim.learnt`) and decides with stock, with no breaker, with one that
-opens wherever the mean error is above the limit, and with its own, which then asks whether steps
-follow the predictions (`predict.error`). Writes JSON under ``--out``.
+Kairos learns from these steps (`sim.calibrate.learnt`) and decides with stock, with no breaker,
+with one that opens wherever the mean error is above the limit, and with its own, which then asks
+whether steps follow the predictions (`predict.prediction_error`). Writes JSON under ``--out``.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from statistics import mean
 from typing import Any
 
 from benchmark import decode_cpu, demo
+from sglang_kairos.loads import traces
 from sglang_kairos.policy.decode_planner import DecodePlanner
-from sglang_kairos.predict.error import PredictError
-from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
-from sglang_kairos.sim.cluster import Setup
-from sglang_kairos.sim.decode import DecodeServer
-from sglang_kairos.sim.learnt import LearntCluster
-from sglang_kairos.sim.policies import POLICIES, Policy
-from sglang_kairos.sim.times import LawTimes, System
-from sglang_kairos.tools import traces
+from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.predict.prediction_error import PredictError
+from sglang_kairos.sim.baselines.policies import POLICIES, Policy
+from sglang_kairos.sim.calibrate.learnt import LearntCluster
+from sglang_kairos.sim.core.cluster import Setup
+from sglang_kairos.sim.core.decode import DecodeServer
+from sglang_kairos.sim.hardware.times import LawTimes, System
 
 # benchmark/decode_cpu.py's model on two busy cores: 8.5 ms, 0.55 ms a request, 1.1 us a KV token.
 DECODE_LAW = DecodeLaw(8.5e-3, 0.55e-3, 1.1e-6)

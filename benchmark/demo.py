@@ -33,13 +33,14 @@ from typing import Any
 import numpy as np
 import psutil
 
-from sglang_kairos.cluster import ROUTERS, Cluster, ClusterError, ClusterSpec
+from sglang_kairos.cluster.local_http import open_url
+from sglang_kairos.cluster.run import ROUTERS, Cluster, ClusterError, ClusterSpec
 from sglang_kairos.cpu import runtime as cpu_runtime
-from sglang_kairos.local_http import open_url
+from sglang_kairos.loads import traces
+from sglang_kairos.loads.replay import Result, failures, make_jobs, replay, run
 from sglang_kairos.other_sglang import NoSuchSglang, use
-from sglang_kairos.tools import report, traces
-from sglang_kairos.tools.patch import PatchError, find_tree
-from sglang_kairos.tools.replay import Result, failures, make_jobs, replay, run
+from sglang_kairos.reports import report
+from sglang_kairos.versions.patch import PatchError, find_tree
 
 KAIROS = "kairos"
 POLICIES = ("fcfs", "hrrn", "shortest-prefill-first", KAIROS)
@@ -455,7 +456,7 @@ def start_method(given: argparse.Namespace) -> Iterator[Any]:
     if given.start == "spawn":
         yield None
         return
-    from sglang_kairos.cluster import quiet_zygote
+    from sglang_kairos.cluster.run import quiet_zygote
 
     narrator("[setup]")("importing SGLang once for all servers (about 15 s)")
     with quiet_zygote(given.out / "zygote.log", given.router) as zygote:

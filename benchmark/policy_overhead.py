@@ -30,9 +30,10 @@ from typing import Any
 import numpy as np
 
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.engine import prefill, state
+from sglang_kairos.engine.hooks import prefill
+from sglang_kairos.engine.state import scheduler_state
 from sglang_kairos.policy.prefill_step import PrefillQueue, plan_prefill
-from sglang_kairos.predict.prefill_time import PrefillTimeModel
+from sglang_kairos.predict.prefill_latency import PrefillTimeModel
 
 SIZES = (100, 1_000, 10_000)
 TARGETS_MS = {1_000: 1.0, 10_000: 10.0}
@@ -101,7 +102,7 @@ def measure(count: int, repeat: int, seed: int) -> dict[str, list[float]]:
     rng = random.Random(seed)
     queue = [FakeReq(rng, i, age_s=5.0) for i in range(count)]
     scheduler = fake_scheduler(queue)
-    kairos = state.CURRENT = state.KairosState(scheduler, KairosConfig())
+    kairos = scheduler_state.CURRENT = scheduler_state.KairosState(scheduler, KairosConfig())
     kairos.prefill_time = PrefillTimeModel(1e-3, 1e-4, 1e-9)
     hrrn, module = upstream_hrrn()
     limit = module.WAITING_QUEUE_PREFIX_MATCH_MAX
@@ -157,7 +158,7 @@ def measure(count: int, repeat: int, seed: int) -> dict[str, list[float]]:
         module.WAITING_QUEUE_PREFIX_MATCH_MAX = 10**9
         clock("hrrn_unlimited", calc_priority)
         module.WAITING_QUEUE_PREFIX_MATCH_MAX = limit
-    state.CURRENT = None
+    scheduler_state.CURRENT = None
     assert len(scheduler.waiting_queue) == count and not kairos.counters["urgency_errors"]
     return took
 

@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from benchmark import demo
-from sglang_kairos.cluster import Cluster, ClusterError
-from sglang_kairos.tools import report, traces
-from sglang_kairos.tools.replay import Outcome, Result, make_jobs, replay, run
+from sglang_kairos.cluster.run import Cluster, ClusterError
+from sglang_kairos.loads import traces
+from sglang_kairos.loads.replay import Outcome, Result, make_jobs, replay, run
+from sglang_kairos.reports import report
 
 STOCK = ("fcfs", "lpm", "hrrn", "shortest-prefill-first")
 POLICIES = (*STOCK, demo.KAIROS)

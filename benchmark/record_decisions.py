@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmark import demo
-from sglang_kairos.cluster import Cluster
-from sglang_kairos.engine.decision_log import files_of
-from sglang_kairos.tools.replay import make_jobs, replay, run
-from sglang_kairos.tools.traces import Request
+from sglang_kairos.cluster.run import Cluster
+from sglang_kairos.engine.state.decision_log import files_of
+from sglang_kairos.loads.replay import make_jobs, replay, run
+from sglang_kairos.loads.traces import Request
 
 LOG_VARIABLE = "KAIROS_DECISION_LOG"
 TTFT_MS = (300.0, 1000.0, 4000.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from sglang_kairos.tools.report import Run, colours_of
+from sglang_kairos.reports.report import Run, colours_of
 
 KAIROS = "kairos"
 # What arXiv 2605.02329 reports against DistServe, on other traces and targets than ours.

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmark import results_page
-from sglang_kairos.sim.cluster import Setup
-from sglang_kairos.sim.grid import Cell, bound_available, bound_of, run_grid
-from sglang_kairos.sim.policies import POLICIES, Policy
-from sglang_kairos.sim.pool import Workers, usable_cores
-from sglang_kairos.sim.predictions import PredictionError
-from sglang_kairos.sim.times import SYSTEMS
-from sglang_kairos.tools import traces
-from sglang_kairos.tools.report import Run
+from sglang_kairos.loads import traces
+from sglang_kairos.reports.report import Run
+from sglang_kairos.sim.baselines.policies import POLICIES, Policy
+from sglang_kairos.sim.cli.grid import Cell, bound_available, bound_of, run_grid
+from sglang_kairos.sim.cli.pool import Workers, usable_cores
+from sglang_kairos.sim.core.cluster import Setup
+from sglang_kairos.sim.core.predictions import PredictionError
+from sglang_kairos.sim.hardware.times import SYSTEMS
 
 SYSTEM = "minimax-m2.5-h200-tp4"
 UPSTREAM = ("fcfs", "lpm", "hrrn", "shortest-prefill-first", "priority")

@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 
 from benchmark.echo_pd import Load, closed_loop, echo_servers, open_loop
-from sglang_kairos.local_http import open_url
+from sglang_kairos.cluster.local_http import open_url
 
 KAIROS, UPSTREAM = "kairos", "sglang_router --mini-lb"
 MODULES = {KAIROS: "sglang_kairos.launch_router", UPSTREAM: "sglang_router.launch_router"}
@@ -107,10 +107,10 @@ def placement_times() -> dict[str, float]:
 
     Every prefill server owes 20 prompts; the choice includes looking at each server's books.
     """
-    from sglang_kairos.router.call import PlacedRequest
-    from sglang_kairos.router.fleet import Fleet
+    from sglang_kairos.router.fleet.fleet import Fleet
+    from sglang_kairos.router.fleet.prefix_index import blocks_of
     from sglang_kairos.router.options import RouterOptions
-    from sglang_kairos.router.prefix import blocks_of
+    from sglang_kairos.router.request.context import PlacedRequest
 
     rng, found = random.Random(0), {}
     for servers in (4, 64, 128, 1000):

@@ -3,7 +3,7 @@
 SGLang stamps every request at each queue, and with ``--enable-request-time-stats-logging`` logs the
 durations once it is done; computing and sending of KV are one duration there, and nothing says when
 the request came. So the stamps themselves are written, at that very call: no decision changes. One
-JSON line per request, as `sglang_kairos.tools.stages` reads them, goes to ``<mode>-<pid>.jsonl`` in
+JSON line per request, as `sglang_kairos.reports.stages` reads them, goes to ``<mode>-<pid>.jsonl`` in
 the folder that `FOLDER_VARIABLE` names. Times are seconds of CLOCK_MONOTONIC.
 """
 

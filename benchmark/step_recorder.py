@@ -2,8 +2,8 @@
 
 For calibrating the simulator. It reads two clocks and changes no decision; it stops, and SGLang's
 own function is back in place, once the file `GATE` in the folder of `FOLDER_VARIABLE` is gone and
-one more step has run. Writes ``<mode>.jsonl`` there: one step a line (`sim.recording`), times in
-seconds of CLOCK_MONOTONIC, which all processes of a machine share.
+one more step has run. Writes ``<mode>.jsonl`` there: one step a line (`sim.calibrate.recording`),
+times in seconds of CLOCK_MONOTONIC, which all processes of a machine share.
 """
 
 from __future__ import annotations

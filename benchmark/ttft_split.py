@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmark import demo, stamp_recorder
-from sglang_kairos.cluster import Cluster, ClusterError, ClusterSpec
-from sglang_kairos.tools import report, stages, traces
-from sglang_kairos.tools.stages import Joined
+from sglang_kairos.cluster.run import Cluster, ClusterError, ClusterSpec
+from sglang_kairos.loads import traces
+from sglang_kairos.reports import report, stages
+from sglang_kairos.reports.stages import Joined
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@
 
 Each turn starts a fresh cluster with one policy and replays two traces of the same kind and load,
 open loop. The first is recorded step by step (`benchmark.step_recorder`) and calibrates the
-simulator: `sglang_kairos.sim.calibrate`. Then the recorder takes itself out, and the second trace,
-of another seed, is judged: its measured attainment against that of the simulator, which has seen
-nothing of it but the trace. Policies take turns forwards and backwards.
+simulator: `sglang_kairos.sim.calibrate.calibrate`. Then the recorder takes itself out, and the
+second trace, of another seed, is judged: its measured attainment against that of the simulator,
+which has seen nothing of it but the trace. Policies take turns forwards and backwards.
 
 *Drift* is how much longer prefill took in the judged replay than in the one calibrated on, by
 SGLang's own busy counter and for the work in each trace: what the machine changed in between is
@@ -31,13 +31,13 @@ import numpy as np
 
 from benchmark import demo
 from benchmark.step_recorder import FOLDER_VARIABLE, GATE
-from sglang_kairos.cluster import Cluster, ClusterError
-from sglang_kairos.local_http import open_url
-from sglang_kairos.sim import recording
-from sglang_kairos.sim.calibrate import Calibration, CalibrationError, calibrate
-from sglang_kairos.sim.policies import POLICIES
-from sglang_kairos.tools.replay import Result
-from sglang_kairos.tools.traces import Request
+from sglang_kairos.cluster.local_http import open_url
+from sglang_kairos.cluster.run import Cluster, ClusterError
+from sglang_kairos.loads.replay import Result
+from sglang_kairos.loads.traces import Request
+from sglang_kairos.sim.baselines.policies import POLICIES
+from sglang_kairos.sim.calibrate import recording
+from sglang_kairos.sim.calibrate.calibrate import Calibration, CalibrationError, calibrate
 
 ORDER = ("fcfs", demo.KAIROS)
 OTHER_SEED = 1000  # the calibration trace's, counted from the judged one's

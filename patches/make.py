@@ -2,7 +2,7 @@
 
     PYTHONPATH=python python patches/make.py --pristine DIR
 
-Fixes come from ``fixes.py``, seams from the table in `sglang_kairos.engine.seams`. Run it whenever
+Fixes come from ``fixes.py``, seams from the table in `sglang_kairos.engine.seams.table`. Run it whenever
 they or ``kairos_seams.py`` change; a test compares the result with the files.
 """
 
@@ -17,20 +17,9 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
-from sglang_kairos.engine.seams import SEAMS, SUPPORTED_VERSIONS, Seam
-from sglang_kairos.engine.sources import fingerprint
-from sglang_kairos.tools.patch import (
-    LAYOUT,
-    SEAMS_SOURCE,
-    Files,
-    PatchError,
-    Tree,
-    find_tree,
-    parse,
-    series,
-    supported_version,
-    survey,
-)
+from sglang_kairos.engine.seams.table import SEAMS, SUPPORTED_VERSIONS, Seam
+from sglang_kairos.engine.fingerprints.survey import fingerprint
+from sglang_kairos.versions.patch import LAYOUT, SEAMS_SOURCE, Files, PatchError, Tree, find_tree, parse, series, supported_version, survey
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER))

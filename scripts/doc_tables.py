@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sglang_kairos.engine.features import FEATURES, Action
-from sglang_kairos.engine.seams import SEAMS, Seam
+from sglang_kairos.engine.seams.table import SEAMS, Seam
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 MIXIN = "SchedulerDisaggregationPrefillMixin."

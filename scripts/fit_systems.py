@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Writes python/sglang_kairos/sim/data/systems.json: the simulator's built-in systems.
+"""Writes python/sglang_kairos/sim/hardware/data/systems.json: the simulator's built-in systems.
 
     pip install -e ".[tables]" && python scripts/fit_systems.py [--check]
 
-Step times come from aiconfigurator-core (`sglang_kairos.sim.estimator`), rounded to a microsecond;
-the laws are `predict.*.fit` of them on one grid for all models. --check writes nothing and fails if
-the file is not what would be written.
+Step times come from aiconfigurator-core (`sglang_kairos.sim.hardware.estimator`), rounded to a
+microsecond; the laws are `predict.*.fit` of them on one grid for all models. --check writes nothing
+and fails if the file is not what would be written.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from sglang_kairos.predict.laws import PrefillLaw
-from sglang_kairos.predict.prefill_time import PrefillTimeModel
-from sglang_kairos.predict.step_time import StepTimeModel
-from sglang_kairos.sim.estimator import MEMORY_FRACTION, Estimator
-from sglang_kairos.sim.times import captured_up_to
+from sglang_kairos.predict.decode_latency import StepTimeModel
+from sglang_kairos.predict.latency_model import PrefillLaw
+from sglang_kairos.predict.prefill_latency import PrefillTimeModel
+from sglang_kairos.sim.hardware.estimator import MEMORY_FRACTION, Estimator
+from sglang_kairos.sim.hardware.times import captured_up_to
 
-FILE = Path(__file__).parents[1] / "python/sglang_kairos/sim/data/systems.json"
+FILE = Path(__file__).parents[1] / "python/sglang_kairos/sim/hardware/data/systems.json"
 DATABASE = "0.5.14"
 CHUNK_TOKENS = 8192
 PREFIXES = (0, 1024, 4096, 8192, 16384, 32768, 65536, 98304, 131072)

@@ -14,11 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_kairos.engine import fingerprints, relied
-from sglang_kairos.engine.judge import Judge, Verdict, has
-from sglang_kairos.engine.seams import SEAMS, SUPPORTED_VERSIONS
-from sglang_kairos.engine.upstream_ast import Tree
-from sglang_kairos.tools.upstream_texts import package_of
+from sglang_kairos.engine.fingerprints import known_texts
+from sglang_kairos.engine.fingerprints.judge import Judge, Verdict, has
+from sglang_kairos.engine.fingerprints.upstream_ast import Tree
+from sglang_kairos.engine.seams import relied
+from sglang_kairos.engine.seams.table import SEAMS, SUPPORTED_VERSIONS
+from sglang_kairos.versions.upstream_texts import package_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results" / "porting.md"
 OLDEST_FIRST = tuple(reversed(SUPPORTED_VERSIONS))
@@ -132,7 +133,7 @@ def _few(names: list[str]) -> str:
 
 def main() -> int:
     """Writes the page."""
-    assert fingerprints.table()
+    assert known_texts.table()
     PAGE.write_text(page(list(steps())), encoding="utf-8")
     print(PAGE)
     return 0

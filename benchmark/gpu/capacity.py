@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from sglang_kairos.predict.laws import DecodeLaw
-from sglang_kairos.tools import traces
+from sglang_kairos.loads import traces
+from sglang_kairos.predict.latency_model import DecodeLaw
 
 
 def capacity_of(report: Mapping[str, Any], rows: Sequence[traces.Request], tpot_ms: float) -> float:
     """Requests per second whose steps, all of them in each, last just `tpot_ms`.
 
-    `report`: a `predict.laws.DecodeLaw` as a server reports it.
+    `report`: a `predict.latency_model.DecodeLaw` as a server reports it.
     As good as the law at that batch: it should have been learnt with about as many abreast.
     """
     outputs = np.array([row.output_tokens for row in rows], float)

@@ -20,13 +20,14 @@ import psutil
 from benchmark import demo
 from benchmark.gpu.capacity import capacity_of
 from benchmark.gpu.shape import IDENTITY, write_shape
-from sglang_kairos.cluster import Cluster, ClusterError, ClusterSpec
+from sglang_kairos.calibrate.server import FAKE_HOST, cadence
+from sglang_kairos.cluster.run import Cluster, ClusterError, ClusterSpec
 from sglang_kairos.cpu.tiny_model import make_tiny_model
-from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
-from sglang_kairos.predict.prefill_time import PrefillTimeModel
-from sglang_kairos.tools import report, traces
-from sglang_kairos.tools.profile_server import FAKE_HOST, cadence
-from sglang_kairos.tools.replay import Result, failures, make_jobs, replay, run
+from sglang_kairos.loads import traces
+from sglang_kairos.loads.replay import Result, failures, make_jobs, replay, run
+from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.predict.prefill_latency import PrefillTimeModel
+from sglang_kairos.reports import report
 
 Say = Callable[[str], None]
 SYSTEMS = ("stock", "kairos")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from sglang_kairos.tools.report import COLUMNS
+from sglang_kairos.reports.report import COLUMNS
 
 SHOWN = ("ttft_attainment", "tpot_attainment", "e2e_attainment", "goodput_rps")
 SHOWN += ("decode_tokens_per_s", "ttft_p99_ms", "tpot_p99_ms", "failed")

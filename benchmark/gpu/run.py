@@ -25,9 +25,9 @@ from benchmark import demo
 from benchmark.gpu import parts
 from benchmark.gpu.report_gpu import markdown
 from benchmark.gpu.shape import SHAPES
-from sglang_kairos.cluster import ClusterError, quiet_zygote
+from sglang_kairos.cluster.run import ClusterError, quiet_zygote
 from sglang_kairos.cpu import runtime as cpu_runtime
-from sglang_kairos.tools import report
+from sglang_kairos.reports import report
 
 PARTS = ("decode", "prefill", "pd", "identity")
 # The least that a part needs to be worth starting: its servers come up and each runs once.

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 # Name, module with a `main(argv)`, what it is for.
 TOOLS = {
-    "report": ("sglang_kairos.tools.report", "table of runs, from a load generator's files"),
-    "replay": ("sglang_kairos.tools.replay", "send a trace to a server or router, and measure"),
-    "doctor": ("sglang_kairos.tools.doctor", "would Kairos start on this SGLang?"),
-    "patch": ("sglang_kairos.tools.patch", "the seams as patches: list, check, apply, revert"),
-    "profile": ("sglang_kairos.tools.profile", "measure a server's steps"),
+    "report": ("sglang_kairos.reports.report", "table of runs, from a load generator's files"),
+    "replay": ("sglang_kairos.loads.replay", "send a trace to a server or router, and measure"),
+    "doctor": ("sglang_kairos.versions.doctor", "would Kairos start on this SGLang?"),
+    "patch": ("sglang_kairos.versions.patch", "the seams as patches: list, check, apply, revert"),
+    "calibrate": ("sglang_kairos.calibrate.cli", "measure a server's steps"),
     "sim": ("sglang_kairos.sim.__main__", "simulate a cluster; plan its size"),
 }
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_kairos.slo import (
+from sglang_kairos.slo.age import AGE_HEADERS, START_HEADERS, AgeRule
+from sglang_kairos.slo.targets import (
     LIMITS_MS,
     Slo,
     SloError,
@@ -27,7 +28,6 @@ from sglang_kairos.slo import (
     parse_classes,
     parse_priorities,
 )
-from sglang_kairos.slo_age import AGE_HEADERS, START_HEADERS, AgeRule
 
 FILE_FLAG, FILE_ENV = "--kairos-config", "KAIROS_CONFIG"
 

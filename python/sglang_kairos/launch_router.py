@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sglang_kairos.config import ConfigError, KairosConfig, add_flags
 from sglang_kairos.router.app import create_app
-from sglang_kairos.router.flags import build_parser
+from sglang_kairos.router.arguments import build_parser
 from sglang_kairos.router.options import OptionError, parse_options
 from sglang_kairos.router.serve import serve
 

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sglang_kairos.tools import patch
+from sglang_kairos.versions import patch
 
 # What runs beside the packages of requirements/constraints-cpu.txt, though it pins others, needs
 # nothing here. These register model names that the locked transformers has itself.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpers.trees import NEWEST, patched_copy, sglang_folder
-from sglang_kairos.cluster import Cluster
+from sglang_kairos.cluster.run import Cluster
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,10 +23,10 @@ from pd_client import (
     trouble_in,
 )
 
-from sglang_kairos.cluster import Cluster
-from sglang_kairos.cluster_layout import ClusterSpec
+from sglang_kairos.cluster.layout import ClusterSpec
+from sglang_kairos.cluster.run import Cluster
 from sglang_kairos.cpu.zygote import Zygote
-from sglang_kairos.engine.seams import SEAMS, SUPPORTED_VERSIONS
+from sglang_kairos.engine.seams.table import SEAMS, SUPPORTED_VERSIONS
 
 JOBS = long_tail_jobs(200, seed=7)
 DOOMED = doomed_jobs(24, 40, seed=8, span_s=9.0)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from sglang_kairos.cluster import Cluster, ClusterSpec
+from sglang_kairos.cluster.run import Cluster, ClusterSpec
 
 T = TypeVar("T")
 Counters = Counter[str]

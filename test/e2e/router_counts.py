@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from sglang_kairos.cluster import Cluster
+from sglang_kairos.cluster.run import Cluster
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any
 import orjson
 from prometheus_client.parser import text_string_to_metric_families
 
-from sglang_kairos.cluster import Cluster
-from sglang_kairos.tools.replay import Job, Outcome, replay
-from sglang_kairos.tools.traces import Request
+from sglang_kairos.cluster.run import Cluster
+from sglang_kairos.loads.replay import Job, Outcome, replay
+from sglang_kairos.loads.traces import Request
 
 KEY = {"authorization": "Bearer secret"}
 EASY, HARD = 60_000.0, 1.0  # milliseconds: nobody misses the one, nobody meets the other

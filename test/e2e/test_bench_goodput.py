@@ -14,10 +14,10 @@ import pytest
 from router_counts import counted
 
 from helpers.upstream import upstream_goodput
-from sglang_kairos.cluster import Cluster, ClusterSpec
+from sglang_kairos.cluster.run import Cluster, ClusterSpec
 from sglang_kairos.cpu.zygote import Zygote
-from sglang_kairos.tools.result_bench import from_bench_record
-from sglang_kairos.tools.result_outcomes import Targets
+from sglang_kairos.reports.bench_serving import from_bench_record
+from sglang_kairos.reports.outcomes import Targets
 
 PROMPTS = 40
 

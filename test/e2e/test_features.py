@@ -22,8 +22,8 @@ import pytest
 from answers import difference, send
 from pd_client import PdClient, again_if_stock_lost_one, trouble_in
 
-from sglang_kairos.cluster import Cluster
-from sglang_kairos.cluster_layout import ClusterSpec
+from sglang_kairos.cluster.layout import ClusterSpec
+from sglang_kairos.cluster.run import Cluster
 from sglang_kairos.cpu.zygote import Zygote
 
 RANDOM = {"chaos_seed": 21}

@@ -20,8 +20,8 @@ import pytest
 from flags import SETTINGS, Setting
 from pd_client import Counters, Job, PdClient, long_tail_jobs, stock_outputs, trouble_in
 
-from sglang_kairos.cluster import Cluster
-from sglang_kairos.cluster_layout import ClusterSpec
+from sglang_kairos.cluster.layout import ClusterSpec
+from sglang_kairos.cluster.run import Cluster
 from sglang_kairos.cpu.zygote import Zygote
 
 SEED = int(os.environ.get("KAIROS_FLAGS_SEED") or datetime.date.today().strftime("%Y%m%d"))

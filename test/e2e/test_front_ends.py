@@ -48,8 +48,8 @@ from helpers.front_ends import (
     table_of,
 )
 from helpers.sidecar import sidecar
-from sglang_kairos.cluster import Cluster
-from sglang_kairos.cluster_layout import ClusterSpec
+from sglang_kairos.cluster.layout import ClusterSpec
+from sglang_kairos.cluster.run import Cluster
 from sglang_kairos.cpu.zygote import Zygote
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_kairos.tools.replay import Metrics
+from sglang_kairos.loads.replay import Metrics
 
 
 @pytest.mark.one_of("long and unlikely to break alone")

@@ -19,11 +19,11 @@ from pd_client import trouble_in
 from router_counts import Counted, counted
 
 from helpers.load_generators import TOOLS, Load
-from sglang_kairos.cluster import Cluster
-from sglang_kairos.cluster_layout import ClusterSpec
+from sglang_kairos.cluster.layout import ClusterSpec
+from sglang_kairos.cluster.run import Cluster
 from sglang_kairos.cpu.zygote import Zygote
-from sglang_kairos.tools.result_formats import Reading, known_tools, read_results
-from sglang_kairos.tools.result_outcomes import Targets
+from sglang_kairos.reports.formats import Reading, known_tools, read_results
+from sglang_kairos.reports.outcomes import Targets
 
 PLAIN = Load(60, 4.0, output=16, spread=4, longest=32, ttft_ms=150.0, tpot_ms=12.0)
 # Longer answers than the servers' running time-out leaves time for; more at once than the router takes.

@@ -16,8 +16,8 @@ from answers import Rows, difference, send
 from pd_client import PdClient, again_if_stock_lost_one, trouble_in
 from safetensors.numpy import save_file
 
-from sglang_kairos.cluster import Cluster
-from sglang_kairos.cluster_layout import ClusterSpec
+from sglang_kairos.cluster.layout import ClusterSpec
+from sglang_kairos.cluster.run import Cluster
 from sglang_kairos.cpu.tiny_model import TinyModel
 from sglang_kairos.cpu.zygote import Zygote
 

@@ -15,7 +15,7 @@ from pd_client import Counters, doomed_jobs, stock_outputs
 
 from helpers.trees import NEWEST, changed_copy
 from sglang_kairos.cpu.zygote import Zygote
-from sglang_kairos.engine import losses
+from sglang_kairos.engine.seams import losses
 from sglang_kairos.other_sglang import first_on_path
 
 # The file, another text for the same function, and which seams are left out.

@@ -29,8 +29,8 @@ from pd_client import (
     trouble_in,
 )
 
-from sglang_kairos.cluster import Cluster
-from sglang_kairos.cluster_layout import ClusterSpec
+from sglang_kairos.cluster.layout import ClusterSpec
+from sglang_kairos.cluster.run import Cluster
 from sglang_kairos.cpu.zygote import Zygote
 
 SIZES = ("--chunked-prefill-size", "512", "--max-total-tokens", "49152")

@@ -11,8 +11,8 @@ import aiohttp
 import pytest
 from pd_client import PdClient, again_if_stock_lost_one, trouble_in
 
-from sglang_kairos.cluster import Cluster
-from sglang_kairos.cluster_layout import ClusterSpec
+from sglang_kairos.cluster.layout import ClusterSpec
+from sglang_kairos.cluster.run import Cluster
 from sglang_kairos.cpu.zygote import Zygote
 
 PROMPT, KV_TOKENS = 1400, 4096

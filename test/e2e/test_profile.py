@@ -1,4 +1,4 @@
-"""`tools.profile` on real servers: each part of a pair, then a unified server started from the file."""
+"""`calibrate.cli` on real servers: each part of a pair, then a unified server started from the file."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from pd_client import trouble_in
 
-from sglang_kairos.cluster import Cluster, ClusterSpec
-from sglang_kairos.cluster_layout import PortBook
+from sglang_kairos.calibrate import cli
+from sglang_kairos.cluster.layout import PortBook
+from sglang_kairos.cluster.run import Cluster, ClusterSpec
 from sglang_kairos.cpu.flags import with_server_flags
 from sglang_kairos.cpu.zygote import Zygote
-from sglang_kairos.predict.cache import Key, load_profile
-from sglang_kairos.tools import profile
+from sglang_kairos.predict.learnt_file import Key, load_profile
 
 BUDGET_S, MOST_S = 6, 48
 
@@ -38,7 +38,7 @@ def profiled(
     while True:
         words = ["--url", url, "--out", str(out), "--rows", str(rows), "--budget-s", str(budget_s)]
         begun = time.monotonic()
-        status = profile.main([*words, "--seed", "1"])
+        status = cli.main([*words, "--seed", "1"])
         assert time.monotonic() - begun < 4 * budget_s
         if status == 0:
             measured: dict[str, list[Any]] = json.loads(rows.read_text())
@@ -116,5 +116,5 @@ def test_a_server_that_is_not_there_is_named(
 ) -> None:
     port = PortBook().take().http
     url = f"http://127.0.0.1:{port}"
-    assert profile.main(["--url", url, "--out", str(tmp_path / "x.json")]) == 1
+    assert cli.main(["--url", url, "--out", str(tmp_path / "x.json")]) == 1
     assert url in capsys.readouterr().err

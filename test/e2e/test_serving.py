@@ -19,11 +19,11 @@ import pytest
 from pd_client import trouble_in
 from slo_load import Exported, clients_count, in_one_piece, mixed_jobs, send
 
-from sglang_kairos.cluster import Cluster
-from sglang_kairos.cluster_layout import ClusterSpec
+from sglang_kairos.cluster.layout import ClusterSpec
+from sglang_kairos.cluster.run import Cluster
 from sglang_kairos.cpu.flags import with_server_flags
 from sglang_kairos.cpu.zygote import Zygote
-from sglang_kairos.engine.metrics import EVERY_S
+from sglang_kairos.engine.state.metrics import EVERY_S
 
 
 @pytest.fixture(scope="module")

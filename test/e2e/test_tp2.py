@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from pd_client import Counters, doomed_jobs, long_tail_jobs, rounds_of, stock_outputs
 
-from sglang_kairos.cluster_layout import ClusterSpec
+from sglang_kairos.cluster.layout import ClusterSpec
 from sglang_kairos.cpu.zygote import Zygote
 
 # An all-reduce between two processes on shared cores costs more than this model's arithmetic.

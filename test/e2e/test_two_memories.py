@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pd_client import Job, PdClient, trouble_in
 
-from sglang_kairos.cluster import Cluster
-from sglang_kairos.cluster_layout import ClusterSpec
+from sglang_kairos.cluster.layout import ClusterSpec
+from sglang_kairos.cluster.run import Cluster
 from sglang_kairos.cpu.zygote import Zygote
 
 COUNT, PREFILL_KV, DECODE_KV = 48, 2500, 2000

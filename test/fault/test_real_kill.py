@@ -15,7 +15,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from sglang_kairos.cluster import Cluster, ClusterSpec
+from sglang_kairos.cluster.run import Cluster, ClusterSpec
 from sglang_kairos.cpu.zygote import Zygote
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.engine import prefill, state
-from sglang_kairos.predict.prefill_time import PrefillTimeModel
+from sglang_kairos.engine.hooks import prefill
+from sglang_kairos.engine.state import scheduler_state
+from sglang_kairos.predict.prefill_latency import PrefillTimeModel
 
 
 class Req:
@@ -62,14 +63,14 @@ def make_scheduler(waiting: list[Req], chunked: Req | None, mode: str = "prefill
     )
 
 
-def make_state(config: KairosConfig | None = None) -> state.KairosState:
+def make_state(config: KairosConfig | None = None) -> scheduler_state.KairosState:
     """A prefill state whose predictor knows 100 us a token."""
-    made = state.KairosState(make_scheduler([], None), config or KairosConfig())
+    made = scheduler_state.KairosState(make_scheduler([], None), config or KairosConfig())
     made.prefill_time = PrefillTimeModel(1e-3, 1e-4, 0.0)
     return made
 
 
-def pause(made: state.KairosState, *reqs: Any, since_s: float | None = None) -> None:
+def pause(made: scheduler_state.KairosState, *reqs: Any, since_s: float | None = None) -> None:
     """These half-done prefills sit out, since now if not said otherwise."""
     for req in reqs:
         made.promise(req).pause(made.now() if since_s is None else since_s)

@@ -13,22 +13,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sglang_kairos.engine import seams
-from sglang_kairos.predict.cache import KERNEL_SETTINGS
+from sglang_kairos.engine.seams import table
+from sglang_kairos.predict.learnt_file import KERNEL_SETTINGS
 
-ENGINE = Path(seams.__file__).parent
+ENGINE = Path(table.__file__).parents[1]
+PACKAGES = ("sglang_kairos.engine", "sglang_kairos.engine.hooks", "sglang_kairos.engine.state")
 # No handlers: the tables, what reads SGLang's source, and the installer.
-NO_HANDLERS = (
-    "callees fingerprints judge losses meanings on_import plugin relied relied_meanings seams sources "
-    "trials upstream_ast"
-).split()
+NO_HANDLERS = ("on_import", "plugin")
+FOLDERS = (ENGINE, ENGINE / "hooks", ENGINE / "state")
 
 # Variables that hold SGLang's objects. ``module.name`` goes before a bare name.
 THEIRS = set(
     (
         "adder batch before decode.plan e entry envs gone graphs kv manager model output owner queue "
         "recv_req reporter req r prefill.one result scheduler server_args args slot_req snapshot "
-        "subset.view tokenizer_manager AddReqResult BaseGrammarObject KVPoll LogitsProcessorOutput "
+        "subset_view.view tokenizer_manager AddReqResult BaseGrammarObject KVPoll LogitsProcessorOutput "
         "pool algorithm model_runner in_flight holder"
     ).split()
 )
@@ -47,13 +46,15 @@ OURS = set(
     (
         "CURRENT HTTPStatus Key RequestLimits SchedulerMetrics _LOST _MEMORIES abort active_config "
         "decision_log.record admission asked carried choice columns compat config copy counters "
-        "dataclasses dict dist ended error fcntl features file first found functools http_slo int "
-        "item itertools json kept key known kwargs last logger logging memory memory_of message "
-        "metric mine named.one named.text np operator orjson os parked path pickle plan planner "
-        "platform preferred promise random reqs rest roster row row_of self scheduler_infos scope set "
-        "state stay str table text through threading time torch type value values verdict view views "
-        "wire weakref watched len next getattr base chunks app name b more Counter gauge histogram "
-        "counter metrics text_ silences sum max min sorted list tuple id map"
+        "dataclasses dict dist ended error fcntl features file first found functools int item "
+        "itertools json kept key known kwargs last logger logging memory memory_of message metric "
+        "mine aborts.one aborts.text np operator orjson os parked path pickle plan planner platform "
+        "preferred promise random reqs rest roster row row_of self scheduler_infos scope set state "
+        "stay str table text through threading losses slo_middleware aborts prefill_step stamps "
+        "seams fingerprints tp_sync scheduler_state graph_sizes time torch type value values "
+        "verdict view views wire weakref watched len next getattr base chunks app name b more "
+        "Counter gauge histogram counter metrics text_ silences sum max min sorted list tuple id "
+        "map "
     ).split()
 )
 # Attributes of plain values: lists, dictionaries, texts, numbers, arrays, tensors.
@@ -65,8 +66,8 @@ PLAIN = set(
 
 # Modules that look attributes up by texts which they keep elsewhere, and what such a text looks like.
 PATHS = {
-    "named": re.compile(r"\w+_\w+(\.\w+)?"),
-    "ranks": re.compile(r"\w+_cpu_group"),
+    "aborts": re.compile(r"\w+_\w+(\.\w+)?"),
+    "tp_sync": re.compile(r"\w+_cpu_group"),
 }
 
 
@@ -90,7 +91,7 @@ def of_handler(handler: str) -> set[str]:
 
 def of_state() -> set[str]:
     """What the scheduler's state uses, which every handler has."""
-    return _closure(("state", "KairosState"))
+    return _closure(("scheduler_state", "KairosState"))
 
 
 def _closure(start: tuple[str, str]) -> set[str]:
@@ -101,7 +102,10 @@ def _closure(start: tuple[str, str]) -> set[str]:
         if here in seen or here not in _definitions():
             continue
         # The state belongs to the seam that makes it.
-        if here == ("state", "KairosState") and start not in (here, ("state", "run_event_loop")):
+        if here == ("scheduler_state", "KairosState") and start not in (
+            here,
+            ("scheduler_state", "run_event_loop"),
+        ):
             continue
         seen[here] = _node(here)
         todo += seen[here].refers
@@ -124,7 +128,8 @@ def _definitions() -> dict[tuple[str, str], tuple[list[ast.AST], dict[str, tuple
     """Every definition in the folder by module and name, and what names mean in its module."""
     return {
         (path.stem, name): (trees, imported)
-        for path in sorted(ENGINE.glob("*.py"))
+        for folder in FOLDERS
+        for path in sorted(folder.glob("*.py"))
         if path.stem not in NO_HANDLERS
         for imported, defined in [_module(path)]
         for name, trees in defined.items()
@@ -139,9 +144,9 @@ def _module(path: Path) -> tuple[dict[str, tuple[str, str]], dict[str, list[ast.
         if isinstance(node, ast.ImportFrom):
             folder, _, module = (node.module or "").rpartition(".")
             for alias in node.names:
-                if node.module == "sglang_kairos.engine":
+                if node.module in PACKAGES:
                     imported[alias.name] = (alias.name, "*")
-                elif folder == "sglang_kairos.engine":
+                elif folder in PACKAGES:
                     imported[alias.name] = (module, alias.name)
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
             defined.setdefault(node.name, []).append(node)

@@ -10,8 +10,8 @@ import numpy as np
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.policy.prefill_planner import PrefillPlanner, PrefillView
 from sglang_kairos.policy.prefill_step import PrefillPlan
-from sglang_kairos.predict.laws import PrefillLaw
-from sglang_kairos.predict.prefill_time import PrefillTimeModel
+from sglang_kairos.predict.latency_model import PrefillLaw
+from sglang_kairos.predict.prefill_latency import PrefillTimeModel
 
 WHOLE = ("tokens", "prefix")
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from sglang_kairos.engine.seams import SUPPORTED_VERSIONS
+from sglang_kairos.engine.seams.table import SUPPORTED_VERSIONS
 from sglang_kairos.other_sglang import NoSuchSglang, folder_of
-from sglang_kairos.tools import patch
+from sglang_kairos.versions import patch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NEWEST, *_BETWEEN, OLDEST = SUPPORTED_VERSIONS
@@ -87,7 +87,7 @@ def patched_copy(source: Path, folder: Path, version: str) -> Path:
         for entry in source.iterdir():  # what that version needs beside it
             if entry.is_symlink():
                 (folder / entry.name).symlink_to(entry.resolve())
-    command = [sys.executable, "-m", "sglang_kairos.tools.patch", "apply"]
+    command = [sys.executable, "-m", "sglang_kairos.versions.patch", "apply"]
     command += ["--tree", str(folder / "sglang"), "--version", version]
     subprocess.run(command, check=True)
     return folder

@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
-from sglang_kairos.sim.bound import Bound, share_of_bound, ttft_bound
-from sglang_kairos.sim.bound_solve import by_intervals, in_order, most_on_time
-from sglang_kairos.sim.bound_work import Jobs, charge, floor_law
-from sglang_kairos.sim.cluster import Cluster, Setup
-from sglang_kairos.sim.policies import POLICIES
-from sglang_kairos.sim.tables import StepTable, TableTimes
-from sglang_kairos.sim.times import LawTimes, System
-from sglang_kairos.tools.traces import Request
+from sglang_kairos.loads.traces import Request
+from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.sim.baselines.policies import POLICIES
+from sglang_kairos.sim.bound.bound import Bound, share_of_bound, ttft_bound
+from sglang_kairos.sim.bound.solve import by_intervals, in_order, most_on_time
+from sglang_kairos.sim.bound.work import Jobs, charge, floor_law
+from sglang_kairos.sim.core.cluster import Cluster, Setup
+from sglang_kairos.sim.hardware.tables import StepTable, TableTimes
+from sglang_kairos.sim.hardware.times import LawTimes, System
 
 pytest.importorskip("scipy")
 
@@ -118,7 +118,7 @@ def test_one_job_cannot_use_two_servers_at_once() -> None:
 def test_widening_windows_only_raises_the_bound(table: list[tuple[float, float, float]]) -> None:
     jobs = jobs_of(*table)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sglang_kairos.sim.bound_solve.MAX_PAIRS", 2 * len(table))
+        patch.setattr("sglang_kairos.sim.bound.solve.MAX_PAIRS", 2 * len(table))
         bound, found = by_intervals(jobs, 1, 10.0)
     assert bound >= by_trying_all(table) >= found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_kairos.sim.cache import PrefixCache
+from sglang_kairos.sim.core.prefix_cache import PrefixCache
 
 
 def test_what_was_inserted_is_found_as_far_as_it_agrees() -> None:

@@ -9,10 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
-from sglang_kairos.sim.calibrate import Calibration, CalibrationError, Machine, Pace, calibrate
-from sglang_kairos.sim.policies import POLICIES
-from sglang_kairos.sim.recording import (
+from sglang_kairos.loads.replay import OK, Outcome
+from sglang_kairos.loads.traces import Request, long_tail
+from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.sim.baselines.policies import POLICIES
+from sglang_kairos.sim.calibrate.calibrate import (
+    Calibration,
+    CalibrationError,
+    Machine,
+    Pace,
+    calibrate,
+)
+from sglang_kairos.sim.calibrate.recording import (
     DecodeStep,
     PrefillStep,
     Recording,
@@ -20,8 +28,6 @@ from sglang_kairos.sim.recording import (
     delays,
     read_record,
 )
-from sglang_kairos.tools.replay import OK, Outcome
-from sglang_kairos.tools.traces import Request, long_tail
 
 PREFILL = PrefillLaw(8e-3, 3e-5, 5e-9, 1.5e-8)
 DECODE = DecodeLaw.of((4e-3, 2e-4, 5e-4, 0.0, 2e-7))

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from sglang_kairos.sim import bound, compare, options
+from sglang_kairos.loads import traces
+from sglang_kairos.loads.replay import Metrics
 from sglang_kairos.sim.__main__ import main
-from sglang_kairos.sim.progress import progress_bar
-from sglang_kairos.tools import traces
-from sglang_kairos.tools.replay import Metrics
+from sglang_kairos.sim.bound import bound
+from sglang_kairos.sim.cli import compare, options
+from sglang_kairos.sim.cli.progress import progress_bar
 
 MOONCAKE = '{"timestamp": %d, "input_length": 900, "output_length": 4, "hash_ids": [1, %d]}\n'
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
-from sglang_kairos.sim.cluster import Cluster, Setup
-from sglang_kairos.sim.policies import POLICIES
-from sglang_kairos.sim.predictions import PredictionError
-from sglang_kairos.sim.times import MINIMAX_M25_H200_TP4, LawTimes, System
-from sglang_kairos.tools.traces import Request, long_tail, rate_of, read_trace, scale_rate
+from sglang_kairos.loads.traces import Request, long_tail, rate_of, read_trace, scale_rate
+from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.sim.baselines.policies import POLICIES
+from sglang_kairos.sim.core.cluster import Cluster, Setup
+from sglang_kairos.sim.core.predictions import PredictionError
+from sglang_kairos.sim.hardware.times import MINIMAX_M25_H200_TP4, LawTimes, System
 
 # About a CPU: a long prompt takes seconds, twenty decodes fill the TPOT target.
 SLOW = LawTimes(PrefillLaw(5e-3, 1e-4, 1e-9), DecodeLaw(3.5e-3, 0.22e-3, 0.65e-6))

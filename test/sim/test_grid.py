@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from sglang_kairos.sim.cluster import Setup
-from sglang_kairos.sim.grid import Cell, run_grid, simulate
-from sglang_kairos.sim.policies import POLICIES
-from sglang_kairos.sim.pool import Workers
-from sglang_kairos.sim.times import SYSTEMS
-from sglang_kairos.tools.traces import long_tail
+from sglang_kairos.loads.traces import long_tail
+from sglang_kairos.sim.baselines.policies import POLICIES
+from sglang_kairos.sim.cli.grid import Cell, run_grid, simulate
+from sglang_kairos.sim.cli.pool import Workers
+from sglang_kairos.sim.core.cluster import Setup
+from sglang_kairos.sim.hardware.times import SYSTEMS
 
 SETUP = Setup(next(iter(SYSTEMS.values())), (300.0,), 20.0)
 ROWS = long_tail(40, 60.0, seed=1)

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from sglang_kairos.sim.orders import ORDERS, chunk_limit, deprioritised
-from sglang_kairos.sim.request import SimRequest
-from sglang_kairos.tools.traces import Request
+from sglang_kairos.loads.traces import Request
+from sglang_kairos.sim.baselines.orders import ORDERS, chunk_limit, deprioritised
+from sglang_kairos.sim.core.request import SimRequest
 
 WANTED = (
     "_shortest_prefill_work",

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_kairos.sim import options
 from sglang_kairos.sim.__main__ import main
-from sglang_kairos.sim.sizing import Search, Shape, search_together
+from sglang_kairos.sim.cli import options
+from sglang_kairos.sim.cli.sizing import Search, Shape, search_together
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_kairos.sim import options
 from sglang_kairos.sim.__main__ import main
+from sglang_kairos.sim.cli import options
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
-from sglang_kairos.sim import systems
-from sglang_kairos.sim.systems import StepTimesError, load_system
-from sglang_kairos.sim.tables import StepTable, TableTimes, monotone
-from sglang_kairos.sim.times import MINIMAX_M25_H200_TP4, SYSTEMS, LawTimes, built_in
+from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.sim.hardware import systems
+from sglang_kairos.sim.hardware.systems import StepTimesError, load_system
+from sglang_kairos.sim.hardware.tables import StepTable, TableTimes, monotone
+from sglang_kairos.sim.hardware.times import MINIMAX_M25_H200_TP4, SYSTEMS, LawTimes, built_in
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAX = "minimax-m2.5-h200-tp4"
@@ -297,7 +297,7 @@ def extra() -> None:
 
 @pytest.mark.usefixtures("extra")
 def test_the_estimator_gives_the_h200_tables_to_rounding() -> None:
-    from sglang_kairos.sim.estimator import Estimator
+    from sglang_kairos.sim.hardware.estimator import Estimator
 
     prefill, decode = rows_of("prefill"), rows_of("decode")
     estimator = Estimator.of(built_in()[MINIMAX])
@@ -308,7 +308,7 @@ def test_the_estimator_gives_the_h200_tables_to_rounding() -> None:
 @pytest.mark.usefixtures("extra")
 @names
 def test_tables_are_near_what_they_were_made_of(name: str) -> None:
-    from sglang_kairos.sim.estimator import Estimator
+    from sglang_kairos.sim.hardware.estimator import Estimator
 
     system, estimator = load_system(name, "tables"), Estimator.of(built_in()[name])
     assert "table of aiconfigurator-core" in system.notes[0]

@@ -13,10 +13,10 @@ import pytest
 from benchmark import step_recorder, validate_sim
 from benchmark.validate_sim import BEGIN, END, Turn
 
-from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
-from sglang_kairos.sim.calibrate import Calibration, Pace
-from sglang_kairos.sim.recording import DecodeStep, PrefillStep, read_record
-from sglang_kairos.tools.replay import OK, Outcome, Result
+from sglang_kairos.loads.replay import OK, Outcome, Result
+from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.sim.calibrate.calibrate import Calibration, Pace
+from sglang_kairos.sim.calibrate.recording import DecodeStep, PrefillStep, read_record
 
 EVEN = Pace((1.0,), (1.0,))
 CALIBRATION = Calibration(PrefillLaw(1, 0, 0), DecodeLaw(1, 0, 0), EVEN, EVEN, 0.0, 0.0, 0.0)

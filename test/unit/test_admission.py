@@ -20,7 +20,7 @@ from sglang_kairos.policy.admission import (
     plan_admission,
 )
 from sglang_kairos.policy.load import step_costs
-from sglang_kairos.predict.stay import Stay
+from sglang_kairos.predict.request_statistics import Stay
 
 KV, SLOTS = 100_000, 100
 

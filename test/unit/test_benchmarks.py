@@ -10,9 +10,9 @@ import pytest
 from benchmark import against, decode_cost, decode_cpu, demo
 
 from helpers.trees import TESTED_VERSIONS, sglang_folder
-from sglang_kairos.tools import patch
-from sglang_kairos.tools.replay import Outcome, Result
-from sglang_kairos.tools.report import Run
+from sglang_kairos.loads.replay import Outcome, Result
+from sglang_kairos.reports.report import Run
+from sglang_kairos.versions import patch
 
 
 def test_the_cost_of_decode_decisions_can_be_measured() -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from helpers.trees import TESTED_VERSIONS, sglang_folder
-from sglang_kairos.engine import callees
-from sglang_kairos.engine.callees import Callee
-from sglang_kairos.engine.seams import SEAMS, SUPPORTED_VERSIONS
-from sglang_kairos.engine.sources import fingerprint, survey
-from sglang_kairos.tools import doctor
+from sglang_kairos.engine.fingerprints.survey import fingerprint, survey
+from sglang_kairos.engine.seams import callees
+from sglang_kairos.engine.seams.callees import Callee
+from sglang_kairos.engine.seams.table import SEAMS, SUPPORTED_VERSIONS
+from sglang_kairos.versions import doctor
 
-ENGINE = Path(callees.__file__).parent
+ENGINE = Path(callees.__file__).parents[1]
 CALLEES = [value for value in vars(callees).values() if isinstance(value, Callee)]
 # Names of SGLang that handlers use and that are no functions of the table, with the reason.
 EXCUSED = {
@@ -54,7 +54,7 @@ def used_of_sglang() -> dict[str, str]:
     """Private names, and imported ones, with a file of engine/ that uses them."""
     return {
         name.removeprefix("import "): path.name
-        for path in sorted(ENGINE.glob("*.py"))
+        for path in sorted(ENGINE.rglob("*.py"))
         for name in private_names(path.read_text("utf-8"))
         if name.startswith(("_", "import ")) and not name.startswith(OURS)
     }

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from sglang_kairos import cluster_layout
-from sglang_kairos.cluster import Cluster, ClusterError, ClusterSpec
-from sglang_kairos.cluster_layout import PortBlock, PortBook, flag_value, port_is_free
+from sglang_kairos.cluster import layout as layouts
+from sglang_kairos.cluster.layout import PortBlock, PortBook, flag_value, port_is_free
+from sglang_kairos.cluster.run import Cluster, ClusterError, ClusterSpec
 from sglang_kairos.launch_pd import parse
 from sglang_kairos.other_sglang import first_on_path
 from sglang_kairos.router.options import parse_options
 
-SOURCES = Path(cluster_layout.__file__).parent.parent
+SOURCES = Path(layouts.__file__).parents[2]
 
 # Stands for a server or the router; what it does is in its environment or its flags.
 FAKE = """
@@ -66,7 +66,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setenv("FAKE_MARKER", str(tmp_path / "marker"))
-    monkeypatch.setitem(cluster_layout.ROUTER_MODULES, "kairos", "fake_part")
+    monkeypatch.setitem(layouts.ROUTER_MODULES, "kairos", "fake_part")
 
     def spec(**changes: Any) -> ClusterSpec:
         basis: dict[str, Any] = {
@@ -195,7 +195,7 @@ def test_nothing_survives_a_killed_launcher(make: Any, tmp_path: Path) -> None:
     """The guard process ends what a killed launcher cannot."""
     script = (
         f"import sys, time; sys.path.insert(0, {str(SOURCES)!r})\n"
-        "from sglang_kairos.cluster import Cluster, ClusterSpec\n"
+        "from sglang_kairos.cluster.run import Cluster, ClusterSpec\n"
         "spec = ClusterSpec(launcher='fake_part', model_path='m', router='none')\n"
         "with Cluster(spec) as c:\n"
         "    print(*(part.process.pid for part in c.parts), flush=True)\n"
@@ -233,7 +233,7 @@ def test_servers_get_gpus_of_their_own_and_then_share(make: Any) -> None:
     block = PortBook().take()
 
     def gpu(spec: ClusterSpec, role: str, index: int) -> tuple[str, str]:
-        argv = cluster_layout.Layout(spec).server_argv(role, index, block)
+        argv = layouts.Layout(spec).server_argv(role, index, block)
         return flag_value(argv, "--base-gpu-id"), flag_value(argv, "--mem-fraction-static")
 
     one_each = make()
@@ -251,11 +251,11 @@ def test_the_version_is_that_of_the_sglang_the_servers_will_import(tmp_path: Pat
     (tmp_path / "sglang" / "__init__.py").write_text("")
     (tmp_path / "sglang" / "_version.py").write_text("__version__ = version = '1.2.3'\n")
     env = first_on_path(tmp_path)
-    assert cluster_layout._sglang_version(sys.executable, env) == "1.2.3"
+    assert layouts._sglang_version(sys.executable, env) == "1.2.3"
 
 
 def test_a_data_parallel_server_draws_its_own_nccl_ports(make: Any) -> None:
-    argv = cluster_layout.Layout(make(server_args=["--dp-size", "2"])).server_argv(
+    argv = layouts.Layout(make(server_args=["--dp-size", "2"])).server_argv(
         "prefill", 0, PortBook().take()
     )
     assert "--nccl-port" not in argv
@@ -277,7 +277,7 @@ def test_a_data_parallel_server_draws_its_own_nccl_ports(make: Any) -> None:
 def test_the_servers_keys_reach_the_router_however_they_are_given(
     make: Any, keys: dict[str, Any]
 ) -> None:
-    layout = cluster_layout.Layout(make(**keys))
+    layout = layouts.Layout(make(**keys))
     argv = layout.router_argv(["http://127.0.0.1:1"], [2], ["http://127.0.0.1:3"], 4)
     options = parse_options(argv)
     assert (options.api_key, options.client_api_key) == ("sk-test", "sk-test")
@@ -287,9 +287,9 @@ def test_the_servers_keys_reach_the_router_however_they_are_given(
 def test_a_key_that_one_router_cannot_send_is_refused_with_the_flags(make: Any) -> None:
     args = {"prefill_args": ["--api-key", "a"], "decode_args": ["--api-key", "b"]}
     with pytest.raises(ClusterError, match=r"--api-key: differs .*--prefill-args.*--decode-args"):
-        cluster_layout.Layout(make(**args))
+        layouts.Layout(make(**args))
     with pytest.raises(ClusterError, match="--api-key: sglang_router"):
-        cluster_layout.Layout(make(router="random", server_args=["--api-key", "a"]))
+        layouts.Layout(make(router="random", server_args=["--api-key", "a"]))
 
 
 def test_a_cluster_bears_its_keys_where_servers_and_router_ask_for_them(make: Any) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from sglang_kairos import cluster_layout
+from sglang_kairos.cluster import layout
 
-SOURCES = Path(cluster_layout.__file__).parent.parent
+SOURCES = Path(layout.__file__).parents[2]
 WITHIN_S = 20.0
 
 # A part that takes SIGTERM for nothing, with a child in a group of its own that does, too.
@@ -41,7 +41,8 @@ LAUNCHER = """
 import dataclasses, signal, sys
 for number in (signal.SIGHUP, signal.SIGINT):
     signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-from sglang_kairos import cluster_layout, launch_pd
+from sglang_kairos import launch_pd
+from sglang_kairos.cluster import layout as cluster_layout
 from sglang_kairos.cpu import zygote
 zygote.PRELOADED = ()
 cluster_layout.ROUTER_MODULES["kairos"] = "part"
@@ -188,7 +189,7 @@ def test_nothing_outlives_a_start_that_is_broken_off(run: Callable[..., Run], st
 
 ADOPTS = """
 import subprocess, sys
-from sglang_kairos import processes
+from sglang_kairos.cluster import processes
 sleep = [sys.executable, "-ISc", "import time; time.sleep(120)"]
 older = subprocess.Popen(sleep)
 others = processes.descendants()

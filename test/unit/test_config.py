@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sglang_kairos.config import ConfigError, KairosConfig, add_flags, env_of, flag_of
-from sglang_kairos.slo import Slo
+from sglang_kairos.slo.targets import Slo
 
 FIELDS = {item.name: item for item in dataclasses.fields(KairosConfig)}
 OTHER: dict[str, Any] = {

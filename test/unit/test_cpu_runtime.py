@@ -365,11 +365,11 @@ def test_flags_respect_other_spellings() -> None:
 
 DRAWS = (
     "import multiprocessing, random\n"
-    "from sglang_kairos.router import prompt\n"
+    "from sglang_kairos.router.request import body as pairing\n"
     "def draw(pipe):\n"
     "    body = {}\n"
-    "    prompt.pair_up(body, None, 'h', 1)\n"
-    "    pipe.send([prompt.unique_id(), str(body['bootstrap_room']), str(random.random())])\n"
+    "    pairing.pair_up(body, None, 'h', 1)\n"
+    "    pipe.send([pairing.unique_id(), str(body['bootstrap_room']), str(random.random())])\n"
     "for _ in range(2):\n"
     "    ours, theirs = multiprocessing.Pipe()\n"
     "    child = multiprocessing.get_context('fork').Process(target=draw, args=(theirs,))\n"
@@ -385,7 +385,7 @@ def test_forked_routers_and_their_forks_draw_different_ids_and_rooms(
     monkeypatch.setattr(zygote, "PRELOADED", ())
     monkeypatch.setenv("PYTHONPATH", str(SOURCE) + os.pathsep + str(tmp_path))
     (tmp_path / "draws.py").write_text(DRAWS)
-    with zygote.Zygote(preload=["sglang_kairos.router.prompt"]) as parent:
+    with zygote.Zygote(preload=["sglang_kairos.router.request.body"]) as parent:
         logs = [tmp_path / "a.log", tmp_path / "b.log"]
         for draws in [parent.start("draws", [], log=log) for log in logs]:
             assert draws.wait(30) == 0

@@ -19,7 +19,7 @@ from sglang_kairos.policy.decode_planner import (
     RunningView,
 )
 from sglang_kairos.policy.packing import choose_step, horizon_of, reserve_of
-from sglang_kairos.predict.error import LEARNT_STEPS, PredictError
+from sglang_kairos.predict.prediction_error import LEARNT_STEPS, PredictError
 
 NOW, TPOT, KV, SLOTS = 1000.0, 0.05, 100_000.0, 100
 GOOD = PredictError(0.0, 0.0, LEARNT_STEPS)

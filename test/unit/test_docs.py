@@ -13,7 +13,7 @@ import pytest
 
 from helpers.trees import sglang_folder
 from sglang_kairos.config import KairosConfig, flag_of
-from sglang_kairos.engine.seams import SEAMS, SUPPORTED_VERSIONS
+from sglang_kairos.engine.seams.table import SEAMS, SUPPORTED_VERSIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -127,7 +127,7 @@ def test_every_file_that_is_named_is_there(page: Path) -> None:
 def test_every_function_that_is_named_by_its_module_is_there(page: Path) -> None:
     folders = "|".join(path.name for path in PACKAGE.iterdir() if path.is_dir())
     missing = []
-    for module, name in re.findall(rf"`((?:{folders})/\w+)\.(\w+)`", text_of(page)):
+    for module, name in re.findall(rf"`((?:{folders})/[\w/]+)\.(\w+)`", text_of(page)):
         path = PACKAGE / f"{module}.py"
         if name in EXTENSIONS.split("|"):
             continue

@@ -12,11 +12,11 @@ import pytest
 from helpers.trees import NEWEST, OLDEST, TESTED_VERSIONS, changed_copy, sglang_folder
 from sglang_kairos import other_sglang
 from sglang_kairos.config import ConfigError
-from sglang_kairos.engine import fingerprints
-from sglang_kairos.engine.seams import SEAMS
-from sglang_kairos.engine.sources import Finding, Survey
+from sglang_kairos.engine.fingerprints import known_texts
+from sglang_kairos.engine.fingerprints.survey import Finding, Survey
+from sglang_kairos.engine.seams.table import SEAMS
 from sglang_kairos.other_sglang import NoSuchSglang, first_on_path, folder_of
-from sglang_kairos.tools import doctor, patch
+from sglang_kairos.versions import doctor, patch
 
 Printed = pytest.CaptureFixture[str]
 UNCHANGED = {"_version.py": ("__version__", "__version__")}
@@ -85,11 +85,11 @@ def test_a_text_of_another_version_is_named_with_it(
     monkeypatch: pytest.MonkeyPatch, capsys: Printed
 ) -> None:
     """The oldest version, seen by a table that knows it no more, and one text of it as the newest's."""
-    columns = {v: dict(column) for v, column in fingerprints.table().items()}
+    columns = {v: dict(column) for v, column in known_texts.table().items()}
     oldest = columns.pop(OLDEST)["seams"]
     taken = "sglang.srt.managers.schedule_policy:SchedulePolicy.calc_priority"
     columns[NEWEST]["seams"] = {**columns[NEWEST]["seams"], taken: oldest[taken]}
-    monkeypatch.setattr(fingerprints, "table", lambda: columns)
+    monkeypatch.setattr(known_texts, "table", lambda: columns)
     assert doctor.main(["--sglang", str(sglang_folder(OLDEST))]) == 1
     text = capsys.readouterr().out
     assert f"as in v{NEWEST}: SchedulePolicy.calc_priority" in text
@@ -124,10 +124,10 @@ def test_a_build_is_read_as_setuptools_scm_writes_it(
 def test_versions_are_in_order() -> None:
     ordered = ["0.5.9", "0.5.24.dev2", "0.5.24.dev12", "0.5.24rc1", "0.5.24", "0.5.24.post1"]
     ordered += ["0.5.25", "v0.6.0+cu130", "1.0"]
-    assert sorted(set(ordered), key=fingerprints.order) == ordered
-    assert fingerprints.order("main") < fingerprints.order("0.1")
-    assert fingerprints.release("v0.5.23+cu130") == "0.5.23"
-    assert fingerprints.release("0.5.24.dev12+gabc") == "0.5.24.dev12"
+    assert sorted(set(ordered), key=known_texts.order) == ordered
+    assert known_texts.order("main") < known_texts.order("0.1")
+    assert known_texts.release("v0.5.23+cu130") == "0.5.23"
+    assert known_texts.release("0.5.24.dev12+gabc") == "0.5.24.dev12"
 
 
 def test_an_unknown_version_with_known_functions_is_well(tmp_path: Path, capsys: Printed) -> None:

@@ -12,8 +12,9 @@ import pytest
 from helpers.fake_prefill import make_state, pause
 from helpers.trees import TESTED_VERSIONS
 from helpers.upstream import upstream_function
-from sglang_kairos.engine import pausing, state
-from sglang_kairos.engine.named import ids_named
+from sglang_kairos.engine.hooks import pausing
+from sglang_kairos.engine.hooks.aborts import ids_named
+from sglang_kairos.engine.state import scheduler_state
 
 PLACES = {
     "prefill": ("slot", "waiting", "grammar", "bootstrap", "inflight", "paused", "running", "last"),
@@ -145,7 +146,7 @@ def aborted(
 ) -> set[str]:
     """The ids of those in `place` that end when `asked` is aborted; nobody else is anywhere."""
     kairos = make_state()
-    monkeypatch.setattr(state, "CURRENT", kairos)
+    monkeypatch.setattr(scheduler_state, "CURRENT", kairos)
     scheduler = Scheduler(version, mode, ids, workers)
     reqs = scheduler.made[place]
     for name, others in scheduler.made.items():

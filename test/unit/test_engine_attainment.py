@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from helpers.fake_prefill import Req, make_scheduler, make_state
-from sglang_kairos.engine import attainment, pausing, state
-from sglang_kairos.engine import decode as engine_decode
-from sglang_kairos.slo import Slo, SloTable
-from sglang_kairos.slo_attainment import Attainment
+from sglang_kairos.engine.hooks import attainment, pausing
+from sglang_kairos.engine.hooks import decode as engine_decode
+from sglang_kairos.engine.state import scheduler_state
+from sglang_kairos.slo.attainment import Attainment
+from sglang_kairos.slo.targets import Slo, SloTable
 
 TABLE = SloTable(Slo(1000.0, 50.0), {"chat": Slo(1000.0, 50.0, "chat")})
 
@@ -35,7 +36,7 @@ class Server:
         self.state.table, self.now_s = TABLE, 50.0
         self.state.attainment = Attainment(TABLE.classes)
         monkeypatch.setattr(self.state, "now", lambda: self.now_s)
-        monkeypatch.setattr(state, "CURRENT", self.state)
+        monkeypatch.setattr(scheduler_state, "CURRENT", self.state)
         self.streamed: list[list[Any]] = []
 
     def req(self, rid: str = "r", name: str = "chat", age_ms: float = 0.0, **facts: Any) -> Any:
@@ -277,7 +278,7 @@ def test_whom_memory_runs_out_for_is_counted_where_upstream_ends_it(
     decode: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decode.step(req := decode.req())
-    monkeypatch.setattr(state, "CURRENT", decode.state)
+    monkeypatch.setattr(scheduler_state, "CURRENT", decode.state)
     batch = SimpleNamespace(reqs=[req])
     assert engine_decode.retract_decode(lambda batch: ([], 0.5, [req]), batch)[2] == [req]
     assert engine_decode.retract_decode(lambda batch: ([req], 0.5), batch) == ([req], 0.5)

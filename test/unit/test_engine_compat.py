@@ -11,8 +11,10 @@ import pytest
 
 from helpers.fake_prefill import Req, built, make_scheduler, make_state
 from helpers.trees import sglang_folder
-from sglang_kairos.engine import compat, prefill, state, steps
-from sglang_kairos.engine.request_state import kv_tokens, tokens_left
+from sglang_kairos.engine import compat
+from sglang_kairos.engine.hooks import prefill, step_timing
+from sglang_kairos.engine.state import scheduler_state
+from sglang_kairos.engine.state.request import kv_tokens, tokens_left
 from sglang_kairos.policy.prefill_step import PrefillPlan
 
 NEW, OLD = "0.5.23", "0.5.16"
@@ -133,11 +135,11 @@ def test_sglang_is_laid_out_as_compat_takes_it(version: str, file: str, line: st
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> state.KairosState:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> scheduler_state.KairosState:
     """A prefill state whose steps end when their results come, as on a GPU."""
     made = make_state()
     made.synchronous = False
-    monkeypatch.setattr(state, "CURRENT", made)
+    monkeypatch.setattr(scheduler_state, "CURRENT", made)
     return made
 
 
@@ -171,14 +173,14 @@ def test_the_chunk_sees_its_share_of_the_budget_and_leaves_the_rest(
     want: int,
     seen: int | None,
     left: int | None,
-    gpu: state.KairosState,
+    gpu: scheduler_state.KairosState,
 ) -> None:
     gpu.plan, adder = PrefillPlan([], 0, limit, 0, []), Adder(budget)
     assert prefill.add_chunked_req(Adder.add_chunked_req, adder, want) == "answer"
     assert (adder.seen, adder.rem_chunk_tokens) == ([seen], left)
 
 
-def test_without_a_plan_the_chunk_gets_everything(gpu: state.KairosState) -> None:
+def test_without_a_plan_the_chunk_gets_everything(gpu: scheduler_state.KairosState) -> None:
     adder = Adder(512)
     prefill.add_chunked_req(Adder.add_chunked_req, adder, 999)
     assert adder.seen == [512]
@@ -190,7 +192,7 @@ def launch(prefill_step: bool, seconds: float) -> tuple[Any, Any]:
     batch, result = built([512], [0]), SimpleNamespace()
     batch.forward_mode = mode
     del batch.launch_ts
-    assert steps.run_batch(lambda *a: result, make_scheduler([], None), batch, None) is result
+    assert step_timing.run_batch(lambda *a: result, make_scheduler([], None), batch, None) is result
     if prefill_step:
         assert batch.launch_ts == result.launch_ts <= time.monotonic()
         result.launch_ts -= seconds
@@ -198,26 +200,26 @@ def launch(prefill_step: bool, seconds: float) -> tuple[Any, Any]:
 
 
 def test_the_predictor_learns_a_step_from_launch_to_result(
-    gpu: state.KairosState, monkeypatch: pytest.MonkeyPatch
+    gpu: scheduler_state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learnt: list[float] = []
     monkeypatch.setattr(gpu.prefill_time, "observe", lambda new, old, s: learnt.append(s))
     ended = lambda *a: "done"  # noqa: E731
     first, second = launch(True, 0.3), launch(True, 0.3)
-    assert steps.process_batch_result(ended, None, *first) == "done"
-    steps.process_batch_result(ended, None, *second)
+    assert step_timing.process_batch_result(ended, None, *first) == "done"
+    step_timing.process_batch_result(ended, None, *second)
     assert learnt[0] == pytest.approx(0.3, abs=0.05)
     assert learnt[1] < 0.05, "overlapping steps are not counted twice"
 
 
-def test_decode_steps_and_cpu_steps_are_not_learnt_there(gpu: state.KairosState) -> None:
-    steps.process_batch_result(lambda *a: None, None, *launch(False, 0.3))
+def test_decode_steps_and_cpu_steps_are_not_learnt_there(gpu: scheduler_state.KairosState) -> None:
+    step_timing.process_batch_result(lambda *a: None, None, *launch(False, 0.3))
     gpu.synchronous = True
-    steps.process_batch_result(lambda *a: None, None, *launch(True, 0.3))
+    step_timing.process_batch_result(lambda *a: None, None, *launch(True, 0.3))
     assert gpu.prefill_time.error.samples == 0
 
 
-def test_tokens_left_and_admission_work_on_the_old_layout(gpu: state.KairosState) -> None:
+def test_tokens_left_and_admission_work_on_the_old_layout(gpu: scheduler_state.KairosState) -> None:
     req = Req("a", 1000, ttft_ms=100)
     del req.prefix_len, req.extend_end
     req.prefix_indices, req.extend_range = [0] * 300, None  # type: ignore[attr-defined]

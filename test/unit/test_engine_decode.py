@@ -14,14 +14,15 @@ import pytest
 
 from helpers.decode_rows import chosen_again
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.engine import admission, decode, state
-from sglang_kairos.engine.running import EMITTED, FIRST_S, memory_of
+from sglang_kairos.engine.hooks import admission, decode
+from sglang_kairos.engine.state import scheduler_state
+from sglang_kairos.engine.state.running_table import EMITTED, FIRST_S, memory_of
 from sglang_kairos.policy import decode_planner
 from sglang_kairos.policy.admission import Occupancy, QueueView
 from sglang_kairos.policy.decode_planner import DecodePlanner, RunningView
 from sglang_kairos.policy.packing import StepChoice
-from sglang_kairos.predict.error import LEARNT_STEPS
-from sglang_kairos.predict.step_time import StepTimeModel
+from sglang_kairos.predict.decode_latency import StepTimeModel
+from sglang_kairos.predict.prediction_error import LEARNT_STEPS
 
 torch = pytest.importorskip("torch")
 
@@ -96,17 +97,17 @@ def make_scheduler() -> Any:
 
 
 @pytest.fixture
-def kairos(monkeypatch: pytest.MonkeyPatch) -> state.KairosState:
+def kairos(monkeypatch: pytest.MonkeyPatch) -> scheduler_state.KairosState:
     """A decode state whose steps take 10 ms a request."""
-    made = state.KairosState(make_scheduler(), KairosConfig())
+    made = scheduler_state.KairosState(make_scheduler(), KairosConfig())
     made.step_time = StepTimeModel(0.0, 10e-3, 0.0)
     for _ in range(LEARNT_STEPS):
         made.step_time.observe(3, 30.0, 30e-3)
-    monkeypatch.setattr(state, "CURRENT", made)
+    monkeypatch.setattr(scheduler_state, "CURRENT", made)
     return made
 
 
-def step(kairos: state.KairosState, batch: Batch) -> Any:
+def step(kairos: scheduler_state.KairosState, batch: Batch) -> Any:
     """One decision as the decode loop makes it; returns the batch to run."""
 
     def upstream(scheduler: Any, running_batch: Any) -> Any:
@@ -118,7 +119,7 @@ def step(kairos: state.KairosState, batch: Batch) -> Any:
     return plan.batch_to_run
 
 
-def test_with_slack_for_all_the_stock_batch_runs(kairos: state.KairosState) -> None:
+def test_with_slack_for_all_the_stock_batch_runs(kairos: scheduler_state.KairosState) -> None:
     batch = Batch([Req("a", 50), Req("b", 50)])
     assert step(kairos, batch) is batch
     assert batch.seq_lens.tolist() == [11, 12] and batch.out_cache_loc == "new for 2"
@@ -126,7 +127,7 @@ def test_with_slack_for_all_the_stock_batch_runs(kairos: state.KairosState) -> N
 
 
 def test_only_the_chosen_advance_and_nobody_leaves_the_running_batch(
-    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+    kairos: scheduler_state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         decode_planner,
@@ -150,7 +151,7 @@ def test_only_the_chosen_advance_and_nobody_leaves_the_running_batch(
 
 
 def test_the_view_of_those_who_run_is_made_anew_only_when_they_or_the_batch_change(
-    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+    kairos: scheduler_state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def choose(run: list[int], count: int) -> None:
         served = np.isin(np.arange(count), run)
@@ -178,7 +179,9 @@ def test_the_view_of_those_who_run_is_made_anew_only_when_they_or_the_batch_chan
     assert (kairos.counters["subset_views"], kairos.counters["subset_steps"]) == (4, 5)
 
 
-def test_somebody_always_runs_when_steps_are_far_too_slow(kairos: state.KairosState) -> None:
+def test_somebody_always_runs_when_steps_are_far_too_slow(
+    kairos: scheduler_state.KairosState,
+) -> None:
     for _ in range(600):
         kairos.step_time.observe(2, 30.0, 2.0)
     assert kairos.step_time.error.mape < 0.2
@@ -186,7 +189,7 @@ def test_somebody_always_runs_when_steps_are_far_too_slow(kairos: state.KairosSt
 
 
 def test_a_failing_policy_runs_everybody(
-    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+    kairos: scheduler_state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode_planner, "choose_step", lambda *a, **k: 1 / 0)
     batch = Batch([Req(name, 20) for name in "abc"])
@@ -205,7 +208,7 @@ def test_a_failing_policy_runs_everybody(
     ],
 )
 def test_what_cannot_run_in_part_runs_whole_and_says_so_once(
-    kairos: state.KairosState, caplog: pytest.LogCaptureFixture, spoil: Any, word: str
+    kairos: scheduler_state.KairosState, caplog: pytest.LogCaptureFixture, spoil: Any, word: str
 ) -> None:
     for _ in range(3):
         batch = Batch([Req(name, 20) for name in "abc"])
@@ -216,7 +219,7 @@ def test_what_cannot_run_in_part_runs_whole_and_says_so_once(
 
 
 def test_the_breaker_stops_parking_while_predictions_are_wrong(
-    kairos: state.KairosState, caplog: pytest.LogCaptureFixture
+    kairos: scheduler_state.KairosState, caplog: pytest.LogCaptureFixture
 ) -> None:
     for seconds in (5e-3, 300e-3) * 100:
         kairos.step_time.observe(3, 30.0, seconds)
@@ -248,7 +251,7 @@ def upstream_pop(queue: Queue, rids_to_check: set[str] | None = None) -> Any:
     return [e for e in through if e not in failed], failed
 
 
-def serving(kairos: state.KairosState, reqs: list[Req], slots: int = 64) -> None:
+def serving(kairos: scheduler_state.KairosState, reqs: list[Req], slots: int = 64) -> None:
     """The decode server runs these."""
     scheduler = kairos.scheduler
     scheduler.running_batch = Batch(reqs)
@@ -258,7 +261,7 @@ def serving(kairos: state.KairosState, reqs: list[Req], slots: int = 64) -> None
     scheduler.token_to_kv_pool_allocator = SimpleNamespace(available_size=lambda: free)
 
 
-def test_kv_is_reserved_by_deadline_late_ones_last(kairos: state.KairosState) -> None:
+def test_kv_is_reserved_by_deadline_late_ones_last(kairos: scheduler_state.KairosState) -> None:
     slow, late, soon = Req("slow", 50, ttft_ms=9000), Req("late", 50), Req("soon", 50, ttft_ms=500)
     late.time_stats.scheduler_recv_time -= 5
     serving(kairos, [])
@@ -271,7 +274,7 @@ def test_kv_is_reserved_by_deadline_late_ones_last(kairos: state.KairosState) ->
 
 
 def test_who_would_make_the_steps_too_long_waits_while_memory_is_short(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     running = [Req(f"r{i}", 50) for i in range(4)]  # 40 ms a step: one more fits 50 ms
     serving(kairos, running, slots=5)
@@ -289,7 +292,7 @@ def test_who_would_make_the_steps_too_long_waits_while_memory_is_short(
 
 
 def test_with_memory_to_spare_a_request_is_let_in_before_its_first_token_is_late(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     serving(kairos, [Req(f"r{i}", 50) for i in range(6)])
     early, pressing = Req("early", 50, ttft_ms=9000), Req("pressing", 50, ttft_ms=9000)
@@ -301,7 +304,7 @@ def test_with_memory_to_spare_a_request_is_let_in_before_its_first_token_is_late
 
 @pytest.mark.parametrize("order", [True, False])
 def test_a_prompt_that_no_kv_can_hold_is_answered_at_once_and_keeps_nobody_waiting(
-    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch, order: bool
+    kairos: scheduler_state.KairosState, monkeypatch: pytest.MonkeyPatch, order: bool
 ) -> None:
     said: list[str] = []
 
@@ -325,7 +328,7 @@ def test_a_prompt_that_no_kv_can_hold_is_answered_at_once_and_keeps_nobody_waiti
     assert kairos.counters["never_fit"] == 1
 
 
-def test_a_starving_request_goes_first_and_pays_for_it(kairos: state.KairosState) -> None:
+def test_a_starving_request_goes_first_and_pays_for_it(kairos: scheduler_state.KairosState) -> None:
     old, soon = Req("old", 50), Req("soon", 50, ttft_ms=500)
     old.time_stats.scheduler_recv_time -= 100
     serving(kairos, [])
@@ -336,7 +339,7 @@ def test_a_starving_request_goes_first_and_pays_for_it(kairos: state.KairosState
 
 @pytest.mark.parametrize("gate", [True, False])
 def test_who_has_used_up_half_of_sglangs_time_out_is_let_in_first(
-    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch, gate: bool
+    kairos: scheduler_state.KairosState, monkeypatch: pytest.MonkeyPatch, gate: bool
 ) -> None:
     """Prefill answers 500 when its clock has run out: late is better than lost."""
     monkeypatch.setenv("SGLANG_DISAGGREGATION_WAITING_TIMEOUT", "30")
@@ -357,14 +360,14 @@ def test_who_has_used_up_half_of_sglangs_time_out_is_let_in_first(
     assert kairos.counters["pressed"] == (2 if gate else 0)
 
 
-def clock_left(kairos: state.KairosState, queue: Queue, now: float) -> list[float]:
+def clock_left(kairos: scheduler_state.KairosState, queue: Queue, now: float) -> list[float]:
     left = memory_of(kairos).planner.clock_left(admission._asking(kairos, queue, now))
     assert left is not None
     return list(left.tolist())
 
 
 def test_a_retracted_request_that_is_prefilled_again_has_no_clock_before_its_reservation(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     old = Req("old", 50)
     old.time_stats.scheduler_recv_time -= 1000
@@ -375,7 +378,7 @@ def test_a_retracted_request_that_is_prefilled_again_has_no_clock_before_its_res
 
 
 def test_where_decode_reserves_after_the_prefill_the_clock_starts_at_its_end(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     old = Req("old", 50)
     old.time_stats.scheduler_recv_time -= 1000
@@ -390,7 +393,7 @@ def test_where_decode_reserves_after_the_prefill_the_clock_starts_at_its_end(
 
 
 def test_a_request_whose_kv_waits_on_prefill_is_reserved_before_one_that_needs_room_there(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     """Where decode reserves after the prefill, only who is ready can be; prefill may be full of them."""
     serving(kairos, [])
@@ -410,7 +413,7 @@ def test_a_request_whose_kv_waits_on_prefill_is_reserved_before_one_that_needs_r
 
 
 @pytest.fixture
-def rows(kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def rows(kairos: scheduler_state.KairosState, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The decision log's lines."""
     lines: list[str] = []
 
@@ -422,7 +425,7 @@ def rows(kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch) -> list[str
 
 
 def test_a_logged_step_is_the_planners_again(
-    kairos: state.KairosState, rows: list[str], monkeypatch: pytest.MonkeyPatch
+    kairos: scheduler_state.KairosState, rows: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reqs = [Req(name, 35) for name in "abcdef"]  # 60 ms for all
     now_s = reqs[0].time_stats.scheduler_recv_time
@@ -435,7 +438,7 @@ def test_a_logged_step_is_the_planners_again(
 
 
 def test_a_logged_admission_is_the_planners_again(
-    kairos: state.KairosState, rows: list[str]
+    kairos: scheduler_state.KairosState, rows: list[str]
 ) -> None:
     serving(kairos, [Req(f"r{i}", 50) for i in range(3)], slots=5)
     waiting = [Req("a", 50), Req("old", 50, prompt=500), Req("b", 40, ttft_ms=600)]
@@ -459,7 +462,7 @@ def test_a_logged_admission_is_the_planners_again(
 
 
 def test_a_failing_admission_is_upstreams(
-    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+    kairos: scheduler_state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode_planner, "plan_admission", lambda *a, **k: 1 / 0)
     serving(kairos, [Req(f"r{i}", 50) for i in range(9)])
@@ -467,7 +470,7 @@ def test_a_failing_admission_is_upstreams(
     assert len(popped) == 2 and kairos.counters["admission_errors"] == 1
 
 
-def test_the_table_follows_who_joins_and_leaves(kairos: state.KairosState) -> None:
+def test_the_table_follows_who_joins_and_leaves(kairos: scheduler_state.KairosState) -> None:
     a, b, c = (Req(name, 50) for name in "abc")
     table = memory_of(kairos).table
     assert table.follow([a, b]) == []
@@ -483,7 +486,7 @@ def test_the_table_follows_who_joins_and_leaves(kairos: state.KairosState) -> No
     assert memory_of(kairos).planner.stay.output_tokens < before
 
 
-def retracted(kairos: state.KairosState, batch: Batch) -> tuple[list[str], list[str]]:
+def retracted(kairos: scheduler_state.KairosState, batch: Batch) -> tuple[list[str], list[str]]:
     """Who stays and who goes, in order, when one decode step makes SGLang retract two."""
     kept: list[int] = []
 
@@ -504,7 +507,7 @@ def retracted(kairos: state.KairosState, batch: Batch) -> tuple[list[str], list[
     return [req.rid for req in batch.reqs], gone
 
 
-def test_those_are_retracted_who_lose_least(kairos: state.KairosState) -> None:
+def test_those_are_retracted_who_lose_least(kairos: scheduler_state.KairosState) -> None:
     batch = Batch([Req("behind", 50), Req("lost", 50), Req("ahead", 50), Req("even", 50)])
     memory_of(kairos).follow(batch.reqs)
     columns = memory_of(kairos).table.columns
@@ -515,7 +518,7 @@ def test_those_are_retracted_who_lose_least(kairos: state.KairosState) -> None:
 
 @pytest.mark.parametrize("trouble", ["operator", "policy"])
 def test_retraction_is_upstreams_when_the_operator_chose_one_or_the_policy_fails(
-    kairos: state.KairosState, trouble: str, monkeypatch: pytest.MonkeyPatch
+    kairos: scheduler_state.KairosState, trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = Batch([Req("a", 50), Req("b", 50), Req("c", 50)])
     monkeypatch.setattr(
@@ -529,7 +532,7 @@ def test_retraction_is_upstreams_when_the_operator_chose_one_or_the_policy_fails
     assert kairos.counters["retraction_errors"] == (trouble == "policy")
 
 
-def test_an_idle_gap_is_not_learnt_as_a_step(kairos: state.KairosState) -> None:
+def test_an_idle_gap_is_not_learnt_as_a_step(kairos: scheduler_state.KairosState) -> None:
     batch = Batch([Req("a", 50)])
     step(kairos, batch)
     empty = SimpleNamespace(batch_to_run=None, running_batch=batch)

@@ -13,7 +13,7 @@ import pytest
 
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import dynamo, plugin
-from sglang_kairos.engine.callees import Callee
+from sglang_kairos.engine.seams.callees import Callee
 
 SOURCE = """
 class InvalidArgument(Exception):

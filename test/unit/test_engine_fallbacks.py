@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.engine import admission, decode, features, state
-from sglang_kairos.engine.running import EMITTED, memory_of
+from sglang_kairos.engine import features
+from sglang_kairos.engine.hooks import admission, decode
+from sglang_kairos.engine.state import scheduler_state
+from sglang_kairos.engine.state.running_table import EMITTED, memory_of
 from sglang_kairos.policy import decode_planner
 from sglang_kairos.policy.chaos_decode import ChaosDecodePlanner
 from sglang_kairos.policy.packing import StepChoice
@@ -68,7 +70,7 @@ def upstream_prepare(batch: Batch) -> None:
 
 
 @pytest.fixture
-def kairos(monkeypatch: pytest.MonkeyPatch) -> state.KairosState:
+def kairos(monkeypatch: pytest.MonkeyPatch) -> scheduler_state.KairosState:
     """A decode server whose policy parks all but the first request, whatever the case."""
     scheduler = SimpleNamespace(
         disaggregation_mode=SimpleNamespace(value="decode"),
@@ -80,8 +82,8 @@ def kairos(monkeypatch: pytest.MonkeyPatch) -> state.KairosState:
         waiting_queue=[],
         server_args=SimpleNamespace(retraction_policy="length"),
     )
-    made = state.KairosState(scheduler, KairosConfig())
-    monkeypatch.setattr(state, "CURRENT", made)
+    made = scheduler_state.KairosState(scheduler, KairosConfig())
+    monkeypatch.setattr(scheduler_state, "CURRENT", made)
 
     def park(slack: Any, *rest: Any, **more: Any) -> StepChoice:
         return StepChoice([0], 0.01, "packed", np.arange(len(slack)) == 0)
@@ -92,7 +94,7 @@ def kairos(monkeypatch: pytest.MonkeyPatch) -> state.KairosState:
     return made
 
 
-def step(kairos: state.KairosState, batch: Batch) -> Any:
+def step(kairos: scheduler_state.KairosState, batch: Batch) -> Any:
     """One decision as the decode loop makes it; returns the batch to run."""
 
     def upstream(scheduler: Any, running_batch: Any) -> Any:
@@ -154,7 +156,7 @@ def test_every_reason_there_is_stands_in_this_file() -> None:
     assert sorted(rows) == sorted(EXCLUDED)
 
 
-def test_without_a_reason_these_batches_run_in_part(kairos: state.KairosState) -> None:
+def test_without_a_reason_these_batches_run_in_part(kairos: scheduler_state.KairosState) -> None:
     batch = Batch(3)
     assert step(kairos, batch).reqs == batch.reqs[:1]
     assert batch.seq_lens.tolist() == [11, 10, 10]
@@ -162,7 +164,7 @@ def test_without_a_reason_these_batches_run_in_part(kairos: state.KairosState) -
 
 @excluded
 def test_the_full_batch_runs_as_upstream_prepared_it_and_one_line_says_why(
-    kairos: state.KairosState, caplog: pytest.LogCaptureFixture, reason: str
+    kairos: scheduler_state.KairosState, caplog: pytest.LogCaptureFixture, reason: str
 ) -> None:
     for _ in range(3):
         batch = Batch(3)
@@ -175,7 +177,7 @@ def test_the_full_batch_runs_as_upstream_prepared_it_and_one_line_says_why(
 
 
 @excluded
-def test_random_decisions_keep_to_it_too(kairos: state.KairosState, reason: str) -> None:
+def test_random_decisions_keep_to_it_too(kairos: scheduler_state.KairosState, reason: str) -> None:
     planner = memory_of(kairos).planner = ChaosDecodePlanner(KairosConfig(), Counter())
     choice = StepChoice([0], 0.01, "chaos", np.array([True, False, False]))
     planner.choose = lambda view, times: choice  # type: ignore[method-assign]
@@ -186,7 +188,7 @@ def test_random_decisions_keep_to_it_too(kairos: state.KairosState, reason: str)
 
 @excluded
 def test_a_request_alone_needs_no_fallback_and_no_line(
-    kairos: state.KairosState, caplog: pytest.LogCaptureFixture, reason: str
+    kairos: scheduler_state.KairosState, caplog: pytest.LogCaptureFixture, reason: str
 ) -> None:
     batch = Batch(1)
     EXCLUDED[reason](kairos.scheduler, batch)
@@ -196,7 +198,7 @@ def test_a_request_alone_needs_no_fallback_and_no_line(
 
 @pytest.mark.parametrize("reason", ["a request uses penalties", "a request uses beam search"])
 def test_packing_resumes_behind_such_requests_and_the_line_is_not_repeated(
-    kairos: state.KairosState, caplog: pytest.LogCaptureFixture, reason: str
+    kairos: scheduler_state.KairosState, caplog: pytest.LogCaptureFixture, reason: str
 ) -> None:
     for _ in range(2):
         batch = Batch(3)
@@ -208,7 +210,7 @@ def test_packing_resumes_behind_such_requests_and_the_line_is_not_repeated(
 
 
 def test_two_reasons_have_a_line_each(
-    kairos: state.KairosState, caplog: pytest.LogCaptureFixture
+    kairos: scheduler_state.KairosState, caplog: pytest.LogCaptureFixture
 ) -> None:
     for reason in ("a request uses penalties", "hisparse is on") * 2:
         batch = Batch(3)
@@ -217,7 +219,9 @@ def test_two_reasons_have_a_line_each(
     assert lines(caplog) == [LINE.format(r) for r in ("a request uses penalties", "hisparse is on")]
 
 
-def test_a_fallback_step_counts_as_a_token_of_everybody(kairos: state.KairosState) -> None:
+def test_a_fallback_step_counts_as_a_token_of_everybody(
+    kairos: scheduler_state.KairosState,
+) -> None:
     batch = Batch(3)
     penalties(kairos.scheduler, batch)
     step(kairos, batch)
@@ -227,7 +231,7 @@ def test_a_fallback_step_counts_as_a_token_of_everybody(kairos: state.KairosStat
 
 
 def test_lengths_that_only_the_device_knows_do_not_end_a_speculating_server(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     """Attention backends that need no lengths on the CPU leave `seq_lens_cpu` None (SGLang 0.5.23,
     `FutureMap.resolve_seq_lens_cpu`)."""
@@ -238,7 +242,7 @@ def test_lengths_that_only_the_device_knows_do_not_end_a_speculating_server(
 
 
 def test_admission_is_not_gated_by_the_steps_of_a_speculating_server(
-    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+    kairos: scheduler_state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step then yields several tokens: all would look late, and newcomers be held back for it."""
     kairos.scheduler.spec_algorithm = SimpleNamespace(is_none=lambda: False)

@@ -11,8 +11,10 @@ import pytest
 
 from helpers.trees import TESTED_VERSIONS, sglang_folder
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.engine import compat, features, http_slo, plugin, state, transport
+from sglang_kairos.engine import compat, features, plugin, slo_middleware
 from sglang_kairos.engine.features import FEATURES, Action, reasons, why_not
+from sglang_kairos.engine.hooks import http
+from sglang_kairos.engine.state import scheduler_state
 
 # What a scheduler with each feature shows, for those found at its start.
 SHOWN: dict[str, dict[str, Any]] = {
@@ -92,11 +94,11 @@ def test_a_decode_server_says_at_its_start_what_it_does_without(
     server = bare(**SHOWN["speculative decoding"])
     made = SimpleNamespace(mode="decode", cannot_pause="")
     monkeypatch.setattr(features, "refuse_unsupported", lambda scheduler: None)
-    monkeypatch.setattr(state, "active_config", lambda: KairosConfig())
-    monkeypatch.setattr(state, "KairosState", lambda scheduler, config: made)
-    monkeypatch.setattr(state, "CURRENT", None)
+    monkeypatch.setattr(scheduler_state, "active_config", lambda: KairosConfig())
+    monkeypatch.setattr(scheduler_state, "KairosState", lambda scheduler, config: made)
+    monkeypatch.setattr(scheduler_state, "CURRENT", None)
     with caplog.at_level(logging.WARNING):
-        state.run_event_loop(lambda scheduler: None, server)
+        scheduler_state.run_event_loop(lambda scheduler: None, server)
     said = [record.message for record in caplog.records]
     assert "Kairos: decode packing is off: speculative decoding is on" in said
     assert any("limit admission: speculative decoding is on" in line for line in said)
@@ -107,15 +109,15 @@ def test_several_tokenizer_processes_are_refused_where_the_http_server_starts(
     monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     server_args = SimpleNamespace(tokenizer_worker_num=workers)
-    monkeypatch.setattr(transport, "facts_of", lambda *args: http_slo.UNKNOWN)
+    monkeypatch.setattr(http, "facts_of", lambda *args: slo_middleware.UNKNOWN)
     monkeypatch.setattr(compat, "finalizes_input_logprobs", lambda: True)
-    monkeypatch.setattr(transport, "active_config", lambda: KairosConfig())
+    monkeypatch.setattr(http, "active_config", lambda: KairosConfig())
     app = SimpleNamespace(user_middleware=[])
     module: Any = SimpleNamespace(app=app)
     monkeypatch.setitem(__import__("sys").modules, plugin.HTTP_MODULE, module)
 
     def serve() -> Any:
-        return transport.run_http_server(
+        return http.run_http_server(
             lambda *args: "served", server_args, None, None, None, [{"kairos": {}}]
         )
 

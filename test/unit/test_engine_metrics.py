@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from sglang_kairos.engine.metrics import EVERY_S, SchedulerMetrics, header_counter
-from sglang_kairos.predict.error import PredictError
-from sglang_kairos.slo_attainment import OUTCOMES, Verdict
+from sglang_kairos.engine.state.metrics import EVERY_S, SchedulerMetrics, header_counter
+from sglang_kairos.predict.prediction_error import PredictError
+from sglang_kairos.slo.attainment import OUTCOMES, Verdict
 
 
 def scheduler(**args: Any) -> Any:

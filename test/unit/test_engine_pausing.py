@@ -11,20 +11,21 @@ import pytest
 from helpers.fake_prefill import Req, build, make_scheduler, make_state, pause
 from helpers.trees import TESTED_VERSIONS
 from helpers.upstream import upstream_function
-from sglang_kairos.engine import pausing, prefill, state
+from sglang_kairos.engine.hooks import pausing, prefill
+from sglang_kairos.engine.state import scheduler_state
 from sglang_kairos.policy.prefill_step import PrefillPlan
 
 
 @pytest.fixture
-def kairos(monkeypatch: pytest.MonkeyPatch) -> state.KairosState:
+def kairos(monkeypatch: pytest.MonkeyPatch) -> scheduler_state.KairosState:
     """A prefill state as this process' current one."""
     made = make_state()
-    monkeypatch.setattr(state, "CURRENT", made)
+    monkeypatch.setattr(scheduler_state, "CURRENT", made)
     return made
 
 
 def test_an_abort_reaches_a_paused_request_and_upstream_tears_it_down(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     gone, stays = Req("gone", 900, 1000, done=512), Req("stays", 900, 1000, done=512)
     pause(kairos, gone, stays)
@@ -96,7 +97,7 @@ def put_back(req: Req) -> None:
 
 @pytest.mark.parametrize("version", TESTED_VERSIONS)
 def test_a_paused_request_that_has_finished_is_not_torn_down_a_second_time(
-    kairos: state.KairosState, version: str
+    kairos: scheduler_state.KairosState, version: str
 ) -> None:
     first, second = (Req(name, 900, 1000, done=512) for name in ("first", "second"))
     for req in (first, second):
@@ -154,7 +155,7 @@ WALKS = {
 @pytest.mark.parametrize("gone", [retire, put_back])
 @pytest.mark.parametrize("walk", WALKS)
 def test_whoever_upstream_has_ended_or_put_back_is_paused_no_more(
-    kairos: state.KairosState, gone: Any, walk: str
+    kairos: scheduler_state.KairosState, gone: Any, walk: str
 ) -> None:
     req, seen = Req("gone", 900, 1000, done=512), []
     pause(kairos, req)
@@ -168,7 +169,7 @@ def test_whoever_upstream_has_ended_or_put_back_is_paused_no_more(
 
 
 def test_an_optimistic_request_in_the_slot_is_not_swapped_for_a_paused_one(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     optimistic, paused = Req("o", 900, 1000, done=512), Req("p", 900, 1000, done=512)
     optimistic.pending_bootstrap = True
@@ -180,7 +181,7 @@ def test_an_optimistic_request_in_the_slot_is_not_swapped_for_a_paused_one(
 
 
 def test_timeouts_and_weight_updates_find_paused_requests_among_the_started(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     running = SimpleNamespace(reqs=[Req("r", 9, 9)])
     assert pausing.collect_inflight_batches(lambda s: [running, None], None) == [running, None]
@@ -190,7 +191,9 @@ def test_timeouts_and_weight_updates_find_paused_requests_among_the_started(
     assert rest == [running, None] and ours.reqs == [paused]
 
 
-def test_where_the_started_are_a_set_the_paused_are_in_it(kairos: state.KairosState) -> None:
+def test_where_the_started_are_a_set_the_paused_are_in_it(
+    kairos: scheduler_state.KairosState,
+) -> None:
     running, paused = Req("r", 9, 9), Req("p", 900, 1000, done=512)
     found = {running}
     assert pausing.collect_inflight_reqs(lambda s: found, None) == {running}
@@ -200,7 +203,7 @@ def test_where_the_started_are_a_set_the_paused_are_in_it(kairos: state.KairosSt
 
 
 def test_a_paused_request_whose_peer_failed_is_released_with_the_waiting_ones(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     failed, paused = Req("failed", 900, 1000, done=512), Req("p", 900, 1000, done=512)
     waiting, lost = Req("w", 9, 9), Req("lost", 9, 9)
@@ -218,7 +221,7 @@ def test_a_paused_request_whose_peer_failed_is_released_with_the_waiting_ones(
 
 
 def test_a_poll_that_raises_leaves_queue_and_paused_as_they_were(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     paused, waiting = Req("p", 900, 1000, done=512), Req("w", 9, 9)
     pause(kairos, paused)
@@ -229,7 +232,7 @@ def test_a_poll_that_raises_leaves_queue_and_paused_as_they_were(
     assert kairos.paused == [paused]
 
 
-def test_a_scheduler_with_paused_work_is_not_idle(kairos: state.KairosState) -> None:
+def test_a_scheduler_with_paused_work_is_not_idle(kairos: scheduler_state.KairosState) -> None:
     assert pausing.is_fully_idle(lambda *a, **k: True, None) is True
     pause(kairos, Req("p", 1000, 1000, done=400))
     assert pausing.is_fully_idle(lambda *a, **k: True, None, for_health_check=True) is False
@@ -237,7 +240,7 @@ def test_a_scheduler_with_paused_work_is_not_idle(kairos: state.KairosState) -> 
 
 
 def test_every_load_report_counts_what_is_left_of_paused_requests(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     def loads(inquirer: Any) -> Any:
         return SimpleNamespace(
@@ -259,7 +262,7 @@ def test_every_load_report_counts_what_is_left_of_paused_requests(
 
 
 def test_a_request_held_back_still_counts_as_pending_while_the_batch_is_built(
-    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+    kairos: scheduler_state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waiting = [Req("a", 10, 100), Req("b", 33, 100)]
     monkeypatch.setattr(prefill, "_decide", lambda *a: PrefillPlan([0], -1, None, 0, [1]))
@@ -274,7 +277,7 @@ def test_a_request_held_back_still_counts_as_pending_while_the_batch_is_built(
 
 
 def test_log_lines_and_gauges_count_paused_requests_in_the_queue(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     waiting, paused = Req("w", 9, 9), Req("p", 900, 1000, done=512)
     reporter = SimpleNamespace(scheduler=make_scheduler([waiting], None))
@@ -289,7 +292,7 @@ def test_log_lines_and_gauges_count_paused_requests_in_the_queue(
     assert reporter.scheduler.waiting_queue == [waiting]
 
 
-def test_a_request_paused_too_long_runs_next(kairos: state.KairosState) -> None:
+def test_a_request_paused_too_long_runs_next(kairos: scheduler_state.KairosState) -> None:
     old = Req("old", 8000, ttft_ms=60_000, done=512)
     pause(kairos, old, since_s=kairos.now() - 61.0)
     scheduler = make_scheduler([Req(f"u{i}", 256, ttft_ms=200) for i in range(4)], None)
@@ -298,7 +301,7 @@ def test_a_request_paused_too_long_runs_next(kairos: state.KairosState) -> None:
 
 
 def test_pauses_add_up_and_who_has_sat_out_its_share_keeps_the_slot(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     long = Req("long", 8000, ttft_ms=600_000, done=512)
     urgent = [Req(f"u{i}", 256, ttft_ms=200) for i in range(4)]
@@ -314,7 +317,7 @@ def test_pauses_add_up_and_who_has_sat_out_its_share_keeps_the_slot(
     assert scheduler.chunked_req is long and not kairos.paused
 
 
-def test_at_most_max_paused_sit_out(kairos: state.KairosState) -> None:
+def test_at_most_max_paused_sit_out(kairos: scheduler_state.KairosState) -> None:
     kairos.config = dataclasses.replace(kairos.config, max_paused=2)
     pause(kairos, *(Req(f"p{i}", 8000, 600_000, done=512) for i in range(2)), since_s=kairos.now())
     urgent = [Req(f"u{i}", 256, ttft_ms=200) for i in range(4)]
@@ -324,7 +327,7 @@ def test_at_most_max_paused_sit_out(kairos: state.KairosState) -> None:
 
 
 def test_no_second_long_prompt_starts_when_memory_could_not_finish_both(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     long = Req("long", 8000, ttft_ms=60_000, done=512)
     pause(kairos, long, since_s=kairos.now())
@@ -339,7 +342,7 @@ def test_no_second_long_prompt_starts_when_memory_could_not_finish_both(
 
 
 def test_when_one_paused_prefill_finds_no_memory_the_next_is_tried(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     big, small = Req("big", 8000, 60_000, done=512), Req("small", 600, 90_000, done=512)
     pause(kairos, big, small, since_s=kairos.now())

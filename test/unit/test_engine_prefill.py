@@ -19,21 +19,23 @@ from hypothesis import strategies as st
 
 from helpers.fake_prefill import Req, build, built, make_scheduler, make_state, pause
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.engine import decision_log, features, prefill, state
+from sglang_kairos.engine import features
+from sglang_kairos.engine.hooks import prefill
+from sglang_kairos.engine.state import decision_log, scheduler_state
 from sglang_kairos.policy import prefill_planner
 from sglang_kairos.policy.prefill_step import PrefillPlan
 
 
 @pytest.fixture
-def kairos(monkeypatch: pytest.MonkeyPatch) -> state.KairosState:
+def kairos(monkeypatch: pytest.MonkeyPatch) -> scheduler_state.KairosState:
     """A prefill state as this process' current one."""
     made = make_state()
-    monkeypatch.setattr(state, "CURRENT", made)
+    monkeypatch.setattr(scheduler_state, "CURRENT", made)
     return made
 
 
 def test_a_long_chunk_is_paused_for_urgent_prompts_that_fill_the_budget(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     long = Req("long", 8000, ttft_ms=60_000, done=512)
     urgent = [Req(f"u{i}", 256, ttft_ms=200) for i in range(2)]
@@ -45,7 +47,7 @@ def test_a_long_chunk_is_paused_for_urgent_prompts_that_fill_the_budget(
 
 
 def test_the_paused_prefill_comes_back_when_nothing_is_more_urgent(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     long = Req("long", 8000, ttft_ms=60_000, done=512)
     pause(kairos, long)
@@ -56,7 +58,7 @@ def test_the_paused_prefill_comes_back_when_nothing_is_more_urgent(
 
 
 def test_a_small_urgent_prompt_shares_the_chunk_instead_of_pausing(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     long = Req("long", 8000, ttft_ms=60_000, done=512)
     scheduler, limits = make_scheduler([Req("small", 100, ttft_ms=200)], long), []
@@ -70,12 +72,14 @@ def test_a_small_urgent_prompt_shares_the_chunk_instead_of_pausing(
     assert limits == [412]
 
 
-def test_without_a_plan_upstream_decides_the_chunk_share(kairos: state.KairosState) -> None:
+def test_without_a_plan_upstream_decides_the_chunk_share(
+    kairos: scheduler_state.KairosState,
+) -> None:
     assert prefill.chunk_limit(lambda *a: 77, None, None, [], 512, 1) == 77
 
 
 def test_a_blocked_batch_resumes_a_paused_prefill_rather_than_stall(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     long = Req("long", 8000, ttft_ms=60_000, done=512)
     scheduler = make_scheduler([Req(f"u{i}", 256, ttft_ms=200) for i in range(2)], long)
@@ -92,7 +96,7 @@ def test_a_blocked_batch_resumes_a_paused_prefill_rather_than_stall(
 
 
 def test_requests_held_back_return_to_the_queue_even_when_upstream_fails(
-    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+    kairos: scheduler_state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waiting = [Req("a", 10, 100), Req("b", 10, 100)]
     scheduler = make_scheduler(waiting, None)
@@ -108,7 +112,7 @@ def test_requests_held_back_return_to_the_queue_even_when_upstream_fails(
     assert kairos.plan is None
 
 
-def test_an_optimistic_request_is_never_paused(kairos: state.KairosState) -> None:
+def test_an_optimistic_request_is_never_paused(kairos: scheduler_state.KairosState) -> None:
     long = Req("long", 8000, ttft_ms=60_000, done=512)
     long.pending_bootstrap = True
     scheduler = make_scheduler([Req(f"u{i}", 256, ttft_ms=200) for i in range(2)], long)
@@ -116,7 +120,7 @@ def test_an_optimistic_request_is_never_paused(kairos: state.KairosState) -> Non
     assert scheduler.chunked_req is long
 
 
-def test_pausing_can_be_switched_off(kairos: state.KairosState) -> None:
+def test_pausing_can_be_switched_off(kairos: scheduler_state.KairosState) -> None:
     kairos.config = dataclasses.replace(kairos.config, pause=False)
     long = Req("long", 8000, ttft_ms=60_000, done=512)
     scheduler = make_scheduler([Req(f"u{i}", 256, ttft_ms=200) for i in range(2)], long)
@@ -124,7 +128,7 @@ def test_pausing_can_be_switched_off(kairos: state.KairosState) -> None:
     assert scheduler.chunked_req is long and not kairos.paused
 
 
-def test_a_request_paused_too_long_runs_next(kairos: state.KairosState) -> None:
+def test_a_request_paused_too_long_runs_next(kairos: scheduler_state.KairosState) -> None:
     old = Req("old", 8000, ttft_ms=60_000, done=512)
     pause(kairos, old, since_s=kairos.now() - 61.0)
     scheduler = make_scheduler([Req(f"u{i}", 256, ttft_ms=200) for i in range(4)], None)
@@ -132,13 +136,15 @@ def test_a_request_paused_too_long_runs_next(kairos: state.KairosState) -> None:
     assert scheduler.chunked_req is old
 
 
-def test_the_age_at_the_router_counts_against_the_deadline(kairos: state.KairosState) -> None:
+def test_the_age_at_the_router_counts_against_the_deadline(
+    kairos: scheduler_state.KairosState,
+) -> None:
     young, old = Req("young", 10, 1000), Req("old", 10, 1000, age_ms=400)
     assert kairos.promise(old).ttft_due_s < kairos.promise(young).ttft_due_s - 0.3
 
 
 def test_a_malformed_slo_that_slipped_through_falls_back_to_the_default(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     req = Req("bad", 10, 1000)
     req.sampling_params.custom_params = {"kairos": {"ttft_ms": "soon"}}
@@ -150,7 +156,7 @@ def test_a_malformed_slo_that_slipped_through_falls_back_to_the_default(
     [(True, 99, "OTHER"), (True, 100, "upstream"), (False, 99, "upstream")],
 )
 def test_no_second_chunked_prefill_beside_the_slot(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
     monkeypatch: pytest.MonkeyPatch,
     has_chunk: bool,
     room: int,
@@ -202,7 +208,7 @@ class Adder:
     ],
 )
 def test_nobody_is_admitted_into_kv_that_a_begun_prefill_needs(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
     monkeypatch: pytest.MonkeyPatch,
     begun: str,
     adder: Adder,
@@ -234,14 +240,14 @@ def test_in_unified_serving_upstream_alone_decides_who_fits(
 ) -> None:
     made = make_state()
     made.scheduler = make_scheduler([], Req("long", 1012, 60_000, done=512), mode="null")
-    monkeypatch.setattr(state, "CURRENT", made)
+    monkeypatch.setattr(scheduler_state, "CURRENT", made)
     req = SimpleNamespace(full_untruncated_fill_ids=[0] * 9, prefix_len=0, host_hit_length=0)
     got = prefill.add_one_req(lambda *a: "upstream", Adder(0), req, False, None)
     assert got == "upstream"
 
 
 def test_a_failing_policy_leaves_stock_behaviour_and_a_counter(
-    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+    kairos: scheduler_state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError("a bug of ours")
@@ -255,7 +261,7 @@ def test_a_failing_policy_leaves_stock_behaviour_and_a_counter(
 
 
 def test_the_predictor_learns_a_cpu_step_when_the_next_one_is_planned(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     batch = built([512], [0])
     prefill.get_new_batch_prefill(build(batch), make_scheduler([Req("a", 512, 100)], None), "r")
@@ -268,7 +274,7 @@ def test_the_predictor_learns_a_cpu_step_when_the_next_one_is_planned(
 
 
 def test_a_crumb_for_a_short_partial_is_not_judged_by_a_long_prompt_in_the_queue(
-    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+    kairos: scheduler_state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[float] = []
 
@@ -286,7 +292,7 @@ def test_a_crumb_for_a_short_partial_is_not_judged_by_a_long_prompt_in_the_queue
 
 
 def test_a_policy_that_loses_a_request_leaves_stock_behaviour(
-    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+    kairos: scheduler_state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = PrefillPlan(order=[0], slot=-1, chunk_limit=None, hold=[], on_time=1)
     monkeypatch.setattr(prefill_planner, "plan_prefill", lambda *a, **k: plan)
@@ -297,7 +303,9 @@ def test_a_policy_that_loses_a_request_leaves_stock_behaviour(
     assert kairos.counters["urgency_errors"] == 1
 
 
-def test_the_order_of_the_plan_survives_upstreams_own_sort(kairos: state.KairosState) -> None:
+def test_the_order_of_the_plan_survives_upstreams_own_sort(
+    kairos: scheduler_state.KairosState,
+) -> None:
     slow, soon = Req("slow", 10, 9000), Req("soon", 10, 100)
     late_comer = Req("grammar", 10, 100)
     seen: list[Any] = []
@@ -314,7 +322,7 @@ def test_the_order_of_the_plan_survives_upstreams_own_sort(kairos: state.KairosS
 
 
 def test_a_starving_request_goes_first_and_pays_from_the_late_share(
-    kairos: state.KairosState,
+    kairos: scheduler_state.KairosState,
 ) -> None:
     kairos.planner.config = dataclasses.replace(kairos.config, max_wait=2.0)
     old = Req("old", 400, ttft_ms=100, age_ms=300_000)
@@ -336,14 +344,14 @@ def test_where_pausing_is_not_proven_the_chunk_runs_through(
     setattr(scheduler, reason, True)
     made = make_state()
     made.cannot_pause = features.why_not("pause", scheduler)
-    monkeypatch.setattr(state, "CURRENT", made)
+    monkeypatch.setattr(scheduler_state, "CURRENT", made)
     prefill.get_new_batch_prefill(build(), scheduler, "r")
     assert made.cannot_pause and scheduler.chunked_req is long and not made.paused
     assert make_state().cannot_pause == ""
 
 
 def test_prefixes_are_looked_up_for_a_bounded_number_stalest_first(
-    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+    kairos: scheduler_state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked_up: list[Req] = []
 
@@ -389,11 +397,11 @@ def test_no_decision_loses_a_request(
         batch = built([1]) if gone or scheduler.chunked_req else None
         return SimpleNamespace(batch_to_run=batch, running_batch=running)
 
-    state.CURRENT = made
+    scheduler_state.CURRENT = made
     try:
         prefill.get_new_batch_prefill(upstream, scheduler, "r")
     finally:
-        state.CURRENT = None
+        scheduler_state.CURRENT = None
     slot = [scheduler.chunked_req] if scheduler.chunked_req else []
     after = [*gone, *scheduler.waiting_queue, *slot, *made.paused]
     assert sorted(map(repr, after)) == sorted(map(repr, [*queue, *begun]))
@@ -408,11 +416,11 @@ def test_every_process_has_a_decision_log_of_its_own_whose_rows_say_whose_they_a
     log = tmp_path / "decisions.jsonl"
     config = KairosConfig(decision_log=str(log))
 
-    def server(mode: str, port: int, rank: int) -> state.KairosState:
+    def server(mode: str, port: int, rank: int) -> scheduler_state.KairosState:
         scheduler = make_scheduler([], None, mode)
         scheduler.server_args = SimpleNamespace(port=port)
         monkeypatch.setattr(decision_log, "rank_of", lambda scheduler: rank)
-        return state.KairosState(scheduler, config)
+        return scheduler_state.KairosState(scheduler, config)
 
     # Two servers, two ranks, and two replicas behind one port.
     places = [("prefill", 30000, 0), ("decode", 30001, 0), ("decode", 30001, 1)] + [
@@ -445,7 +453,7 @@ def test_a_server_that_comes_back_goes_on_with_its_log(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_full_costs_the_log_and_nothing_else(
-    kairos: state.KairosState, monkeypatch: pytest.MonkeyPatch
+    kairos: scheduler_state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from sglang_kairos.engine.profile import SAVE_EVERY_S, Profile
-from sglang_kairos.predict.cache import KERNEL_SETTINGS, Key
-from sglang_kairos.tools.profile_server import Server, key_of
+from sglang_kairos.calibrate.server import Server, key_of
+from sglang_kairos.engine.state.latency_models import SAVE_EVERY_S, Profile
+from sglang_kairos.predict.learnt_file import KERNEL_SETTINGS, Key
 
 
 def scheduler(model: str = "some/model", **args: Any) -> Any:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from sglang_kairos.engine import ranks, state
+from sglang_kairos.engine.state import scheduler_state, tp_sync
 
 
 def test_one_rank_asks_nobody() -> None:
     decision = object()
-    assert ranks.agreement(SimpleNamespace(tp_size=1), Counter())(decision) is decision
+    assert tp_sync.agreement(SimpleNamespace(tp_size=1), Counter())(decision) is decision
 
 
 def rank_main(rank: int, file: str, chaos: str, answers: Any) -> None:
@@ -24,7 +24,7 @@ def rank_main(rank: int, file: str, chaos: str, answers: Any) -> None:
 
     import torch.distributed as dist
 
-    os.environ[ranks.CHAOS_CLOCK] = chaos
+    os.environ[tp_sync.CHAOS_CLOCK] = chaos
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=4)
     # Two tensor-parallel ranks in each of two context-parallel ones, as SGLang numbers them.
     tp_groups = [dist.new_group([0, 1], backend="gloo"), dist.new_group([2, 3], backend="gloo")]
@@ -35,11 +35,11 @@ def rank_main(rank: int, file: str, chaos: str, answers: Any) -> None:
         attn_cp_cpu_group=cp_groups[rank % 2],
     )
     counters: Counter[str] = Counter()
-    agree = ranks.agreement(scheduler, counters)
+    agree = tp_sync.agreement(scheduler, counters)
     got = [agree(([rank, 7], rank, None, [])), agree(None if rank else [1]), agree("same")]
     got.append(agree(list(range(5000 + rank))))  # more than a first message holds
-    got.append(agree([rank] * rank or b"x" * (ranks.FIRST_BYTES - 20)))
-    clock = ranks.Clock(scheduler)
+    got.append(agree([rank] * rank or b"x" * (tp_sync.FIRST_BYTES - 20)))
+    clock = tp_sync.Clock(scheduler)
     answers.put((rank, got, counters["disagreements"], clock.skew_s))
     dist.destroy_process_group()
 
@@ -59,20 +59,20 @@ def test_every_rank_gets_rank_0s_decision(tmp_path: Path, chaos: str) -> None:
     for process in processes:
         process.join(timeout=30)
     for _, got, disagreements, skew_s in results:
-        long, brim = list(range(5000)), b"x" * (ranks.FIRST_BYTES - 20)
+        long, brim = list(range(5000)), b"x" * (tp_sync.FIRST_BYTES - 20)
         assert got == [([0, 7], 0, None, []), [1], "same", long, brim]
         assert skew_s == (0.02 if chaos else 0.0)
         assert disagreements >= 2 if chaos else disagreements == 0
 
 
 def test_chaos_clocks_differ_between_ranks_and_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ranks.CHAOS_CLOCK, "500")
-    clock = ranks.Clock(SimpleNamespace(tp_size=1))
+    monkeypatch.setenv(tp_sync.CHAOS_CLOCK, "500")
+    clock = tp_sync.Clock(SimpleNamespace(tp_size=1))
     plain = [clock.now() for _ in range(20)]
     assert plain != sorted(plain)
     assert len({clock.measured(1.0) for _ in range(9)}) == 9
-    monkeypatch.setenv(ranks.CHAOS_CLOCK, "")
-    calm = ranks.Clock(SimpleNamespace(tp_size=1))
+    monkeypatch.setenv(tp_sync.CHAOS_CLOCK, "")
+    calm = tp_sync.Clock(SimpleNamespace(tp_size=1))
     assert calm.measured(1.0) == 1.0 and calm.now() <= calm.now()
 
 
@@ -85,12 +85,12 @@ def test_pipeline_parallelism_is_refused_before_the_hand_shake(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runtime(monkeypatch, 2)
-    for seam in (state.get_init_info, state.run_event_loop):
+    for seam in (scheduler_state.get_init_info, scheduler_state.run_event_loop):
         with pytest.raises(RuntimeError, match=r"--pp-size > 1.*--kairos off"):
             seam(lambda scheduler: {}, None)
-    assert state.current() is None
+    assert scheduler_state.current() is None
     runtime(monkeypatch, 1)
-    assert "kairos" in state.get_init_info(lambda scheduler: {"other": 1}, None)
+    assert "kairos" in scheduler_state.get_init_info(lambda scheduler: {"other": 1}, None)
 
 
 def test_the_mode_follows_a_server_that_switches_its_role() -> None:
@@ -98,7 +98,7 @@ def test_the_mode_follows_a_server_that_switches_its_role() -> None:
     from sglang_kairos.config import KairosConfig
 
     scheduler = make_scheduler([], None)
-    kairos = state.KairosState(scheduler, KairosConfig())
+    kairos = scheduler_state.KairosState(scheduler, KairosConfig())
     assert kairos.mode == "prefill" and "prefill" in kairos.report()
     scheduler.disaggregation_mode.value = "decode"
     assert kairos.mode == "decode" and "decode" in kairos.report()
@@ -118,6 +118,6 @@ def test_under_dp_attention_every_data_parallel_rank_speaks_for_itself(
         group = SimpleNamespace(size=size, rank=rank)
         return SimpleNamespace(tp_size=4, attn_tp_cpu_group=group)
 
-    assert ranks.leads(SimpleNamespace(tp_size=1))
-    assert ranks.leads(scheduler(2, 0)) and not ranks.leads(scheduler(2, 1))
-    assert ranks.leads(scheduler(1, 0))
+    assert tp_sync.leads(SimpleNamespace(tp_size=1))
+    assert tp_sync.leads(scheduler(2, 0)) and not tp_sync.leads(scheduler(2, 1))
+    assert tp_sync.leads(scheduler(1, 0))

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from helpers.fake_prefill import Req, make_state
-from sglang_kairos.engine.roster import Roster
+from sglang_kairos.engine.state.waiting_table import Roster
 
 
 def test_rows_hold_what_was_promised_and_stay() -> None:

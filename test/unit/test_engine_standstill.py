@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.engine import prefill, standstill, state
+from sglang_kairos.engine.hooks import prefill, standstill
+from sglang_kairos.engine.state import scheduler_state
 
 pytest.importorskip("sglang")
 
@@ -52,7 +53,7 @@ class Scheduler(SimpleNamespace):
 
 def after(scheduler: Any, batch: Any = None) -> list[Any]:
     """Who was given back at a scheduling point that launched `batch`."""
-    made = state.KairosState(scheduler, KairosConfig())
+    made = scheduler_state.KairosState(scheduler, KairosConfig())
     standstill.give_way(made, scheduler, batch)
     assert made.counters["gave_way"] == len(scheduler.returned)
     return list(scheduler.returned)
@@ -123,8 +124,8 @@ def test_the_scheduling_point_of_prefill_looks_for_a_standstill(
     order: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler = Scheduler([Req("parked")], [Req("due", pending=False)])
-    made = state.KairosState(scheduler, KairosConfig(order=order))
-    monkeypatch.setattr(state, "CURRENT", made)
+    made = scheduler_state.KairosState(scheduler, KairosConfig(order=order))
+    monkeypatch.setattr(scheduler_state, "CURRENT", made)
     monkeypatch.setattr(prefill, "learn_from_synchronous_step", lambda state: None)
     monkeypatch.setattr(prefill, "_apply_plan", lambda state, scheduler: [])
     nothing = SimpleNamespace(batch_to_run=None)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sglang_kairos.engine.transfer import check_status, transfer_worker, update_status
+from sglang_kairos.engine.hooks.transfer import check_status, transfer_worker, update_status
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOM = 7

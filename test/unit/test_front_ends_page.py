@@ -22,7 +22,7 @@ from helpers.front_ends import (
     renew,
     table_of,
 )
-from sglang_kairos.slo_request import SLO_HEADERS
+from sglang_kairos.slo.request import SLO_HEADERS
 
 ENDPOINTS = tuple(PATHS.values())
 LEGAL = {ALL, NOTHING} | {

@@ -17,7 +17,7 @@ from benchmark.gpu.shape import SHAPES, write_shape
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_kairos.tools.traces import Request
+from sglang_kairos.loads.traces import Request
 
 
 def make_wheel(folder: Path, name: str, files: dict[str, str], needs: tuple[str, ...] = ()) -> Path:

@@ -9,7 +9,7 @@ import pytest
 
 from sglang_kairos import launch_server
 from sglang_kairos.cpu import runtime
-from sglang_kairos.engine.graphs import captured_sizes
+from sglang_kairos.engine.state.graph_sizes import captured_sizes
 from sglang_kairos.gpu_flags import with_gpu_flags
 
 FLASHINFER = ["--attention-backend", "flashinfer"]

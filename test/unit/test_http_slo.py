@@ -17,10 +17,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from sglang_kairos.engine.http_slo import ServerFacts, SloMiddleware, install
-from sglang_kairos.slo import Slo, SloError, SloTable
-from sglang_kairos.slo_age import AGE_HEADERS, AgeRule
-from sglang_kairos.slo_http import carry, dump, error_body, mentions_slo
+from sglang_kairos.engine.slo_middleware import ServerFacts, SloMiddleware, install
+from sglang_kairos.slo.age import AGE_HEADERS, AgeRule
+from sglang_kairos.slo.body import carry, dump, error_body, mentions_slo
+from sglang_kairos.slo.targets import Slo, SloError, SloTable
 
 GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
 TABLE = SloTable(Slo(2000.0, 100.0), {"chat": Slo(500.0, 50.0, "chat", 2.0)})

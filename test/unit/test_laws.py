@@ -12,18 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_kairos.loads.traces import Request
 from sglang_kairos.policy.placement import PlacedRequest, decode_outlook, prefill_outlook
-from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
-from sglang_kairos.predict.prefill_time import PrefillTimeModel
-from sglang_kairos.predict.seeds import seed_for
-from sglang_kairos.predict.step_time import StepTimeModel
-from sglang_kairos.router.servers import DecodeServer, PrefillServer
-from sglang_kairos.sim.policies import POLICIES
-from sglang_kairos.sim.predictions import PredictionError, Predictor
-from sglang_kairos.sim.request import SimRequest
-from sglang_kairos.sim.router import Router
-from sglang_kairos.sim.times import MINIMAX_M25_H200_TP4, LawTimes
-from sglang_kairos.tools.traces import Request
+from sglang_kairos.predict.decode_latency import StepTimeModel
+from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.predict.prefill_latency import PrefillTimeModel
+from sglang_kairos.predict.shipped_models import seed_for
+from sglang_kairos.router.fleet.servers import DecodeServer, PrefillServer
+from sglang_kairos.sim.baselines.policies import POLICIES
+from sglang_kairos.sim.core.predictions import PredictionError, Predictor
+from sglang_kairos.sim.core.request import SimRequest
+from sglang_kairos.sim.core.router import Router
+from sglang_kairos.sim.hardware.times import MINIMAX_M25_H200_TP4, LawTimes
 
 none = st.just(0.0)
 prefill_laws = st.builds(

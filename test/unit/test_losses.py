@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.engine import losses
-from sglang_kairos.engine.seams import SEAMS, SUPPORTED_VERSIONS
+from sglang_kairos.engine.seams import losses
+from sglang_kairos.engine.seams.table import SEAMS, SUPPORTED_VERSIONS
 
 NAMES = [seam.qualname for seam in SEAMS]
 WRAPPED = {

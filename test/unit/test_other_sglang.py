@@ -11,7 +11,7 @@ import pytest
 
 from helpers.trees import NEWEST, OLDEST, versions_to_test
 from sglang_kairos import other_sglang
-from sglang_kairos.engine.seams import SUPPORTED_VERSIONS
+from sglang_kairos.engine.seams.table import SUPPORTED_VERSIONS
 from sglang_kairos.other_sglang import NEEDS, NoSuchSglang, fetch, folder_of
 
 

@@ -17,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from sglang_kairos.engine.seams import SUPPORTED_VERSIONS
+from sglang_kairos.engine.seams.table import SUPPORTED_VERSIONS
 from sglang_kairos.other_sglang import NEEDS
 
 SETUP_EXTRAS = ("cpu", "dev", "sim", "tables")
@@ -139,7 +139,10 @@ FOLDER_EXTRAS = {
     "engine": {"cpu"},
     "cpu": {"cpu"},
     "sim": {"sim", "tables"},
-    "tools": {"sim", "cpu"},
+    "calibrate": {"cpu"},
+    "loads": {"sim", "cpu"},
+    "reports": {"sim"},
+    "versions": {"cpu"},
 }
 # Of the base dependencies, those that nothing imports: the text that shows who uses them.
 NAMED_ONLY = {"httptools": 'http="httptools"'}

@@ -17,7 +17,7 @@ from sglang_kairos.policy.packing import (
     reserve_of,
     room_s,
 )
-from sglang_kairos.predict.step_time import StepTimeModel
+from sglang_kairos.predict.decode_latency import StepTimeModel
 
 TPOT, CAP = 0.030, 2.0
 

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from helpers.trees import TESTED_VERSIONS, sglang_folder
-from sglang_kairos.engine.seams import SEAMS, Seam
-from sglang_kairos.engine.sources import fingerprint
-from sglang_kairos.tools import patch
+from sglang_kairos.engine.fingerprints.survey import fingerprint
+from sglang_kairos.engine.seams.table import SEAMS, Seam
+from sglang_kairos.versions import patch
 
 VERSION = "9.9.9"
 SMALL = {

@@ -22,7 +22,7 @@ from sglang_kairos.policy.placement import (
     prefill_outlook,
 )
 from sglang_kairos.policy.urgency import moore_hodgson
-from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
+from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
 
 FAST, SLOW, CHUNK = PrefillLaw(0.0, 1e-3, 0.0), PrefillLaw(0.0, 2e-3, 0.0), 100
 IDLE = DecodeState()

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from helpers.trees import NEWEST, changed_copy, sglang_folder
-from sglang_kairos.engine import fingerprints
-from sglang_kairos.engine.judge import Verdict
-from sglang_kairos.engine.seams import SEAMS, Seam
-from sglang_kairos.tools import doctor, port, upstream_texts
-from sglang_kairos.tools.port import DONE, FAILED, NO_SGLANG, PERSON, Options, Plan
+from sglang_kairos.engine.fingerprints import known_texts
+from sglang_kairos.engine.fingerprints.judge import Verdict
+from sglang_kairos.engine.seams.table import SEAMS, Seam
+from sglang_kairos.versions import doctor, port, upstream_texts
+from sglang_kairos.versions.port import DONE, FAILED, NO_SGLANG, PERSON, Options, Plan
 
 Printed = pytest.CaptureFixture[str]
 NEXT = "0.5.99"
@@ -41,8 +41,8 @@ def test_a_version_of_harmless_changes_becomes_a_column_for_users(tmp_path: Path
     assert f"SGLang {NEXT} in {tree}" in text
     assert "ScheduleBatch.prepare_for_decode: text changed, everything relied on is there" in text
     assert f"start with KAIROS_SEAMS={file}" in text
-    column = fingerprints.read(file)[NEXT]
-    before = fingerprints.read(fingerprints.own_file())[NEWEST]
+    column = known_texts.read(file)[NEXT]
+    before = known_texts.read(known_texts.own_file())[NEWEST]
     changed = {t for t in before["seams"] if before["seams"][t] != column["seams"][t]}
     assert (set(column["seams"]), changed) == (set(before["seams"]), {PREPARE})
     assert column["relied_on"] == before["relied_on"]
@@ -61,14 +61,14 @@ def test_what_needs_a_person_stops_the_port_until_it_is_accepted(
     assert "!!  ScheduleBatch.prepare_for_decode: needs a person: a new parameter now" in text
     assert "nothing was written" in text and not file.exists()
     assert doctor.main([*command, "--accept", "ScheduleBatch.prepare_for_decode"]) == DONE
-    assert PREPARE in fingerprints.read(file)[NEXT]["seams"]
+    assert PREPARE in known_texts.read(file)[NEXT]["seams"]
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     tree = changed_copy(tmp_path / "next", NEWEST, VERSION)
-    own = fingerprints.own_file().read_bytes()
+    own = known_texts.own_file().read_bytes()
     assert port.run(Options(str(tree), dry_run=True), lambda text: None) == DONE
-    assert fingerprints.own_file().read_bytes() == own
+    assert known_texts.own_file().read_bytes() == own
     assert [path.name for path in tmp_path.iterdir()] == ["next"]
 
 
@@ -100,13 +100,13 @@ def test_a_column_holds_what_is_wrapped_and_what_a_person_accepted() -> None:
 
 def test_a_column_is_put_in_its_place(tmp_path: Path) -> None:
     file = tmp_path / "table.json"
-    file.write_bytes(fingerprints.own_file().read_bytes())
+    file.write_bytes(known_texts.own_file().read_bytes())
     port.add_column(file, Plan(NEXT, [verdict("harmless")]))
-    table = fingerprints.read(file)
-    assert list(table) == [NEXT, *fingerprints.read(fingerprints.own_file())]
+    table = known_texts.read(file)
+    assert list(table) == [NEXT, *known_texts.read(known_texts.own_file())]
     assert table[NEXT]["seams"] == {PREPARE: "0" * 16}
     del table[NEXT]
-    assert json.dumps(table, indent=1) + "\n" == fingerprints.own_file().read_text()
+    assert json.dumps(table, indent=1) + "\n" == known_texts.own_file().read_text()
 
 
 @pytest.mark.parametrize("fails", ["", "patches", "import", "identity"])
@@ -122,7 +122,7 @@ def test_checks_run_in_order_until_one_fails(
     table = tmp_path / "table.json"
     table.write_text("{}")
     monkeypatch.setattr(port, "_ran", check)
-    monkeypatch.setattr(fingerprints, "own_file", lambda: table)
+    monkeypatch.setattr(known_texts, "own_file", lambda: table)
     monkeypatch.setattr(port, "_identity", lambda *of: [])
     tree = doctor.locate(str(sglang_folder(NEWEST)))
     options = Options(NEWEST)

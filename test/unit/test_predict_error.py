@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_kairos.predict.error import (
+from sglang_kairos.predict.least_squares import Rls
+from sglang_kairos.predict.prediction_error import (
     CLIP_FLOOR,
     LEARNT_STEPS,
     RESPONDS,
@@ -18,7 +19,6 @@ from sglang_kairos.predict.error import (
     Outliers,
     PredictError,
 )
-from sglang_kairos.predict.rls import Rls
 
 SCALE = (1.0, 1e3, 1e7)
 TRUE = np.array([19e-3, 14e-6, 6e-10])

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from sglang_kairos.predict.cache import Key, load_profile, resume, save_profile
-from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
-from sglang_kairos.predict.prefill_time import PrefillTimeModel
-from sglang_kairos.predict.seeds import FORMAT, ProfileError, Seed, dump, parse, seed_for
-from sglang_kairos.predict.step_time import StepTimeModel
+from sglang_kairos.predict.decode_latency import StepTimeModel
+from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.predict.learnt_file import Key, load_profile, resume, save_profile
+from sglang_kairos.predict.prefill_latency import PrefillTimeModel
+from sglang_kairos.predict.shipped_models import FORMAT, ProfileError, Seed, dump, parse, seed_for
 
 KEY = Key("m", "NVIDIA H200", 4, "fa3")
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_kairos.predict.prefill_time import PrefillTimeModel
-from sglang_kairos.predict.rls import least_squares
-from sglang_kairos.predict.seeds import seed_for
-from sglang_kairos.predict.step_time import StepTimeModel
+from sglang_kairos.predict.decode_latency import StepTimeModel
+from sglang_kairos.predict.least_squares import least_squares
+from sglang_kairos.predict.prefill_latency import PrefillTimeModel
+from sglang_kairos.predict.shipped_models import seed_for
 
 H200 = Path(__file__).resolve().parents[3] / "shared" / "h200"
 SIZES = [1, 2, 4, 8, 16, 24, 32, 64]

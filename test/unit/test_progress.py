@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from sglang_kairos.policy import standstill
 from sglang_kairos.policy.admission import Occupancy, QueueView, plan_admission
-from sglang_kairos.predict.stay import Stay
+from sglang_kairos.predict.request_statistics import Stay
 
 PREFILL_KV, DECODE_KV, SLOTS = 600, 500, 24
 TURN_S, MANY_TURNS = 0.05, 2000

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from helpers import harvest
 from helpers.trees import TESTED_VERSIONS, sglang_folder
-from sglang_kairos.engine import judge, relied
-from sglang_kairos.engine.judge import Judge, Verdict
-from sglang_kairos.engine.meanings import (
+from sglang_kairos.engine.fingerprints import judge
+from sglang_kairos.engine.fingerprints.judge import Judge, Verdict
+from sglang_kairos.engine.fingerprints.meanings import (
     AskedBy,
     Check,
     Decorated,
@@ -23,10 +23,11 @@ from sglang_kairos.engine.meanings import (
     Sets,
     Takes,
 )
-from sglang_kairos.engine.relied_meanings import MEANINGS
-from sglang_kairos.engine.seams import SEAMS, SUPPORTED_VERSIONS, Seam
-from sglang_kairos.engine.trials import BusyTime
-from sglang_kairos.engine.upstream_ast import Signature, Tree
+from sglang_kairos.engine.fingerprints.trials import BusyTime
+from sglang_kairos.engine.fingerprints.upstream_ast import Signature, Tree
+from sglang_kairos.engine.seams import relied
+from sglang_kairos.engine.seams.relied_meanings import MEANINGS
+from sglang_kairos.engine.seams.table import SEAMS, SUPPORTED_VERSIONS, Seam
 
 RUN_LOOP = "Scheduler.run_event_loop"
 OURS = {"_kairos"}  # what Kairos keeps of a request: its own name, no layout of SGLang's

@@ -17,7 +17,7 @@ from aiohttp import web
 
 from helpers.timing import once_undisturbed, promptly
 from helpers.upstream import upstream_goodput
-from sglang_kairos.tools.replay import (
+from sglang_kairos.loads.replay import (
     Job,
     Outcome,
     Result,
@@ -29,7 +29,7 @@ from sglang_kairos.tools.replay import (
     replay,
     run,
 )
-from sglang_kairos.tools.traces import Request
+from sglang_kairos.loads.traces import Request
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from helpers.upstream import upstream_goodput
-from sglang_kairos.tools import report
-from sglang_kairos.tools.replay import Metrics, Outcome, Result
-from sglang_kairos.tools.report import Run
-from sglang_kairos.tools.result_bench import from_bench_record
-from sglang_kairos.tools.result_outcomes import Targets
+from sglang_kairos.loads.replay import Metrics, Outcome, Result
+from sglang_kairos.reports import report
+from sglang_kairos.reports.bench_serving import from_bench_record
+from sglang_kairos.reports.outcomes import Targets
+from sglang_kairos.reports.report import Run
 
 KEYS = [
     "ttft_attainment",

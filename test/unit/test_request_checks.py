@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.trees import TESTED_VERSIONS, sglang_folder
-from sglang_kairos.engine.http_slo import ServerFacts, SloMiddleware
-from sglang_kairos.engine.transport import facts_of
-from sglang_kairos.request_checks import RequestError, RequestLimits, check_request
-from sglang_kairos.router.fleet import Fleet
+from sglang_kairos.engine.hooks.http import facts_of
+from sglang_kairos.engine.slo_middleware import ServerFacts, SloMiddleware
+from sglang_kairos.router.fleet.fleet import Fleet
+from sglang_kairos.router.fleet.server_info import request_limits
 from sglang_kairos.router.options import RouterOptions
-from sglang_kairos.router.prompt import TooManySamples, unfold_samples, written_once
-from sglang_kairos.router.reports import request_limits
-from sglang_kairos.slo import Slo, SloTable
-from sglang_kairos.slo_http import CHAT, COMPLETIONS, GENERATE, dump
+from sglang_kairos.router.request.body import TooManySamples, unfold_samples, written_once
+from sglang_kairos.slo.body import CHAT, COMPLETIONS, GENERATE, dump
+from sglang_kairos.slo.limits import RequestError, RequestLimits, check_request
+from sglang_kairos.slo.targets import Slo, SloTable
 
 LIMITS = RequestLimits(
     vocabulary=1000, context_tokens=400, kv_tokens=256, reserved_tokens=100, page_tokens=16

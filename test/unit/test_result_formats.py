@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_kairos.tools import report
-from sglang_kairos.tools.replay import Result
-from sglang_kairos.tools.result_bench import from_bench_record
-from sglang_kairos.tools.result_formats import Reading, read_results
-from sglang_kairos.tools.result_outcomes import ABORTED, Targets
+from sglang_kairos.loads.replay import Result
+from sglang_kairos.reports import report
+from sglang_kairos.reports.bench_serving import from_bench_record
+from sglang_kairos.reports.formats import Reading, read_results
+from sglang_kairos.reports.outcomes import ABORTED, Targets
 
 TARGETS = Targets(500.0, 50.0)
 # What each tool itself wrote of seven answers of a stand-in server, trimmed: a whole one of five

@@ -14,9 +14,10 @@ import pytest
 from aiohttp import web
 
 from helpers.fake_pd import GENERATE, Fake, bench, failing, never, streaming, until
-from sglang_kairos.router import blame, serve
-from sglang_kairos.router.blame import Verdicts, own_shortage, was_aborted
-from sglang_kairos.router.health import HealthRules
+from sglang_kairos.router import serve
+from sglang_kairos.router.fleet import outliers
+from sglang_kairos.router.fleet.health import HealthRules
+from sglang_kairos.router.fleet.outliers import Verdicts, own_shortage, was_aborted
 
 BODY = {"text": "x"}
 
@@ -333,8 +334,8 @@ def test_a_server_that_only_dropped_a_connection_still_answers() -> None:
     async def main() -> None:
         async with bench() as b:
             server = b.router.fleet.decodes[0]
-            assert await blame.answers(server)
+            assert await outliers.answers(server)
             server.url = "http://127.0.0.1:1"
-            assert not await blame.answers(server)
+            assert not await outliers.answers(server)
 
     asyncio.run(main())

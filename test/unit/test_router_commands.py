@@ -12,9 +12,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from helpers.fake_pd import Bench, Fake, Handler, bench, free_port, never, until
-from sglang_kairos.router import ask
-from sglang_kairos.router.ask import ranked, together
-from sglang_kairos.router.fleet import Fleet
+from sglang_kairos.router.control import fan_out
+from sglang_kairos.router.control.fan_out import ranked, together
+from sglang_kairos.router.fleet.fleet import Fleet
 from sglang_kairos.router.options import RouterOptions
 
 FLUSH = "/flush_cache"
@@ -42,7 +42,7 @@ def test_a_command_has_as_long_as_a_request_or_as_it_asks_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # In place of half a minute: whoever still waits that long only would fail here.
-    monkeypatch.setattr(ask, "_ASK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(fan_out, "_ASK_TIMEOUT_S", 0.05)
 
     async def main() -> None:
         done = asyncio.Event()
@@ -63,7 +63,7 @@ def test_a_command_has_as_long_as_a_request_or_as_it_asks_for(
                 assert response.status == 502
                 assert "no answer within 0.1 s" in (await response.json())["error"]["message"]
 
-    monkeypatch.setattr(ask, "_GRACE_S", 0.0)
+    monkeypatch.setattr(fan_out, "_GRACE_S", 0.0)
     asyncio.run(main())
 
 
@@ -73,7 +73,7 @@ def test_a_command_has_as_long_as_a_request_or_as_it_asks_for(
 )
 def test_what_a_command_may_take_follows_its_own_timeout(words: str, patience_s: float) -> None:
     options = RouterOptions((), (), request_timeout_s=30.0)
-    asker = ask.Asker(Fleet(options), None, options)  # type: ignore[arg-type]
+    asker = fan_out.Asker(Fleet(options), None, options)  # type: ignore[arg-type]
     scope = {"type": "http", "query_string": words.encode(), "headers": []}
     assert asker._patience_s(Request(scope)) == patience_s
 

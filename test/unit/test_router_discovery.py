@@ -13,8 +13,8 @@ import pytest
 from aiohttp import web
 
 from helpers.fake_pd import bench, until
-from sglang_kairos.router import discovery
-from sglang_kairos.router.discovery import PORT_ANNOTATION, ApiServer, Discovery, address
+from sglang_kairos.router.fleet import discovery
+from sglang_kairos.router.fleet.discovery import PORT_ANNOTATION, ApiServer, Discovery, address
 from sglang_kairos.router.options import OptionError, Pods
 
 PODS = Pods("role=prefill", "role=decode", 30000, "llm")

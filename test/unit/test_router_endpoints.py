@@ -11,7 +11,15 @@ import pytest
 from aiohttp import web
 
 from helpers.fake_pd import CHAT, GENERATE, Fake, bench, streaming
-from sglang_kairos.router.endpoints import ANY, EACH, ENDPOINTS, EVERY, PAIR, REFUSED, WEBSOCKET
+from sglang_kairos.router.control.endpoints import (
+    ANY,
+    EACH,
+    ENDPOINTS,
+    EVERY,
+    PAIR,
+    REFUSED,
+    WEBSOCKET,
+)
 
 ROOT = Path(__file__).parents[2]
 TREES = sorted(ROOT.glob(".venv/sglang-*/sglang")) + sorted(

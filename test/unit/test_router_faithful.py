@@ -9,7 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from helpers.fake_pd import COMPLETIONS, GENERATE, Fake, bench, free_port, streaming
-from sglang_kairos.router.logprobs import Merger
+from sglang_kairos.router.request.logprobs import Merger
 
 STREAM = {"text": "x", "stream": True}
 

@@ -18,12 +18,12 @@ from helpers.fake_pd import GENERATE, Fake, bench, free_port, until
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.launch_router import main as launch
 from sglang_kairos.policy.placement import PlacedRequest
-from sglang_kairos.router.choosers import CacheRule, chooser_of
-from sglang_kairos.router.flags import POLICIES, build_parser
-from sglang_kairos.router.health import HealthRules
+from sglang_kairos.router.arguments import POLICIES, build_parser
+from sglang_kairos.router.fleet.health import HealthRules
+from sglang_kairos.router.fleet.policies import CacheRule, chooser_of
+from sglang_kairos.router.fleet.prefix_index import Blocks
+from sglang_kairos.router.fleet.servers import DecodeServer, PrefillServer
 from sglang_kairos.router.options import OptionError, Pods, RouterOptions, parse_options
-from sglang_kairos.router.prefix import Blocks
-from sglang_kairos.router.servers import DecodeServer, PrefillServer
 from sglang_kairos.router.upstream_flags import NO_EFFECT, REFUSED, VALUES
 
 PAIR = "--pd-disaggregation --prefill http://127.0.0.1:1 --decode http://127.0.0.1:2 "
@@ -284,7 +284,7 @@ def test_the_log_goes_to_a_file_too(tmp_path: Path) -> None:
     before = list(own.handlers), list(theirs.handlers)
     try:
         _log_to(str(tmp_path / "logs"))
-        logging.getLogger("sglang_kairos.router.watch").warning("a server is down")
+        logging.getLogger("sglang_kairos.router.fleet.poller").warning("a server is down")
         assert "a server is down" in (tmp_path / "logs" / "router.log").read_text()
     finally:
         own.handlers, theirs.handlers = before

@@ -21,8 +21,8 @@ from helpers.fake_pd import (
     until,
 )
 from helpers.timing import once_undisturbed, promptly
-from sglang_kairos.router.attention import Attention
-from sglang_kairos.router.health import HealthRules
+from sglang_kairos.router.cancellation import Attention
+from sglang_kairos.router.fleet.health import HealthRules
 from sglang_kairos.router.options import OptionError, parse_options
 
 STREAM = {"text": "x", "stream": True}

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.fake_pd import CHAT, COMPLETIONS, GENERATE, Bench, Fake, bench, streaming, until
-from sglang_kairos.router import attempt
-from sglang_kairos.router.exchange import DecodeHead
-from sglang_kairos.router.logprobs import Merger
-from sglang_kairos.router.relay import Passage, Relayed
-from sglang_kairos.router.sse import Splitter, data_of
-from sglang_kairos.router.tokens import Hidden, Meter, ask_for_counts, without
+from sglang_kairos.router.request import attempt
+from sglang_kairos.router.request.logprobs import Merger
+from sglang_kairos.router.request.relay import Passage, Relayed
+from sglang_kairos.router.request.sse import Splitter, data_of
+from sglang_kairos.router.request.token_times import Hidden, Meter, ask_for_counts, without
+from sglang_kairos.router.request.upstream_stream import DecodeHead
 
 DONE = b"data: [DONE]\n\n"
 

@@ -13,9 +13,9 @@ from helpers.fake_pd import CHAT, GENERATE, Bench, Fake, bench, streaming, until
 from helpers.timing import once_undisturbed, promptly
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.policy.overload import Outcome, Overload, retry_after_s, verdict
-from sglang_kairos.router.later import Later
-from sglang_kairos.router.limits import Full, Limits, TooLarge
 from sglang_kairos.router.options import OptionError, parse_options
+from sglang_kairos.router.request.deferred_queue import Later
+from sglang_kairos.router.request.limits import Full, Limits, TooLarge
 
 # 1 ms a token, and 1 ms a step for each request running.
 PREFILL = {"a_s": 0.0, "b_s": 1e-3, "c_s": 0.0}

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from helpers.fake_pd import CHAT, COMPLETIONS, GENERATE
-from sglang_kairos.predict.laws import PrefillLaw
-from sglang_kairos.router.learn import SpeedEstimate
+from sglang_kairos.predict.latency_model import PrefillLaw
+from sglang_kairos.router.fleet.estimators import SpeedEstimate
+from sglang_kairos.router.fleet.servers import PrefillServer
 from sglang_kairos.router.options import OptionError, parse_options
-from sglang_kairos.router.prompt import describe, unfold_samples
-from sglang_kairos.router.servers import PrefillServer
+from sglang_kairos.router.request.body import describe, unfold_samples
 
 
 def test_an_ipv6_prefill_is_named_without_brackets() -> None:

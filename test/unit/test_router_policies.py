@@ -17,10 +17,10 @@ import pytest
 from sglang_kairos.policy.overload import Overload, verdict
 from sglang_kairos.policy.placement import PlacedRequest
 from sglang_kairos.policy.urgency import urgency_order
-from sglang_kairos.predict.laws import PrefillLaw
-from sglang_kairos.router.fleet import Fleet
+from sglang_kairos.predict.latency_model import PrefillLaw
+from sglang_kairos.router.fleet.fleet import Fleet
+from sglang_kairos.router.fleet.servers import PrefillServer, Ticket
 from sglang_kairos.router.options import RouterOptions
-from sglang_kairos.router.servers import PrefillServer, Ticket
 
 CHUNK, SLO_S = 512, 1.0
 POLICIES = ("random", "round_robin", "least_load", "power_of_two", "cache_aware")

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from helpers.fake_pd import GENERATE, Bench, Fake, bench, never, until
-from sglang_kairos.router.reports import misplaced, roles
+from sglang_kairos.router.fleet.server_info import misplaced, roles
 
 ADMIN = {"admin_api_key": "root"}
 

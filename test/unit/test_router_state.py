@@ -13,15 +13,20 @@ from hypothesis import strategies as st
 
 from helpers.fake_pd import Fake, bench, until
 from sglang_kairos.policy.placement import PlacedRequest
-from sglang_kairos.predict.laws import DecodeLaw, PrefillLaw
-from sglang_kairos.router.flags import POLICIES
-from sglang_kairos.router.fleet import Fleet
-from sglang_kairos.router.learn import Margin
+from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.router.arguments import POLICIES
+from sglang_kairos.router.fleet.estimators import Margin
+from sglang_kairos.router.fleet.fleet import Fleet
+from sglang_kairos.router.fleet.prefix_index import (
+    BLOCK_BYTES,
+    BLOCK_TOKENS,
+    PrefixIndex,
+    blocks_of,
+)
+from sglang_kairos.router.fleet.server_info import Load, decode_law, load_of, prefill_law, settled
+from sglang_kairos.router.fleet.servers import FRESH_S, DecodeServer, PrefillServer
 from sglang_kairos.router.options import RouterOptions
-from sglang_kairos.router.prefix import BLOCK_BYTES, BLOCK_TOKENS, PrefixIndex, blocks_of
-from sglang_kairos.router.prompt import prompt_blocks
-from sglang_kairos.router.reports import Load, decode_law, load_of, prefill_law, settled
-from sglang_kairos.router.servers import FRESH_S, DecodeServer, PrefillServer
+from sglang_kairos.router.request.body import prompt_blocks
 
 
 def fleet_of(policy: str = "kairos", prefills: int = 3, decodes: int = 2) -> Fleet:

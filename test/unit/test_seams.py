@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from helpers.trees import NEWEST, TESTED_VERSIONS, changed_copy, sglang_folder
-from sglang_kairos.engine import fingerprints, losses, plugin
-from sglang_kairos.engine.seams import SEAMS, SUPPORTED_VERSIONS, Seam
-from sglang_kairos.engine.sources import Texts, fingerprint, namesakes, survey, way_out
+from sglang_kairos.engine import plugin
+from sglang_kairos.engine.fingerprints import known_texts
+from sglang_kairos.engine.fingerprints.survey import Texts, fingerprint, namesakes, survey, way_out
+from sglang_kairos.engine.seams import losses
+from sglang_kairos.engine.seams.table import SEAMS, SUPPORTED_VERSIONS, Seam
 
 SOURCE = '''
 class Scheduler:
@@ -225,8 +227,8 @@ def test_a_file_of_texts_that_is_none_stops_the_start(
     with pytest.raises(SystemExit, match="refuses to start: KAIROS_SEAMS=") as refused:
         plugin.install()
     assert said in str(refused.value) and str(file) in str(refused.value)
-    fingerprints.table.cache_clear()
-    assert tuple(fingerprints.table()) == SUPPORTED_VERSIONS
+    known_texts.table.cache_clear()
+    assert tuple(known_texts.table()) == SUPPORTED_VERSIONS
 
 
 def test_every_seam_says_what_serves_in_a_version_that_has_none() -> None:
@@ -246,6 +248,6 @@ def test_every_seam_says_what_serves_in_a_version_that_has_none() -> None:
 def test_the_table_of_texts_names_no_function_that_kairos_does_not_use() -> None:
     wrapped = {seam.target for seam in SEAMS}
     relied_on = {callee.target for seam in SEAMS for callee in seam.relies_on}
-    for version, column in fingerprints.read(fingerprints.own_file()).items():
+    for version, column in known_texts.read(known_texts.own_file()).items():
         assert set(column["seams"]) <= wrapped, version
         assert set(column["relied_on"]) <= relied_on, version

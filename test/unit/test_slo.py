@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_kairos.slo import (
+from sglang_kairos.slo.targets import (
     LIMITS_MS,
     RequestSlo,
     Slo,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_kairos.slo_age import AGE_HEADERS, START_HEADERS, TRACE_HEADER, AgeRule
+from sglang_kairos.slo.age import AGE_HEADERS, START_HEADERS, TRACE_HEADER, AgeRule
 
 NOW_S = 1_764_300_000.25
 RULE = AgeRule(AGE_HEADERS, 30_000.0)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_kairos.slo import Slo
-from sglang_kairos.slo_attainment import (
+from sglang_kairos.loads.replay import Outcome, measure
+from sglang_kairos.slo.attainment import (
     ABORTED,
     FAILED,
     MANY_STEPS,
@@ -24,7 +24,7 @@ from sglang_kairos.slo_attainment import (
     judge,
     tpot_of,
 )
-from sglang_kairos.tools.replay import Outcome, measure
+from sglang_kairos.slo.targets import Slo
 
 SLO = Slo(1000.0, 50.0, "chat")
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_kairos.slo import Slo, SloError, SloTable
-from sglang_kairos.slo_dynamo import age_ms, custom_params, native_body
-from sglang_kairos.slo_http import AGE_STEP_MS
+from sglang_kairos.slo.body import AGE_STEP_MS
+from sglang_kairos.slo.dynamo import age_ms, custom_params, native_body
+from sglang_kairos.slo.targets import Slo, SloError, SloTable
 
 TABLE = SloTable(
     Slo(2000.0, 100.0), {"chat": Slo(500.0, 50.0, "chat", 2.0)}, priorities=((3, "chat"),)

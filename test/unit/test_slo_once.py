@@ -13,12 +13,13 @@ import orjson
 import pytest
 
 from helpers.fake_prefill import Req, make_state
-from sglang_kairos import slo, slo_http
-from sglang_kairos.engine.http_slo import SloMiddleware
-from sglang_kairos.router import call
-from sglang_kairos.router.fleet import Fleet
+from sglang_kairos.engine.slo_middleware import SloMiddleware
+from sglang_kairos.router.fleet.fleet import Fleet
 from sglang_kairos.router.options import RouterOptions
-from sglang_kairos.slo import Slo, SloError, SloTable
+from sglang_kairos.router.request import context
+from sglang_kairos.slo import body as slo_body
+from sglang_kairos.slo import targets
+from sglang_kairos.slo.targets import Slo, SloError, SloTable
 
 GENERATE, COMPLETIONS = "/generate", "/v1/completions"
 WIRE = {"ttft_ms": 700.0, "tpot_ms": 30.0, "class": "chat", "weight": 1.0, "age_ms": 5.0}
@@ -28,7 +29,7 @@ WIRE = {"ttft_ms": 700.0, "tpot_ms": 30.0, "class": "chat", "weight": 1.0, "age_
 def parsed(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """How often each table was parsed with. Every process has one of its own."""
     count: Counter[int] = Counter()
-    of_wire, of_request = slo.from_wire, slo_http.request_slo
+    of_wire, of_request = targets.from_wire, slo_body.request_slo
 
     def from_wire(wire: Any, table: SloTable) -> Any:
         count[id(table)] += 1
@@ -38,8 +39,8 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
         count[id(table)] += 1
         return of_request(body, headers, table, notes)
 
-    monkeypatch.setattr(slo, "from_wire", from_wire)
-    monkeypatch.setattr(slo_http, "request_slo", request_slo)
+    monkeypatch.setattr(targets, "from_wire", from_wire)
+    monkeypatch.setattr(slo_body, "request_slo", request_slo)
     return count
 
 
@@ -59,14 +60,14 @@ class Router:
         self.options = RouterOptions(prefills=(("http://p", 1),), decodes=("http://d",))
         self.fleet = Fleet(self.options)
         monkeypatch.setattr(
-            call, "time", SimpleNamespace(monotonic=lambda: self.now_s, time=lambda: self.now_s)
+            context, "time", SimpleNamespace(monotonic=lambda: self.now_s, time=lambda: self.now_s)
         )
 
-    def accept(self, path: str, body: Any, headers: dict[str, str]) -> call.Call:
+    def accept(self, path: str, body: Any, headers: dict[str, str]) -> context.Call:
         lines = [(name.encode(), value.encode()) for name, value in headers.items()]
         scope = {"type": "http", "path": path, "headers": lines}
         raw, came_s = orjson.dumps(body), self.now_s - 0.002
-        return call.accept(raw, scope, came_s, self.fleet, self.table, self.options, True)
+        return context.accept(raw, scope, came_s, self.fleet, self.table, self.options, True)
 
 
 def serve(path: str, raw: bytes, headers: dict[str, str]) -> tuple[SloTable, Any]:
@@ -195,10 +196,10 @@ def test_each_distinct_slo_is_parsed_once_and_like_values_of_other_types_are_not
     with pytest.raises(SloError, match="must be an object"):
         table.read("chat")
     before = parsed[id(table)]
-    for ttft in range(10, 10 + 2 * slo.MOST_KNOWN):
+    for ttft in range(10, 10 + 2 * targets.MOST_KNOWN):
         table.read({"ttft_ms": ttft})
-    assert parsed[id(table)] - before == 2 * slo.MOST_KNOWN
-    assert len(table._known) <= slo.MOST_KNOWN
+    assert parsed[id(table)] - before == 2 * targets.MOST_KNOWN
+    assert len(table._known) <= targets.MOST_KNOWN
 
 
 def test_a_slow_body_makes_the_request_older() -> None:

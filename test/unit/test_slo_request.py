@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_kairos.slo import LIMITS_MS, Slo, SloError, SloTable
-from sglang_kairos.slo_request import SLO_HEADERS, request_slo
+from sglang_kairos.slo.request import SLO_HEADERS, request_slo
+from sglang_kairos.slo.targets import LIMITS_MS, Slo, SloError, SloTable
 
 DEFAULT = Slo(2000.0, 100.0)
 CHAT = Slo(500.0, 50.0, "chat", 2.0)

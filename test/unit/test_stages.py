@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.upstream import upstream_source
-from sglang_kairos.cluster import ClusterSpec
-from sglang_kairos.tools import stages
-from sglang_kairos.tools.replay import Outcome, Result
-from sglang_kairos.tools.report import Run
-from sglang_kairos.tools.stages import (
+from sglang_kairos.cluster.run import ClusterSpec
+from sglang_kairos.loads.replay import Outcome, Result
+from sglang_kairos.reports import stages
+from sglang_kairos.reports.report import Run
+from sglang_kairos.reports.stages import (
     STAGES,
     DecodeStamps,
     PrefillStamps,

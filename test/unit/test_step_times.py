@@ -14,8 +14,9 @@ import pytest
 from helpers.fake_prefill import built, make_state
 from helpers.trees import TESTED_VERSIONS
 from helpers.upstream import upstream_function
-from sglang_kairos.engine import state, steps
-from sglang_kairos.engine.seams import SEAMS
+from sglang_kairos.engine.hooks import step_timing
+from sglang_kairos.engine.seams.table import SEAMS
+from sglang_kairos.engine.state import scheduler_state
 
 FILE, COUNTERS = "managers/scheduler.py", "Scheduler._record_step_counters"
 
@@ -65,12 +66,12 @@ class Steps:
             batch, result = self._batch(launched_s, number, number == 3), SimpleNamespace()
             self._clock.now = launched_s
             if "Scheduler.run_batch" in self.wrapped:
-                steps.run_batch(lambda *a, result=result: result, self.scheduler, batch)
+                step_timing.run_batch(lambda *a, result=result: result, self.scheduler, batch)
             self._clock.now = ended_s
             if COUNTERS in self.wrapped:
-                steps.record_step_counters(self._count, self.scheduler, batch, result)
+                step_timing.record_step_counters(self._count, self.scheduler, batch, result)
             if "Scheduler.process_batch_result" in self.wrapped:
-                steps.process_batch_result(lambda *a: None, self.scheduler, batch, result)
+                step_timing.process_batch_result(lambda *a: None, self.scheduler, batch, result)
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def learnt(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What a server that is no CPU learns of its steps, in seconds."""
     made = make_state()
     made.synchronous = False
-    monkeypatch.setattr(state, "CURRENT", made)
+    monkeypatch.setattr(scheduler_state, "CURRENT", made)
     seconds: list[float] = []
     monkeypatch.setattr(made.prefill_time, "observe", lambda new, old, s: seconds.append(s))
     return seconds
@@ -89,7 +90,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A clock that stands where the test puts it, for SGLang's function and for ours."""
     made = SimpleNamespace(now=0.0)
     made.monotonic = lambda: made.now
-    monkeypatch.setattr(steps, "time", made)
+    monkeypatch.setattr(step_timing, "time", made)
     return made
 
 

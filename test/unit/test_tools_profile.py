@@ -1,4 +1,4 @@
-"""`tools.profile`: what it fits, what it writes, what it says when it cannot measure."""
+"""`calibrate.cli`: what it fits, what it writes, what it says when it cannot measure."""
 
 from __future__ import annotations
 
@@ -10,19 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_kairos.engine.profile import Profile
-from sglang_kairos.predict.cache import Key, load_profile
-from sglang_kairos.predict.seeds import dump
-from sglang_kairos.tools import profile, profile_kernels
-from sglang_kairos.tools.profile_fit import entry, fit_decode, fit_prefill, medians
-from sglang_kairos.tools.profile_server import (
-    Measurement,
-    ProfileFailed,
-    Server,
-    cadence,
-    key_of,
-)
-from sglang_kairos.tools.replay import Outcome
+from sglang_kairos.calibrate import cli, kernels
+from sglang_kairos.calibrate.fit import entry, fit_decode, fit_prefill, medians
+from sglang_kairos.calibrate.server import Measurement, ProfileFailed, Server, cadence, key_of
+from sglang_kairos.engine.state.latency_models import Profile
+from sglang_kairos.loads.replay import Outcome
+from sglang_kairos.predict.learnt_file import Key, load_profile
+from sglang_kairos.predict.shipped_models import dump
 
 KEY = Key("m", "cpu", 1, "torch_native////")
 PREFILL = [
@@ -198,13 +192,13 @@ def test_a_pair_sees_prefixes_in_the_chunks_before(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("words", [["--url", "http://x"], ["--out", "f"], []])
 def test_url_and_out_belong_together(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        profile.main(words)
+        cli.main(words)
     assert "--url and --out" in capsys.readouterr().err
 
 
 def test_a_short_budget_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        profile.main(["--url", "http://x", "--out", "f", "--budget-s", "nan"])
+        cli.main(["--url", "http://x", "--out", "f", "--budget-s", "nan"])
     assert "--budget-s: must be at least 5" in capsys.readouterr().err
 
 
@@ -214,17 +208,15 @@ def test_kernels_say_what_is_missing_here(
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert profile.main(["--kernels"]) == 1
+    assert cli.main(["--kernels"]) == 1
     assert "needs a CUDA device" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        profile_kernels.importlib.util, "find_spec", lambda name: name == "torch" or None
-    )
-    assert profile.main(["--kernels"]) == 1
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: name == "torch" or None)
+    assert cli.main(["--kernels"]) == 1
     assert "flashinfer" in capsys.readouterr().err
 
 
 def test_a_kernel_grid_must_be_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        profile.main(["--kernels", "--batches", "1,x"])
+        cli.main(["--kernels", "--batches", "1,x"])
     assert "--batches" in capsys.readouterr().err

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_kairos.tools import traces
-from sglang_kairos.tools.traces import TraceError
+from sglang_kairos.loads import traces
+from sglang_kairos.loads.traces import TraceError
 
 
 def jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

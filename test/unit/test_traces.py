@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_kairos.tools import traces
-from sglang_kairos.tools.traces import Request, TraceError
+from sglang_kairos.loads import traces
+from sglang_kairos.loads.traces import Request, TraceError
 
 
 def write(path: Path, text: str) -> Path:

@@ -2,7 +2,7 @@
 
 Every function looks at the object it is given, never at a version number. The newest layout comes
 first; what only older ones have is named so, and goes with them. Functions that SGLang renamed or
-that one version lacks are no matter of layout: they are in the table of `seams`.
+that one version lacks are no matter of layout: they are in the table of `seams.table`.
 """
 
 from __future__ import annotations

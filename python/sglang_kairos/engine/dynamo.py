@@ -2,7 +2,7 @@
 
 Such a worker runs SGLang in its own process (`sgl.Engine`), so there is no HTTP server of SGLang's and
 no middleware. SGLang loads its plugins there all the same, when the engine is made: Kairos then takes
-the SLO of each request from what Dynamo's frontend says (`slo_dynamo`), in the prefill and in the decode
+the SLO of each request from what Dynamo's frontend says (`slo.dynamo`), in the prefill and in the decode
 worker, checks that every scheduler has Kairos, and shows ``kairos_…`` metrics on the worker's own port.
 
 Dynamo's functions are known by their text like SGLang's: an unknown one stops the start.
@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.engine import compat, transport
-from sglang_kairos.engine.callees import Callee
-from sglang_kairos.engine.http_slo import UNKNOWN, ServerFacts
-from sglang_kairos.engine.sources import fingerprint
-from sglang_kairos.request_checks import RequestError, check_request
-from sglang_kairos.slo import SloError, SloTable
-from sglang_kairos.slo_dynamo import custom_params, native_body
-from sglang_kairos.slo_http import GENERATE
+from sglang_kairos.engine import compat
+from sglang_kairos.engine.fingerprints.survey import fingerprint
+from sglang_kairos.engine.hooks import http
+from sglang_kairos.engine.seams.callees import Callee
+from sglang_kairos.engine.slo_middleware import UNKNOWN, ServerFacts
+from sglang_kairos.slo.body import GENERATE
+from sglang_kairos.slo.dynamo import custom_params, native_body
+from sglang_kairos.slo.limits import RequestError, check_request
+from sglang_kairos.slo.targets import SloError, SloTable
 
 logger = logging.getLogger(__name__)
 
@@ -164,8 +165,8 @@ class Worker:
     ) -> Any:
         """The engine is there, nothing is served yet: are its schedulers ours? Then metrics."""
         schedulers = engine._scheduler_init_result.scheduler_infos
-        transport.refuse_to_serve(engine.server_args, schedulers)
-        self._facts = transport.facts_of(
+        http.refuse_to_serve(engine.server_args, schedulers)
+        self._facts = http.facts_of(
             engine.server_args,
             engine.tokenizer_manager,
             schedulers,

@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sglang_kairos.config import ConfigError, KairosConfig
-from sglang_kairos.engine import fingerprints, losses
-from sglang_kairos.engine.judge import Judge
+from sglang_kairos.engine.fingerprints import known_texts
+from sglang_kairos.engine.fingerprints.judge import Judge
+from sglang_kairos.engine.fingerprints.survey import Survey, package_folder, survey, way_out
 from sglang_kairos.engine.on_import import when_imported
-from sglang_kairos.engine.seams import Seam
-from sglang_kairos.engine.sources import Survey, package_folder, survey, way_out
+from sglang_kairos.engine.seams import losses
+from sglang_kairos.engine.seams.table import Seam
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +76,8 @@ def install() -> None:
         config = active_config()
         config.slo_table()
         if config.enabled:
-            fingerprints.vouched()
-    except (ConfigError, fingerprints.TableError) as error:
+            known_texts.vouched()
+    except (ConfigError, known_texts.TableError) as error:
         raise SystemExit(f"Kairos refuses to start: {error}") from None
     if not config.enabled:
         return
@@ -86,7 +87,7 @@ def install() -> None:
     kept = _kept(found)
     VOUCHED_FOR[:] = found.vouched_for
     if VOUCHED_FOR:
-        named = f"{fingerprints.VOUCHED_FOR}={os.environ.get(fingerprints.VOUCHED_FOR)}"
+        named = f"{known_texts.VOUCHED_FOR}={os.environ.get(known_texts.VOUCHED_FOR)}"
         logger.warning("Kairos: texts vouched for by %s: %s", named, ", ".join(VOUCHED_FOR))
     # In the main process none of these modules is there yet. It needs the scheduler's seams only to
     # hand them to children that are forked; spawned ones come through here with their module loaded.

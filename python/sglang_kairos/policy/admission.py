@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from sglang_kairos.policy.load import Array, StepTime, step_costs, within_reach
 from sglang_kairos.policy.urgency import urgency_order
-from sglang_kairos.predict.stay import BEST, Stay
+from sglang_kairos.predict.request_statistics import BEST, Stay
 
 TARGET = 0.99
 PLENTY = 0.8

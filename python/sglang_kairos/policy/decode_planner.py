@@ -39,8 +39,8 @@ from sglang_kairos.policy.packing import (
 )
 from sglang_kairos.policy.retraction import keep_order
 from sglang_kairos.policy.urgency import LateShare
-from sglang_kairos.predict.error import PredictError
-from sglang_kairos.predict.stay import Stay
+from sglang_kairos.predict.prediction_error import PredictError
+from sglang_kairos.predict.request_statistics import Stay
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]

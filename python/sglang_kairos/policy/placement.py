@@ -27,7 +27,7 @@ from random import Random
 from typing import NamedTuple
 
 from sglang_kairos.policy.backlog import EMPTY, Backlog
-from sglang_kairos.predict.laws import GENERIC_PREFILL, DecodeLaw, PrefillLaw
+from sglang_kairos.predict.latency_model import GENERIC_PREFILL, DecodeLaw, PrefillLaw
 
 # Predictions closer than this are one: they are not that good, and a tie can be spread.
 TIE_S = 1e-4

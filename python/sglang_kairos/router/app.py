@@ -21,13 +21,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.router.admin import Admin
-from sglang_kairos.router.answers import Message, Receive, Scope, Send, refuse
-from sglang_kairos.router.ask import Asker, as_json, error
 from sglang_kairos.router.auth import bears, is_open
-from sglang_kairos.router.call import REQUEST_ID
-from sglang_kairos.router.discovery import ApiServer, Discovery
-from sglang_kairos.router.endpoints import (
+from sglang_kairos.router.control.admin import Admin
+from sglang_kairos.router.control.endpoints import (
     ANY,
     EACH,
     ENDPOINTS,
@@ -36,12 +32,16 @@ from sglang_kairos.router.endpoints import (
     REFUSED,
     WEBSOCKET,
 )
-from sglang_kairos.router.fleet import Fleet
+from sglang_kairos.router.control.fan_out import Asker, as_json, error
+from sglang_kairos.router.fleet.discovery import ApiServer, Discovery
+from sglang_kairos.router.fleet.fleet import Fleet
+from sglang_kairos.router.fleet.poller import Watch
 from sglang_kairos.router.metrics import RouterMetrics
 from sglang_kairos.router.options import RouterOptions
-from sglang_kairos.router.proxy import PairProxy
-from sglang_kairos.router.watch import Watch
-from sglang_kairos.slo_http import SLO_PATHS
+from sglang_kairos.router.request.context import REQUEST_ID
+from sglang_kairos.router.request.serving import PairProxy
+from sglang_kairos.router.responses import Message, Receive, Scope, Send, refuse
+from sglang_kairos.slo.body import SLO_PATHS
 
 # SGLang closes idle connections after 5 s: let go before it does, or a request meets the closing.
 _KEEP_ALIVE_S = 3.0
@@ -168,7 +168,7 @@ class Router:
         return Response(status_code=200)
 
     async def admin(self, request: Request) -> Response:
-        """See `admin`."""
+        """See `control.admin`."""
         assert self._admin is not None
         return await self._admin(request)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from sglang_kairos.slo_attainment import TPOT_EDGES_S, TTFT_EDGES_S
+from sglang_kairos.slo.attainment import TPOT_EDGES_S, TTFT_EDGES_S
 
 _MISSES = (-10, -3, -1, -0.3, -0.1, -0.03, 0, 0.03, 0.1, 0.3, 1, 3, 10)
 

@@ -19,15 +19,15 @@ import aiohttp
 
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.policy.placement import OUTPUT_SHARE, PlacedRequest
-from sglang_kairos.router.fleet import Fleet
+from sglang_kairos.router.fleet.fleet import Fleet
+from sglang_kairos.router.fleet.poller import Watch
+from sglang_kairos.router.fleet.servers import DecodeServer, PrefillServer, Ticket
 from sglang_kairos.router.metrics import RouterMetrics
 from sglang_kairos.router.options import RouterOptions
-from sglang_kairos.router.prompt import describe, prompt_blocks
-from sglang_kairos.router.servers import DecodeServer, PrefillServer, Ticket
-from sglang_kairos.router.watch import Watch
-from sglang_kairos.slo import SloError
-from sglang_kairos.slo_http import CHAT, COMPLETIONS, GENERATE
-from sglang_kairos.slo_request import request_slo
+from sglang_kairos.router.request.body import describe, prompt_blocks
+from sglang_kairos.slo.body import CHAT, COMPLETIONS, GENERATE
+from sglang_kairos.slo.request import request_slo
+from sglang_kairos.slo.targets import SloError
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""The router's own settings, from its command line (flags of `flags`)."""
+"""The router's own settings, from its command line (flags of `arguments`)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from sglang_kairos.policy.overload import Overload
-from sglang_kairos.router.flags import POLICIES, build_parser
-from sglang_kairos.router.health import HealthRules
+from sglang_kairos.router.arguments import POLICIES, build_parser
+from sglang_kairos.router.fleet.health import HealthRules
 from sglang_kairos.router.upstream_flags import heed
 
 logger = logging.getLogger(__name__)

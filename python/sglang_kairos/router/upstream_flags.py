@@ -2,7 +2,7 @@
 
 A flag without effect here is accepted, so that command lines start, and warned of once. One that
 would change what clients or operators get is refused, with what to use instead. A test walks
-upstream's own parser: every flag of it is one of `flags`, or here.
+upstream's own parser: every flag of it is one of `arguments`, or here.
 """
 
 from __future__ import annotations

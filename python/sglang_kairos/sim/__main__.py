@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 
-from sglang_kairos.sim import compare, plan
-from sglang_kairos.sim.options import UsageError
-from sglang_kairos.tools.traces import TraceError
+from sglang_kairos.loads.traces import TraceError
+from sglang_kairos.sim.cli import compare, plan
+from sglang_kairos.sim.cli.options import UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""A prefill/decode cluster on one machine: its processes, ports and command lines."""

@@ -1,0 +1,1 @@
+"""The handlers of the seams: the only code that runs inside SGLang's functions."""

@@ -1,0 +1,1 @@
+"""Where Kairos touches SGLang, and what it takes for granted there: data."""

@@ -1,0 +1,1 @@
+"""What one scheduler process keeps: tables, predictors, counters, the decision log."""

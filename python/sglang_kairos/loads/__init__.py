@@ -1,0 +1,1 @@
+"""Request traces, and the open-loop driver that sends them."""

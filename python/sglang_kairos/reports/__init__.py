@@ -1,0 +1,1 @@
+"""What became of a run: tables, pictures, and other load generators' files."""

@@ -1,0 +1,1 @@
+"""What Kairos is compared with: upstream's orders, and policies by name."""

@@ -1,0 +1,1 @@
+"""What no scheduler could beat: an upper bound of TTFT attainment."""

@@ -1,0 +1,1 @@
+"""From what a real cluster did to a simulated one."""

@@ -1,0 +1,29 @@
+"""How far a command has come, on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sglang_kairos.sim.cli.pool import Progress
+
+
+@contextmanager
+def progress_bar(unit: str) -> Iterator[Progress | None]:
+    """A bar on stderr, if that is a terminal and tqdm is there; None otherwise."""
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+    except ImportError:
+        yield None
+        return
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with tqdm(unit=f" {unit}", leave=False, file=sys.stderr) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        yield show

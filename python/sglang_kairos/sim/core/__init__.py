@@ -1,0 +1,1 @@
+"""The simulated cluster: clock, requests, servers, router."""

@@ -1,0 +1,1 @@
+"""SGLang versions: fetch one, check one, patch one, add one."""
