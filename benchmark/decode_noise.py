@@ -30,17 +30,17 @@ from typing import Any
 from benchmark import decode_cpu, demo
 from sglang_kairos.loads import traces
 from sglang_kairos.policy.decode_planner import DecodePlanner
-from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.predict.latency_model import DecodeLatency, PrefillLatency
 from sglang_kairos.predict.prediction_error import PredictError
 from sglang_kairos.sim.baselines.policies import POLICIES, Policy
 from sglang_kairos.sim.calibrate.learnt import LearntCluster
 from sglang_kairos.sim.core.cluster import Setup
-from sglang_kairos.sim.core.decode import DecodeServer
+from sglang_kairos.sim.core.decode import SimDecodeServer
 from sglang_kairos.sim.hardware.times import LawTimes, System
 
 # benchmark/decode_cpu.py's model on two busy cores: 8.5 ms, 0.55 ms a request, 1.1 us a KV token.
-DECODE_LAW = DecodeLaw(8.5e-3, 0.55e-3, 1.1e-6)
-PREFILL_LAW = PrefillLaw(1e-4, 1e-9, 0.0)
+DECODE_LAW = DecodeLatency(8.5e-3, 0.55e-3, 1.1e-6)
+PREFILL_LAW = PrefillLatency(1e-4, 1e-9, 0.0)
 SLOTS = 256
 SPELL_S, BETWEEN_S = 1.0, 2.3
 HOSTS = (
@@ -65,7 +65,7 @@ class ErrorOnlyPlanner(DecodePlanner):
         return error.trusted(NO_LIMIT) and error.mape <= self.config.max_step_error
 
 
-class ErrorOnlyServer(DecodeServer):
+class ErrorOnlyServer(SimDecodeServer):
     planner_kind = ErrorOnlyPlanner
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from sglang_kairos.engine.seams.table import SEAMS, SUPPORTED_VERSIONS, Seam
 from sglang_kairos.engine.fingerprints.survey import fingerprint
-from sglang_kairos.versions.patch import LAYOUT, SEAMS_SOURCE, Files, PatchError, Tree, find_tree, parse, series, supported_version, survey
+from sglang_kairos.versions.patch import LAYOUT, SEAMS_SOURCE, Files, PatchError, SglangTree, find_tree, parse, series, supported_version, survey
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER))
@@ -69,7 +69,7 @@ def _blob(content: bytes | None) -> str:
 
 
 def make(
-    tree: Tree, folder: Path, version: str, seams: Iterable[Seam] = SEAMS
+    tree: SglangTree, folder: Path, version: str, seams: Iterable[Seam] = SEAMS
 ) -> dict[str, bytes]:
     """The patches for `tree`, which may be patched or not: contents by name, in order.
 
@@ -112,7 +112,7 @@ def _fixed(fix: Fix, before: dict[str, bytes | None]) -> dict[str, bytes | None]
 
 
 def _seams_patch(
-    tree: Tree,
+    tree: SglangTree,
     folder: Path,
     version: str,
     seams: list[Seam],

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from sglang_kairos.predict.decode_latency import StepTimeModel
-from sglang_kairos.predict.latency_model import PrefillLaw
+from sglang_kairos.predict.latency_model import PrefillLatency
 from sglang_kairos.predict.prefill_latency import PrefillTimeModel
 from sglang_kairos.sim.hardware.estimator import MEMORY_FRACTION, Estimator
 from sglang_kairos.sim.hardware.times import captured_up_to
@@ -131,7 +131,7 @@ def entry_of(name: str, spec: Spec) -> dict[str, Any]:
 def fit_prefill(estimator: Estimator, spec: Spec) -> dict[str, Any]:
     rows = [(p, n, round(estimator.prefill_s(n, p), 6)) for p in PREFIXES for n in NEW_TOKENS]
     kept = spec.prefill_law
-    law = PrefillTimeModel.fit(rows).law if kept is None else PrefillLaw(*kept)
+    law = PrefillTimeModel.fit(rows).law if kept is None else PrefillLatency(*kept)
     errors = [abs(law.step_s(new, prefix) / seconds - 1) for prefix, new, seconds in rows]
     return described(law[:5], errors)
 

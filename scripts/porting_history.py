@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_kairos.engine.fingerprints import known_texts
-from sglang_kairos.engine.fingerprints.judge import Judge, Verdict, has
-from sglang_kairos.engine.fingerprints.upstream_ast import Tree
+from sglang_kairos.engine.fingerprints.judge import Judge, SeamVerdict, has
+from sglang_kairos.engine.fingerprints.upstream_ast import SourceTree
 from sglang_kairos.engine.seams import relied
 from sglang_kairos.engine.seams.table import SEAMS, SUPPORTED_VERSIONS
 from sglang_kairos.versions.upstream_texts import package_of
@@ -53,7 +53,7 @@ class Step:
     """One release from a table of those before."""
 
     version: str
-    verdicts: list[Verdict]
+    verdicts: list[SeamVerdict]
 
     @property
     def persons(self) -> dict[str, list[str]]:
@@ -83,7 +83,7 @@ def layouts_of(versions: Sequence[str]) -> set[str]:
     known: set[str] = set()
     for version in versions:
         package = package_of(version)
-        tree = Tree(package) if package else None
+        tree = SourceTree(package) if package else None
         for seam in relied.ATTRIBUTES:
             for need in relied.needs(seam) if tree else ():
                 there = (c for c in need.choices if tree.has(c) or (":" not in c and has(tree, c)))

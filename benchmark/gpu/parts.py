@@ -25,7 +25,7 @@ from sglang_kairos.cluster.run import Cluster, ClusterError, ClusterSpec
 from sglang_kairos.cpu.tiny_model import make_tiny_model
 from sglang_kairos.loads import traces
 from sglang_kairos.loads.replay import Result, failures, make_jobs, replay, run
-from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.predict.latency_model import DecodeLatency, PrefillLatency
 from sglang_kairos.predict.prefill_latency import PrefillTimeModel
 from sglang_kairos.reports import report
 
@@ -137,7 +137,7 @@ def decode(bench: Bench, say: Say, save: Callable[[], None]) -> None:
         law = reports(clusters["kairos"])["kairos_decode"]["decode"]
         measure_steady(clusters, bench, say)
         save()
-        alone_ms = 1e3 * DecodeLaw.from_json(law).step_s(1, 500.0)
+        alone_ms = 1e3 * DecodeLatency.from_json(law).step_s(1, 500.0)
         tpot = bench.given.tpot_ms or (TINY_TPOT_MS if bench.dry else STEPS_OF_BATCH_1 * alone_ms)
         rows = decode_rows(400 if bench.dry else 4000, bench)
         capacity = min(capacity_of(law, rows, tpot), kv_capacity(bench.given.kv_tokens, rows, tpot))
@@ -167,7 +167,7 @@ def prefill(bench: Bench, say: Say, save: Callable[[], None]) -> None:
         sample = prefill_rows(30 if bench.dry else 100, bench, seed=1)
         send(clusters["kairos"], sample, RELAXED_MS, RELAXED_MS, bench, abreast=2)
         law = reports(clusters["kairos"])["kairos_prefill"]["prefill"]
-        model = PrefillTimeModel(*PrefillLaw.from_json(law))
+        model = PrefillTimeModel(*PrefillLatency.from_json(law))
         rows = prefill_rows(200 if bench.dry else 4000, bench)
         tokens = np.array([row.input_tokens for row in rows], float)
         chunk = 512 if bench.dry else 8192

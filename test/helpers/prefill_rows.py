@@ -10,7 +10,7 @@ import numpy as np
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.policy.prefill_planner import PrefillPlanner, PrefillView
 from sglang_kairos.policy.prefill_step import PrefillPlan
-from sglang_kairos.predict.latency_model import PrefillLaw
+from sglang_kairos.predict.latency_model import PrefillLatency
 from sglang_kairos.predict.prefill_latency import PrefillTimeModel
 
 WHOLE = ("tokens", "prefix")
@@ -20,7 +20,7 @@ def times_of(record: dict[str, Any]) -> PrefillTimeModel:
     """What the server believed of its steps."""
     law = record["law"]
     return PrefillTimeModel(
-        *(PrefillLaw.from_json(law) if isinstance(law, dict) else PrefillLaw(*law))
+        *(PrefillLatency.from_json(law) if isinstance(law, dict) else PrefillLatency(*law))
     )
 
 

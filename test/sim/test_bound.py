@@ -13,18 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_kairos.loads.traces import Request
-from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.predict.latency_model import DecodeLatency, PrefillLatency
 from sglang_kairos.sim.baselines.policies import POLICIES
 from sglang_kairos.sim.bound.bound import Bound, share_of_bound, ttft_bound
 from sglang_kairos.sim.bound.solve import by_intervals, in_order, most_on_time
 from sglang_kairos.sim.bound.work import Jobs, charge, floor_law
-from sglang_kairos.sim.core.cluster import Cluster, Setup
-from sglang_kairos.sim.hardware.tables import StepTable, TableTimes
+from sglang_kairos.sim.core.cluster import Setup, SimCluster
+from sglang_kairos.sim.hardware.tables import MeasuredSteps, TableTimes
 from sglang_kairos.sim.hardware.times import LawTimes, System
 
 pytest.importorskip("scipy")
 
-LAW = LawTimes(PrefillLaw(5e-3, 1e-4, 2e-8), DecodeLaw(3.5e-3, 0.22e-3, 0.65e-6))
+LAW = LawTimes(PrefillLatency(5e-3, 1e-4, 2e-8), DecodeLatency(3.5e-3, 0.22e-3, 0.65e-6))
 SYSTEM = System(
     LAW,
     chunk_tokens=512,
@@ -36,7 +36,7 @@ SYSTEM = System(
     link_bytes_per_s=1e9,
     link_latency_s=2e-3,
 )
-PADDED = replace(SYSTEM, times=LawTimes(PrefillLaw(5e-3, 1e-4, 2e-8, 1e-8), LAW.decode_law))
+PADDED = replace(SYSTEM, times=LawTimes(PrefillLatency(5e-3, 1e-4, 2e-8, 1e-8), LAW.decode_law))
 BLOCK = 64
 
 
@@ -159,7 +159,7 @@ def test_no_policy_exceeds_the_bound(
     setup = Setup(system, ttft_ms, prefills=prefills)
     bound = ttft_bound(rows, setup, time_limit_s=10.0)
     for name in ("fcfs", "lpm", "shortest-prefill-first", "edf", "kairos", "kairos-no-pause"):
-        metrics = Cluster(setup, POLICIES[name], rows).run().metrics
+        metrics = SimCluster(setup, POLICIES[name], rows).run().metrics
         assert metrics.e2e_attainment <= metrics.ttft_attainment <= bound.ttft_attainment
         assert 0 <= share_of_bound(metrics.ttft_attainment, bound) <= 1
 
@@ -182,7 +182,7 @@ def test_a_request_alone_is_on_time_exactly_if_it_is_simulated_to_be() -> None:
     for tokens in (1, 500, 512, 513, 1500):
         rows = [Request(0.0, tokens, 2)]
         setup = Setup(SYSTEM, (10_000.0,))
-        needs_ms = Cluster(setup, POLICIES["fcfs"], rows).run().outcomes[0].ttft_ms
+        needs_ms = SimCluster(setup, POLICIES["fcfs"], rows).run().outcomes[0].ttft_ms
         # The last chunk might have been one token, a fixed cost and hardly a transfer later.
         for factor, share in ((0.97, 0.0), (1.001, 1.0)):
             tried = replace(setup, ttft_ms=(needs_ms * factor,))
@@ -247,7 +247,7 @@ def bent_table(seed: int) -> TableTimes:
     attention = 2e-3 + 2e-8 * new * (prefix[:, None] + new / 2)
     context, sizes = np.array([100.0, 1000.0]), (1, 64)
     decode = np.array([[4e-3, 5e-3], [9e-3, 2e-2]])
-    table = StepTable(
+    table = MeasuredSteps(
         new, prefix, shared, attention * rng.uniform(0.8, 1.2, (3, 4)), sizes, context, decode
     )
     return TableTimes(table, LAW)
@@ -292,5 +292,5 @@ def test_no_policy_exceeds_the_bound_on_a_table() -> None:
     setup = Setup(replace(SYSTEM, times=bent_table(1)), (120.0,))
     bound = ttft_bound(rows, setup)
     for name in ("fcfs", "shortest-prefill-first", "kairos"):
-        met = Cluster(setup, POLICIES[name], rows).run().metrics.ttft_attainment
+        met = SimCluster(setup, POLICIES[name], rows).run().metrics.ttft_attainment
         assert 0 < met <= bound.ttft_attainment

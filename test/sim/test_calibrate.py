@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from sglang_kairos.loads.replay import OK, Outcome
 from sglang_kairos.loads.traces import Request, long_tail
-from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.predict.latency_model import DecodeLatency, PrefillLatency
 from sglang_kairos.sim.baselines.policies import POLICIES
 from sglang_kairos.sim.calibrate.calibrate import (
     Calibration,
     CalibrationError,
     Machine,
-    Pace,
+    MachinePace,
     calibrate,
 )
 from sglang_kairos.sim.calibrate.recording import (
@@ -29,10 +29,10 @@ from sglang_kairos.sim.calibrate.recording import (
     read_record,
 )
 
-PREFILL = PrefillLaw(8e-3, 3e-5, 5e-9, 1.5e-8)
-DECODE = DecodeLaw.of((4e-3, 2e-4, 5e-4, 0.0, 2e-7))
+PREFILL = PrefillLatency(8e-3, 3e-5, 5e-9, 1.5e-8)
+DECODE = DecodeLatency.of((4e-3, 2e-4, 5e-4, 0.0, 2e-7))
 SIZES = {"chunk_tokens": 512, "prefill_kv_tokens": 200_000, "decode_kv_tokens": 200_000}
-EVEN = Pace((1.0,), (1.0,))
+EVEN = MachinePace((1.0,), (1.0,))
 KNOWN = Calibration(
     PREFILL, DECODE, EVEN, EVEN, front_s=0.03, handoff_s=0.01, delivery_s=0.02, sizes=SIZES
 )
@@ -113,7 +113,7 @@ PACES = st.lists(st.tuples(st.floats(1e-3, 5.0), st.floats(1e-3, 50.0)), min_siz
 def test_a_machine_neither_loses_nor_wins_time(
     steps: list[tuple[float, float]], start: float, asked: list[float]
 ) -> None:
-    pace = Pace(tuple(told for told, _ in steps), tuple(taken for _, taken in steps))
+    pace = MachinePace(tuple(told for told, _ in steps), tuple(taken for _, taken in steps))
     one, all_at_once = Machine(pace, start), Machine(pace, start)
     took = [one.takes_s(told) for told in asked]
     assert min(took, default=0.0) >= -1e-9
@@ -123,12 +123,14 @@ def test_a_machine_neither_loses_nor_wins_time(
 
 
 def test_a_long_step_meets_short_ups_and_downs() -> None:
-    machine = Machine(Pace((1.0,) * 4, (1.0, 3.0, 1.0, 3.0)), 0.0)
+    machine = Machine(MachinePace((1.0,) * 4, (1.0, 3.0, 1.0, 3.0)), 0.0)
     assert [machine.takes_s(told) for told in (0.5, 1.0, 0.5, 4.0)] == [0.5, 2.0, 1.5, 8.0]
 
 
 def test_the_seed_says_where_in_the_pace_a_run_starts() -> None:
-    uneven = replace(KNOWN, prefill_pace=Pace((1e-3,) * 50, tuple(1e-3 * i for i in range(1, 51))))
+    uneven = replace(
+        KNOWN, prefill_pace=MachinePace((1e-3,) * 50, tuple(1e-3 * i for i in range(1, 51)))
+    )
     first = [uneven.system(seed).times.prefill_s([1], [0]) for seed in (1, 2, 1)]
     assert first[0] == first[2] != first[1]
 

@@ -150,14 +150,14 @@ def test_the_tail_of_made_traces_is_a_preset_with_exceptions(
 ) -> None:
     args = compare.parser().parse_args([*argv.split(), "--generate", "50"])
     wanted: Any = shape
-    assert options.Source(args).rows(2.0, 3) == traces.long_tail(50, 2.0, 3, **wanted)
+    assert options.TraceSource(args).rows(2.0, 3) == traces.long_tail(50, 2.0, 3, **wanted)
 
 
 def test_heavier_tails_have_longer_prompts() -> None:
     longest = []
     for tail in ("lighter", "standard", "heavier"):
         args = compare.parser().parse_args(["--tail", tail])
-        rows = options.Source(args).rows(1.0, 0)
+        rows = options.TraceSource(args).rows(1.0, 0)
         longest.append(max(row.input_tokens for row in rows))
     assert longest == sorted(longest) and longest[0] < longest[2]
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from sglang_kairos.loads.traces import Request, long_tail, rate_of, read_trace, scale_rate
-from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.predict.latency_model import DecodeLatency, PrefillLatency
 from sglang_kairos.sim.baselines.policies import POLICIES
-from sglang_kairos.sim.core.cluster import Cluster, Setup
+from sglang_kairos.sim.core.cluster import Setup, SimCluster
 from sglang_kairos.sim.core.predictions import PredictionError
 from sglang_kairos.sim.hardware.times import MINIMAX_M25_H200_TP4, LawTimes, System
 
 # About a CPU: a long prompt takes seconds, twenty decodes fill the TPOT target.
-SLOW = LawTimes(PrefillLaw(5e-3, 1e-4, 1e-9), DecodeLaw(3.5e-3, 0.22e-3, 0.65e-6))
+SLOW = LawTimes(PrefillLatency(5e-3, 1e-4, 1e-9), DecodeLatency(3.5e-3, 0.22e-3, 0.65e-6))
 TIGHT = System(
     SLOW,
     chunk_tokens=512,
@@ -51,7 +51,7 @@ class Meter(LawTimes):
 
     def __init__(self) -> None:
         super().__init__(SLOW.prefill_law, SLOW.decode_law)
-        self.cluster: Cluster | None = None
+        self.cluster: SimCluster | None = None
         self.prefill_tokens = self.decode_tokens = 0
         self.seconds = 0.0
         self.last_s = 0.0
@@ -79,7 +79,7 @@ class Meter(LawTimes):
         return seconds
 
 
-def run(cluster: Cluster) -> list[dict[str, object]]:
+def run(cluster: SimCluster) -> list[dict[str, object]]:
     return [asdict(outcome) for outcome in cluster.run().outcomes]
 
 
@@ -93,7 +93,7 @@ def test_every_token_is_computed_once_and_memory_is_never_exceeded(
     meter = Meter()
     system = replace(TIGHT, times=meter)
     setup = replace(SETUP, system=system, prefills=shape[0], decodes=shape[1])
-    cluster = meter.cluster = Cluster(setup, POLICIES[name], ROWS)
+    cluster = meter.cluster = SimCluster(setup, POLICIES[name], ROWS)
     outcomes = cluster.run().outcomes
     assert [o.index for o in outcomes] == list(range(len(ROWS)))
     assert all(o.ok and o.output_tokens == o.asked_tokens for o in outcomes)
@@ -118,7 +118,7 @@ def test_short_memory_retracts_and_still_serves_everybody() -> None:
     system = replace(ROOMY, decode_kv_tokens=1500, reserved_tokens=1)
     rows = [Request(0.0, 100, 300) for _ in range(12)]
     for name in ("fcfs", "kairos"):
-        cluster = Cluster(replace(SETUP, system=system), POLICIES[name], rows)
+        cluster = SimCluster(replace(SETUP, system=system), POLICIES[name], rows)
         assert cluster.run().metrics.failed == 0
         assert cluster.facts()["counters"]["retractions"] > 0
         assert cluster.decodes[0].max_kv_tokens <= 1500
@@ -126,14 +126,14 @@ def test_short_memory_retracts_and_still_serves_everybody() -> None:
 
 def test_a_request_that_can_never_fit_is_refused_at_once_and_counted() -> None:
     rows = [Request(0.0, 30_000, 5), Request(0.0, 100, 5)]
-    metrics = Cluster(SETUP, POLICIES["fcfs"], rows).run().metrics
+    metrics = SimCluster(SETUP, POLICIES["fcfs"], rows).run().metrics
     assert (metrics.sent, metrics.failed) == (2, 1)
     assert metrics.ttft_attainment == 0.5
 
 
 def test_a_lone_request_takes_what_the_laws_say() -> None:
     system = replace(ROOMY, kv_bytes=1e3, link_bytes_per_s=1e6, link_latency_s=0.25)
-    cluster = Cluster(replace(SETUP, system=system), POLICIES["fcfs"], [Request(1.0, 600, 3)])
+    cluster = SimCluster(replace(SETUP, system=system), POLICIES["fcfs"], [Request(1.0, 600, 3)])
     outcome = cluster.run().outcomes[0]
     computed = SLOW.prefill_s([512], [0]) + SLOW.prefill_s([88], [512])
     # The first chunk's 0.512 s on the wire outlast the second chunk.
@@ -150,7 +150,7 @@ def test_a_cached_prefix_is_not_computed_again() -> None:
         Request(5.0, 512, 1, (1, 2, 3, 4), 128),
         Request(9.0, 300, 1, (1, 2, 9), 128),
     ]
-    cluster = Cluster(replace(SETUP, system=ROOMY), POLICIES["fcfs"], rows)
+    cluster = SimCluster(replace(SETUP, system=ROOMY), POLICIES["fcfs"], rows)
     cluster.run()
     assert [req.hit for req in cluster.requests] == [0, 511, 256]
 
@@ -158,7 +158,7 @@ def test_a_cached_prefix_is_not_computed_again() -> None:
 def test_prefill_starts_only_after_decode_has_room() -> None:
     system = replace(ROOMY, decode_kv_tokens=1000)
     rows = [Request(0.0, 600, 100), Request(0.0, 600, 100)]
-    cluster = Cluster(replace(SETUP, system=system), POLICIES["fcfs"], rows)
+    cluster = SimCluster(replace(SETUP, system=system), POLICIES["fcfs"], rows)
     first, second = cluster.run().outcomes
     assert second.first_token_s > first.last_token_s
 
@@ -166,12 +166,12 @@ def test_prefill_starts_only_after_decode_has_room() -> None:
 def test_the_same_seed_gives_the_same_run_and_another_seed_another() -> None:
     noisy = replace(SETUP, error=PredictionError(noise=0.3), prefills=2, decodes=2)
     rows = ROWS[:40]
-    runs = [run(Cluster(replace(noisy, seed=s), POLICIES["kairos"], rows)) for s in (1, 1, 2)]
+    runs = [run(SimCluster(replace(noisy, seed=s), POLICIES["kairos"], rows)) for s in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
 
 
 def test_fcfs_prefills_in_order_of_arrival() -> None:
-    cluster = Cluster(SETUP, POLICIES["fcfs"], ROWS)
+    cluster = SimCluster(SETUP, POLICIES["fcfs"], ROWS)
     order: list[int] = []
     cluster.prefills[0]._prefilled = lambda req: order.append(req.index)
     cluster.run()
@@ -194,7 +194,7 @@ def test_kairos_keeps_more_promises_than_fcfs_on_a_long_tail_at_90_percent_load(
     setup = Setup(ROOMY, ttft_ms=(1000.0,), tpot_ms=30.0, error=error)
     rows = at_load(500, 0.9, 7, ROOMY)
     met = {
-        name: Cluster(setup, POLICIES[name], rows).run().metrics.ttft_attainment
+        name: SimCluster(setup, POLICIES[name], rows).run().metrics.ttft_attainment
         for name in ("fcfs", "shortest-prefill-first", "kairos")
     }
     assert met["kairos"] >= met["fcfs"] + 0.2
@@ -205,7 +205,7 @@ def test_packing_keeps_more_tpot_promises_than_running_everybody_past_capacity()
     setup = Setup(ROOMY, ttft_ms=(4000.0,), tpot_ms=15.0)
     rows = [replace(row, input_tokens=200) for row in long_tail(300, 14.0, seed=5)]
     stock, packed = (
-        Cluster(setup, POLICIES[name], rows).run().metrics for name in ("fcfs", "kairos-decode")
+        SimCluster(setup, POLICIES[name], rows).run().metrics for name in ("fcfs", "kairos-decode")
     )
     assert packed.tpot_attainment >= stock.tpot_attainment + 0.05
     assert packed.decode_tokens_per_s >= 0.98 * stock.decode_tokens_per_s
@@ -218,7 +218,9 @@ STOCK_DECODE = replace(POLICIES["kairos"], name="stock-decode", gate=False, park
 def test_with_room_for_everybody_not_one_step_differs_from_stock_decode(seed: int) -> None:
     setup = Setup(ROOMY, ttft_ms=(4000.0,), tpot_ms=30.0)
     rows = [replace(row, input_tokens=200) for row in long_tail(150, 8.0, seed)]
-    stock, kairos = (Cluster(setup, policy, rows) for policy in (STOCK_DECODE, POLICIES["kairos"]))
+    stock, kairos = (
+        SimCluster(setup, policy, rows) for policy in (STOCK_DECODE, POLICIES["kairos"])
+    )
     assert run(stock) == run(kairos)
     assert kairos.facts()["counters"].get("subset_steps", 0) == 0
 
@@ -231,7 +233,8 @@ def test_past_capacity_tpot_and_both_improve_and_ttft_does_not_suffer(
     setup = Setup(ROOMY, ttft_ms=(2000.0,), tpot_ms=15.0, error=PredictionError(learn=learn))
     rows = [replace(row, input_tokens=200) for row in long_tail(250, rate, seed=4)]
     stock, kairos = (
-        Cluster(setup, policy, rows).run().metrics for policy in (STOCK_DECODE, POLICIES["kairos"])
+        SimCluster(setup, policy, rows).run().metrics
+        for policy in (STOCK_DECODE, POLICIES["kairos"])
     )
     assert kairos.tpot_attainment >= stock.tpot_attainment
     assert kairos.e2e_attainment >= stock.e2e_attainment
@@ -243,7 +246,7 @@ def test_short_of_slots_the_gate_keeps_more_promises_than_parking_alone() -> Non
     setup = Setup(system, ttft_ms=(2000.0,), tpot_ms=12.0)
     rows = [replace(row, input_tokens=200) for row in long_tail(400, 20.0, seed=6)]
     stock, no_gate, kairos = (
-        Cluster(setup, policy, rows).run().metrics.e2e_attainment
+        SimCluster(setup, policy, rows).run().metrics.e2e_attainment
         for policy in (STOCK_DECODE, POLICIES["kairos-no-gate"], POLICIES["kairos"])
     )
     assert kairos >= no_gate >= stock
@@ -257,5 +260,5 @@ def test_shipped_traces_run(shared_dir: Path | None) -> None:
         if path.suffix in (".jsonl", ".csv"):
             rows = read_trace(path)[:150]
             setup = Setup(MINIMAX_M25_H200_TP4)
-            result = Cluster(setup, POLICIES["kairos"], scale_rate(rows, rate_of(rows))).run()
+            result = SimCluster(setup, POLICIES["kairos"], scale_rate(rows, rate_of(rows))).run()
             assert result.metrics.failed == 0

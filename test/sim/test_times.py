@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.predict.latency_model import DecodeLatency, PrefillLatency
 from sglang_kairos.sim.hardware import systems
 from sglang_kairos.sim.hardware.systems import StepTimesError, load_system
-from sglang_kairos.sim.hardware.tables import StepTable, TableTimes, monotone
+from sglang_kairos.sim.hardware.tables import MeasuredSteps, TableTimes, monotone
 from sglang_kairos.sim.hardware.times import MINIMAX_M25_H200_TP4, SYSTEMS, LawTimes, built_in
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAX = "minimax-m2.5-h200-tp4"
-LAW = LawTimes(PrefillLaw(5e-3, 1e-4, 1e-9), DecodeLaw(3.5e-3, 0.22e-3, 0.65e-6), (1, 2, 8))
+LAW = LawTimes(PrefillLatency(5e-3, 1e-4, 1e-9), DecodeLatency(3.5e-3, 0.22e-3, 0.65e-6), (1, 2, 8))
 names = pytest.mark.parametrize("name", sorted(SYSTEMS))
 
 
@@ -85,8 +85,8 @@ def test_minimax_is_what_earlier_results_were_made_with() -> None:
     slopes = (3.623066603439634e-4, 1.511747182655648e-4)
     fixed = (4.487385074560402e-3, 1.932787008939443e-5)
     old = LawTimes(
-        PrefillLaw(1.9055697686809907e-2, 1.405754143434806e-5, 5.675340609602099e-10),
-        DecodeLaw.of((*fixed, *slopes, 1.2688752266510454e-8)),
+        PrefillLatency(1.9055697686809907e-2, 1.405754143434806e-5, 5.675340609602099e-10),
+        DecodeLatency.of((*fixed, *slopes, 1.2688752266510454e-8)),
     )
     new = MINIMAX_M25_H200_TP4.times
     assert new.decode_s(100, 400_000) == pytest.approx(old.decode_s(100, 400_000), rel=1e-9)
@@ -153,9 +153,9 @@ def test_what_cannot_be_had_is_said_in_one_line(name: str, source: str, says: st
 POSITIVE = st.floats(1e-4, 10.0)
 
 
-def table_of(shared: Any, attention: Any, decode: Any) -> StepTable:
+def table_of(shared: Any, attention: Any, decode: Any) -> MeasuredSteps:
     """Knots: new 1, 10, 100; prefix 0, 1000; sizes 1, 2, 8; context 1, 50, 400."""
-    return StepTable(
+    return MeasuredSteps(
         new=np.array([1.0, 10.0, 100.0]),
         prefix=np.array([0.0, 1000.0]),
         shared_s=np.asarray(shared, float),
@@ -174,7 +174,7 @@ RISING = table_of(
 
 
 @st.composite
-def tables(draw: st.DrawFn) -> StepTable:
+def tables(draw: st.DrawFn) -> MeasuredSteps:
     return table_of(
         draw(arrays(float, 3, elements=POSITIVE)),
         draw(arrays(float, (2, 3), elements=POSITIVE)),
@@ -231,7 +231,7 @@ def test_decode_steps_are_those_of_the_captured_size(
 
 @given(tables(), st.lists(st.tuples(st.integers(1, 100), st.integers(0, 1000)), min_size=1))
 def test_prefill_is_positive_and_grows_whatever_the_table(
-    table: StepTable, requests: list[tuple[int, int]]
+    table: MeasuredSteps, requests: list[tuple[int, int]]
 ) -> None:
     times = TableTimes(table, LAW)
     new, prefix = map(list, zip(*requests, strict=True))
@@ -245,7 +245,7 @@ def test_prefill_is_positive_and_grows_whatever_the_table(
 
 @given(tables(), st.integers(1, 20), st.integers(0, 4000))
 def test_decode_is_positive_and_grows_with_context(
-    table: StepTable, batch: int, kv_tokens: int
+    table: MeasuredSteps, batch: int, kv_tokens: int
 ) -> None:
     times = TableTimes(table, LAW)
     seconds = times.decode_s(batch, kv_tokens)
@@ -277,7 +277,7 @@ def test_monotone_moves_no_point_further_than_the_worst_inversion_asks(table: An
 )
 def test_a_table_that_makes_no_sense_is_refused(change: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        StepTable(**{**RISING.__dict__, **change})
+        MeasuredSteps(**{**RISING.__dict__, **change})
 
 
 def test_predictors_start_from_the_law() -> None:

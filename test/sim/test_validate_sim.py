@@ -14,12 +14,14 @@ from benchmark import step_recorder, validate_sim
 from benchmark.validate_sim import BEGIN, END, Turn
 
 from sglang_kairos.loads.replay import OK, Outcome, Result
-from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
-from sglang_kairos.sim.calibrate.calibrate import Calibration, Pace
+from sglang_kairos.predict.latency_model import DecodeLatency, PrefillLatency
+from sglang_kairos.sim.calibrate.calibrate import Calibration, MachinePace
 from sglang_kairos.sim.calibrate.recording import DecodeStep, PrefillStep, read_record
 
-EVEN = Pace((1.0,), (1.0,))
-CALIBRATION = Calibration(PrefillLaw(1, 0, 0), DecodeLaw(1, 0, 0), EVEN, EVEN, 0.0, 0.0, 0.0)
+EVEN = MachinePace((1.0,), (1.0,))
+CALIBRATION = Calibration(
+    PrefillLatency(1, 0, 0), DecodeLatency(1, 0, 0), EVEN, EVEN, 0.0, 0.0, 0.0
+)
 SETUP = {"platform": "CPU", "judged": "4 requests", "ttft_ms": 1e3, "tpot_ms": 50, "sim_seeds": 2}
 
 

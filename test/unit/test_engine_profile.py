@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sglang_kairos.calibrate.server import Server, key_of
+from sglang_kairos.calibrate.server import MeasuredServer, key_of
 from sglang_kairos.engine.state.latency_models import SAVE_EVERY_S, Profile
 from sglang_kairos.predict.learnt_file import KERNEL_SETTINGS, Key
 
@@ -96,7 +96,7 @@ def test_the_tool_finds_the_key_that_the_server_looks_its_profile_up_by() -> Non
     }
 
     def from_outside(**changed: str) -> Key:
-        return key_of(Server("http://x", {}, {**told, **changed, "tp_size": 2}), {}, "cpu")
+        return key_of(MeasuredServer("http://x", {}, {**told, **changed, "tp_size": 2}), {}, "cpu")
 
     server = SimpleNamespace(device="cpu", tp_size=2, server_args=SimpleNamespace(**told))
     assert Profile(server, "").key == from_outside()

@@ -39,7 +39,7 @@ def rank_main(rank: int, file: str, chaos: str, answers: Any) -> None:
     got = [agree(([rank, 7], rank, None, [])), agree(None if rank else [1]), agree("same")]
     got.append(agree(list(range(5000 + rank))))  # more than a first message holds
     got.append(agree([rank] * rank or b"x" * (tp_sync.FIRST_BYTES - 20)))
-    clock = tp_sync.Clock(scheduler)
+    clock = tp_sync.SharedClock(scheduler)
     answers.put((rank, got, counters["disagreements"], clock.skew_s))
     dist.destroy_process_group()
 
@@ -67,12 +67,12 @@ def test_every_rank_gets_rank_0s_decision(tmp_path: Path, chaos: str) -> None:
 
 def test_chaos_clocks_differ_between_ranks_and_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(tp_sync.CHAOS_CLOCK, "500")
-    clock = tp_sync.Clock(SimpleNamespace(tp_size=1))
+    clock = tp_sync.SharedClock(SimpleNamespace(tp_size=1))
     plain = [clock.now() for _ in range(20)]
     assert plain != sorted(plain)
     assert len({clock.measured(1.0) for _ in range(9)}) == 9
     monkeypatch.setenv(tp_sync.CHAOS_CLOCK, "")
-    calm = tp_sync.Clock(SimpleNamespace(tp_size=1))
+    calm = tp_sync.SharedClock(SimpleNamespace(tp_size=1))
     assert calm.measured(1.0) == 1.0 and calm.now() <= calm.now()
 
 

@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 from sglang_kairos.loads.traces import Request
 from sglang_kairos.policy.placement import PlacedRequest, decode_outlook, prefill_outlook
 from sglang_kairos.predict.decode_latency import StepTimeModel
-from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.predict.latency_model import DecodeLatency, PrefillLatency
 from sglang_kairos.predict.prefill_latency import PrefillTimeModel
 from sglang_kairos.predict.shipped_models import seed_for
 from sglang_kairos.router.fleet.servers import DecodeServer, PrefillServer
 from sglang_kairos.sim.baselines.policies import POLICIES
 from sglang_kairos.sim.core.predictions import PredictionError, Predictor
 from sglang_kairos.sim.core.request import SimRequest
-from sglang_kairos.sim.core.router import Router
+from sglang_kairos.sim.core.router import SimRouter
 from sglang_kairos.sim.hardware.times import MINIMAX_M25_H200_TP4, LawTimes
 
 none = st.just(0.0)
 prefill_laws = st.builds(
-    PrefillLaw,
+    PrefillLatency,
     a_s=st.floats(1e-4, 0.1),
     b_s=st.floats(1e-7, 1e-3),
     c_s=none | st.floats(1e-12, 1e-6),
@@ -37,7 +37,7 @@ prefill_laws = st.builds(
 )
 knees = st.lists(st.tuples(st.floats(1, 1e4), st.floats(0, 1e-2)), max_size=3).map(tuple)
 decode_laws = st.builds(
-    DecodeLaw, st.floats(1e-4, 0.1), st.floats(0, 1e-2), st.floats(0, 1e-6), knees
+    DecodeLatency, st.floats(1e-4, 0.1), st.floats(0, 1e-2), st.floats(0, 1e-6), knees
 )
 # Not chunked, tiny chunks, and the usual ones.
 chunk_sizes = st.sampled_from([-1, 0, 1, 64, 512, 8192]) | st.integers(1, 20_000)
@@ -53,14 +53,16 @@ def sent(report: dict[str, Any], **info: Any) -> dict[str, Any]:
 
 
 @given(prefill_laws, decode_laws)
-def test_a_law_is_read_back_from_json_as_it_was(prefill: PrefillLaw, decode: DecodeLaw) -> None:
-    assert PrefillLaw.from_json(json.loads(json.dumps(prefill.to_json()))) == prefill
-    assert DecodeLaw.from_json(json.loads(json.dumps(decode.to_json()))) == decode
+def test_a_law_is_read_back_from_json_as_it_was(
+    prefill: PrefillLatency, decode: DecodeLatency
+) -> None:
+    assert PrefillLatency.from_json(json.loads(json.dumps(prefill.to_json()))) == prefill
+    assert DecodeLatency.from_json(json.loads(json.dumps(decode.to_json()))) == decode
 
 
 @given(prefill_laws, prompts, st.integers(0, 100_000), chunk_sizes)
 def test_the_router_predicts_a_prompt_as_the_server_itself_does(
-    law: PrefillLaw, tokens: int, prefix: int, chunk: int
+    law: PrefillLatency, tokens: int, prefix: int, chunk: int
 ) -> None:
     model = PrefillTimeModel(*law)
     router = PrefillServer("http://p", 1)
@@ -75,12 +77,12 @@ def test_the_router_predicts_a_prompt_as_the_server_itself_does(
 
 @given(prefill_laws, prompts, chunk_sizes)
 def test_the_simulated_router_predicts_a_prompt_as_the_server_itself_does(
-    law: PrefillLaw, tokens: int, chunk: int
+    law: PrefillLatency, tokens: int, chunk: int
 ) -> None:
-    times = LawTimes(law, DecodeLaw(1e-3, 1e-4, 0.0), None)
+    times = LawTimes(law, DecodeLatency(1e-3, 1e-4, 0.0), None)
     system = replace(MINIMAX_M25_H200_TP4, times=times, chunk_tokens=chunk)
     servers = [Predictor(times, PredictionError(), str(seed)) for seed in range(2)]
-    router = Router(system, POLICIES["kairos"], servers, servers, 0, 64)
+    router = SimRouter(system, POLICIES["kairos"], servers, servers, 0, 64)
     request = SimRequest(0, Request(0.0, tokens, 8), 1e3, 1e2)
     router.place(request, 0.0)
     (ticket,) = router._tickets.values()
@@ -89,7 +91,7 @@ def test_the_simulated_router_predicts_a_prompt_as_the_server_itself_does(
 
 @given(decode_laws, st.integers(0, 4000), st.integers(0, 10_000_000))
 def test_the_router_predicts_a_decode_step_as_the_server_itself_does(
-    law: DecodeLaw, running: int, tokens: int
+    law: DecodeLatency, running: int, tokens: int
 ) -> None:
     model = StepTimeModel.of(law)
     router = DecodeServer("http://d")
@@ -99,14 +101,14 @@ def test_the_router_predicts_a_decode_step_as_the_server_itself_does(
     own = model.step_s(running + 1, tokens + 100.0)
     assert outlook.step_s == own
     assert model.step_s(np.array([running + 1]), np.array([tokens + 100.0])) == [own]
-    assert LawTimes(PrefillLaw(1.0, 0.0, 0.0), law, None).decode_s(running + 1, tokens + 100) == (
-        pytest.approx(own, rel=1e-12)
-    )
+    assert LawTimes(PrefillLatency(1.0, 0.0, 0.0), law, None).decode_s(
+        running + 1, tokens + 100
+    ) == (pytest.approx(own, rel=1e-12))
 
 
 @given(prefill_laws, st.lists(st.tuples(prompts, st.integers(0, 100_000)), min_size=1), chunk_sizes)
 def test_many_prompts_at_once_are_each_of_them_alone(
-    law: PrefillLaw, rows: list[tuple[int, int]], chunk: int
+    law: PrefillLatency, rows: list[tuple[int, int]], chunk: int
 ) -> None:
     tokens, prefix = np.array(rows, float).T
     alone = [law.work_s(float(n), float(before), chunk) for n, before in rows]
@@ -115,7 +117,7 @@ def test_many_prompts_at_once_are_each_of_them_alone(
 
 @given(prefill_laws, st.integers(1, 5000), st.integers(0, 5000), st.integers(1, 600))
 def test_work_is_the_sum_of_the_steps_that_it_takes(
-    law: PrefillLaw, tokens: int, prefix: int, chunk: int
+    law: PrefillLatency, tokens: int, prefix: int, chunk: int
 ) -> None:
     starts = range(0, tokens, chunk)
     steps = [law.step_s(min(chunk, tokens - at), prefix + at) for at in starts]
@@ -137,36 +139,36 @@ def test_the_term_of_the_shipped_law_that_routers_used_to_drop_arrives() -> None
 @pytest.mark.parametrize(
     ("raw", "law"),
     [
-        ({"a_s": 1, "b_s": 2, "c_s": 3}, PrefillLaw(1, 2, 3)),
-        ({"a_s": 1, "b_s": 2, "c_s": 3, "d_s": 4}, PrefillLaw(1, 2, 3, 4)),
-        ({"a_s": 1, "b_s": 2, "c_s": 3, "d_s": 4, "e_s": 5}, PrefillLaw(1, 2, 3, 4, 5)),
+        ({"a_s": 1, "b_s": 2, "c_s": 3}, PrefillLatency(1, 2, 3)),
+        ({"a_s": 1, "b_s": 2, "c_s": 3, "d_s": 4}, PrefillLatency(1, 2, 3, 4)),
+        ({"a_s": 1, "b_s": 2, "c_s": 3, "d_s": 4, "e_s": 5}, PrefillLatency(1, 2, 3, 4, 5)),
     ],
 )
-def test_prefill_laws_of_older_servers_are_read(raw: dict[str, Any], law: PrefillLaw) -> None:
-    assert PrefillLaw.from_json(raw) == law
+def test_prefill_laws_of_older_servers_are_read(raw: dict[str, Any], law: PrefillLatency) -> None:
+    assert PrefillLatency.from_json(raw) == law
 
 
 @pytest.mark.parametrize(
     ("raw", "law"),
     [
-        ({"a_s": 1, "b_s": 2, "c_s": 3}, DecodeLaw(1, 2, 3)),
-        ({"a_s": 1, "b_s": 2, "c_s": 3, "knee_s": [4, 5]}, DecodeLaw.of((1, 2, 4, 5, 3))),
-        ({"a_s": 1, "b_s": 2, "c_s": 3, "knees": [[16, 4]]}, DecodeLaw(1, 2, 3, ((16, 4),))),
-        ({"a_s": 1, "b_s": 2, "c_s": 3, "knees": []}, DecodeLaw(1, 2, 3, ())),
+        ({"a_s": 1, "b_s": 2, "c_s": 3}, DecodeLatency(1, 2, 3)),
+        ({"a_s": 1, "b_s": 2, "c_s": 3, "knee_s": [4, 5]}, DecodeLatency.of((1, 2, 4, 5, 3))),
+        ({"a_s": 1, "b_s": 2, "c_s": 3, "knees": [[16, 4]]}, DecodeLatency(1, 2, 3, ((16, 4),))),
+        ({"a_s": 1, "b_s": 2, "c_s": 3, "knees": []}, DecodeLatency(1, 2, 3, ())),
     ],
 )
 def test_decode_laws_of_older_servers_and_files_are_read(
-    raw: dict[str, Any], law: DecodeLaw
+    raw: dict[str, Any], law: DecodeLatency
 ) -> None:
-    assert DecodeLaw.from_json(raw) == law
+    assert DecodeLatency.from_json(raw) == law
 
 
 @pytest.mark.parametrize("field", ["a_s", "b_s", "c_s", "d_s", "e_s", "knee"])
 @pytest.mark.parametrize("value", [-1, 1e30, math.nan, math.inf, "1", True, None])
 def test_a_wrong_prefill_law_is_refused_by_field(field: str, value: Any) -> None:
-    raw = {**PrefillLaw(1, 2, 3).to_json(), field: value}
+    raw = {**PrefillLatency(1, 2, 3).to_json(), field: value}
     with pytest.raises(ValueError, match=f"^{field}: "):
-        PrefillLaw.from_json(raw)
+        PrefillLatency.from_json(raw)
 
 
 @pytest.mark.parametrize(
@@ -183,9 +185,9 @@ def test_a_wrong_prefill_law_is_refused_by_field(field: str, value: Any) -> None
 )
 def test_a_wrong_decode_law_is_refused_by_field(changes: dict[str, Any], field: str) -> None:
     with pytest.raises(ValueError, match=f"^{field}: "):
-        DecodeLaw.from_json({**DecodeLaw(1, 2, 3).to_json(), **changes})
+        DecodeLatency.from_json({**DecodeLatency(1, 2, 3).to_json(), **changes})
 
 
 @given(prefill_laws, st.floats(0.5, 3.0), prompts)
-def test_a_slower_machine_takes_as_much_longer(law: PrefillLaw, factor: float, n: int) -> None:
+def test_a_slower_machine_takes_as_much_longer(law: PrefillLatency, factor: float, n: int) -> None:
     assert law.scaled(factor).work_s(n, 5, 512) == pytest.approx(factor * law.work_s(n, 5, 512))

@@ -22,9 +22,9 @@ from sglang_kairos.policy.placement import (
     prefill_outlook,
 )
 from sglang_kairos.policy.urgency import moore_hodgson
-from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.predict.latency_model import DecodeLatency, PrefillLatency
 
-FAST, SLOW, CHUNK = PrefillLaw(0.0, 1e-3, 0.0), PrefillLaw(0.0, 2e-3, 0.0), 100
+FAST, SLOW, CHUNK = PrefillLatency(0.0, 1e-3, 0.0), PrefillLatency(0.0, 2e-3, 0.0), 100
 IDLE = DecodeState()
 
 
@@ -33,7 +33,7 @@ def prefill_end_s(server: PrefillState, tokens: float, deadline_s: float) -> flo
     return prefill_outlook(server, PlacedRequest(tokens, deadline_s)).end_s
 
 
-def owing(*jobs: tuple[float, float], law: PrefillLaw = FAST, **rest: object) -> PrefillState:
+def owing(*jobs: tuple[float, float], law: PrefillLatency = FAST, **rest: object) -> PrefillState:
     """A server owing (deadline, work) seconds each."""
     ordered = sorted(jobs)
     due, works = [d for d, _ in ordered], [w for _, w in ordered]
@@ -135,7 +135,7 @@ def test_no_server_left_on_a_side_is_no_pair() -> None:
 
 
 def test_predicted_ttft_adds_prefill_hand_off_and_one_decode_step() -> None:
-    decode = DecodeState(DecodeLaw(a_s=0.01, b_s=0.001, c_s=0.0))
+    decode = DecodeState(DecodeLatency(a_s=0.01, b_s=0.001, c_s=0.0))
     pair = choose_pair([owing()], [decode], PlacedRequest(1000, 5.0, handoff_s=0.1))
     assert pair is not None
     assert pair.ttft_s == pytest.approx(1.0 + 0.1 + 0.011)
@@ -293,17 +293,17 @@ def test_a_late_everywhere_request_goes_where_it_pushes_nobody_out() -> None:
 @pytest.mark.parametrize(
     ("name", "server", "tpot", "kept"),
     [
-        ("a step that its own target allows", DecodeState(DecodeLaw(0.01, 0.01, 0)), 0.02, 1.0),
-        ("one that it does not", DecodeState(DecodeLaw(0.01, 0.01, 0)), 0.015, 0.0),
+        ("a step that its own target allows", DecodeState(DecodeLatency(0.01, 0.01, 0)), 0.02, 1.0),
+        ("one that it does not", DecodeState(DecodeLatency(0.01, 0.01, 0)), 0.015, 0.0),
         (
             "residents that would miss count against it",
-            DecodeState(DecodeLaw(0.0, 0.01, 0), running=2, tpots_s=(0.025, 0.029, 0.5)),
+            DecodeState(DecodeLatency(0.0, 0.01, 0), running=2, tpots_s=(0.025, 0.029, 0.5)),
             1.0,
             -1.0,
         ),
         (
             "residents that miss already do not",
-            DecodeState(DecodeLaw(0.0, 0.01, 0), running=2, tpots_s=(0.001, 0.001)),
+            DecodeState(DecodeLatency(0.0, 0.01, 0), running=2, tpots_s=(0.001, 0.001)),
             1.0,
             1.0,
         ),
@@ -314,7 +314,7 @@ def test_decode_outlook(name: str, server: DecodeState, tpot: float, kept: float
 
 
 def test_knees_flatten_the_step_cost() -> None:
-    cost = DecodeLaw(a_s=0.0, b_s=0.001, c_s=0.0, knees=((8.0, 0.01),))
+    cost = DecodeLatency(a_s=0.0, b_s=0.001, c_s=0.0, knees=((8.0, 0.01),))
     assert cost.step_s(4, 0) == pytest.approx(0.044)
     assert cost.step_s(16, 0) == pytest.approx(0.096)
 

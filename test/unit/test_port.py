@@ -10,10 +10,10 @@ import pytest
 
 from helpers.trees import NEWEST, changed_copy, sglang_folder
 from sglang_kairos.engine.fingerprints import known_texts
-from sglang_kairos.engine.fingerprints.judge import Verdict
+from sglang_kairos.engine.fingerprints.judge import SeamVerdict
 from sglang_kairos.engine.seams.table import SEAMS, Seam
 from sglang_kairos.versions import doctor, port, upstream_texts
-from sglang_kairos.versions.port import DONE, FAILED, NO_SGLANG, PERSON, Options, Plan
+from sglang_kairos.versions.port import DONE, FAILED, NO_SGLANG, PERSON, Options, PortPlan
 
 Printed = pytest.CaptureFixture[str]
 NEXT = "0.5.99"
@@ -82,26 +82,26 @@ def test_no_sglang_and_no_version_are_said(tmp_path: Path) -> None:
     assert "state it with --version" in said[-1]
 
 
-def verdict(kind: str, text: str = "0" * 16, seam: Seam = SEAM) -> Verdict:
-    return Verdict(seam, kind, (), text)  # type: ignore[arg-type]
+def verdict(kind: str, text: str = "0" * 16, seam: Seam = SEAM) -> SeamVerdict:
+    return SeamVerdict(seam, kind, (), text)  # type: ignore[arg-type]
 
 
 def test_a_column_holds_what_is_wrapped_and_what_a_person_accepted() -> None:
     other = next(seam for seam in SEAMS if not seam.relies_on)
     verdicts = [verdict("person"), verdict("another", seam=other)]
-    assert Plan(NEXT, verdicts).column() == {"seams": {}, "relied_on": {}}
-    assert Plan(NEXT, verdicts).open == verdicts[:1]
-    accepted = Plan(NEXT, verdicts, ["ScheduleBatch.prepare_for_decode"])
+    assert PortPlan(NEXT, verdicts).column() == {"seams": {}, "relied_on": {}}
+    assert PortPlan(NEXT, verdicts).open == verdicts[:1]
+    accepted = PortPlan(NEXT, verdicts, ["ScheduleBatch.prepare_for_decode"])
     assert accepted.column()["seams"] == {PREPARE: "0" * 16} and accepted.open == []
     # What is not there cannot be wrapped, whoever accepts it.
-    gone = Plan(NEXT, [verdict("person", "")], accepted.accepted)
+    gone = PortPlan(NEXT, [verdict("person", "")], accepted.accepted)
     assert gone.open and gone.column()["seams"] == {}
 
 
 def test_a_column_is_put_in_its_place(tmp_path: Path) -> None:
     file = tmp_path / "table.json"
     file.write_bytes(known_texts.own_file().read_bytes())
-    port.add_column(file, Plan(NEXT, [verdict("harmless")]))
+    port.add_column(file, PortPlan(NEXT, [verdict("harmless")]))
     table = known_texts.read(file)
     assert list(table) == [NEXT, *known_texts.read(known_texts.own_file())]
     assert table[NEXT]["seams"] == {PREPARE: "0" * 16}
@@ -126,7 +126,7 @@ def test_checks_run_in_order_until_one_fails(
     monkeypatch.setattr(port, "_identity", lambda *of: [])
     tree = doctor.locate(str(sglang_folder(NEWEST)))
     options = Options(NEWEST)
-    code = port._write(Plan(NEXT, [verdict("harmless")]), tree, options, lambda text: None)
+    code = port._write(PortPlan(NEXT, [verdict("harmless")]), tree, options, lambda text: None)
     names = ["patches", "import", "identity"]
     assert ran == (names[: names.index(fails) + 1] if fails else names)
     assert code == (FAILED if fails else DONE)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sglang_kairos.predict.decode_latency import StepTimeModel
-from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.predict.latency_model import DecodeLatency, PrefillLatency
 from sglang_kairos.predict.learnt_file import Key, load_profile, resume, save_profile
 from sglang_kairos.predict.prefill_latency import PrefillTimeModel
 from sglang_kairos.predict.shipped_models import FORMAT, ProfileError, Seed, dump, parse, seed_for
@@ -52,7 +52,10 @@ def test_an_entry_without_laws_starts_from_the_generic_guess() -> None:
 
 
 def test_a_file_is_read_back_as_it_was_written() -> None:
-    prefill, decode = PrefillLaw(1.0, 2.0, 3.0, 0.0, 4.0), DecodeLaw.of((1.0, 2.0, 4.0, 5.0, 3.0))
+    prefill, decode = (
+        PrefillLatency(1.0, 2.0, 3.0, 0.0, 4.0),
+        DecodeLatency.of((1.0, 2.0, 4.0, 5.0, 3.0)),
+    )
     seed = Seed("m", "g", 2, "A", "b", "p", prefill, decode, {"x": 1})
     assert parse(dump([seed, Seed("n", "g", 1)]), "f") == [seed, Seed("n", "g", 1)]
 

@@ -12,19 +12,19 @@ from hypothesis import strategies as st
 from helpers import harvest
 from helpers.trees import TESTED_VERSIONS, sglang_folder
 from sglang_kairos.engine.fingerprints import judge
-from sglang_kairos.engine.fingerprints.judge import Judge, Verdict
+from sglang_kairos.engine.fingerprints.judge import Judge, SeamVerdict
 from sglang_kairos.engine.fingerprints.meanings import (
     AskedBy,
-    Check,
     Decorated,
     Flow,
     Mentions,
     Rebinds,
     Sets,
+    SourceCheck,
     Takes,
 )
 from sglang_kairos.engine.fingerprints.trials import BusyTime
-from sglang_kairos.engine.fingerprints.upstream_ast import Signature, Tree
+from sglang_kairos.engine.fingerprints.upstream_ast import Signature, SourceTree
 from sglang_kairos.engine.seams import relied
 from sglang_kairos.engine.seams.relied_meanings import MEANINGS
 from sglang_kairos.engine.seams.table import SEAMS, SUPPORTED_VERSIONS, Seam
@@ -76,7 +76,7 @@ def test_a_word_of_the_table_is_read() -> None:
 
 
 @functools.cache
-def verdicts(version: str, without: str = "") -> dict[str, Verdict]:
+def verdicts(version: str, without: str = "") -> dict[str, SeamVerdict]:
     """Of the SGLang of a version, its own texts taken for unknown; `without`: a layout unknown too."""
     found = Judge(
         sglang_folder(version) / "sglang",
@@ -121,11 +121,11 @@ def test_a_chunk_that_another_limit_bounds_is_not_taken_for_that_of_0_5_20(versi
     assert "depends on self.chunked_req_limit" in str(chunk)
 
 
-def tree_of(folder: Path, **modules: str) -> Tree:
+def tree_of(folder: Path, **modules: str) -> SourceTree:
     (folder / "sglang").mkdir()
     for name, source in modules.items():
         (folder / "sglang" / f"{name}.py").write_text(source)
-    return Tree(folder / "sglang")
+    return SourceTree(folder / "sglang")
 
 
 CLASS = "class A:\n"
@@ -169,7 +169,9 @@ HELPERS = "\ndef rebind(b): b.x = b.x[1:]\ndef change(b): b.x[0] = 1\n"
 
 
 @pytest.mark.parametrize(("check", "good", "bad"), KNOWN_APART)
-def test_a_meaning_is_told_from_another(check: Check, good: str, bad: str, tmp_path: Path) -> None:
+def test_a_meaning_is_told_from_another(
+    check: SourceCheck, good: str, bad: str, tmp_path: Path
+) -> None:
     for name, source in (("good", good), ("bad", bad)):
         folder = tmp_path / name
         folder.mkdir()

@@ -12,7 +12,7 @@ from aiohttp import web
 from helpers.fake_pd import CHAT, GENERATE, Bench, Fake, bench, streaming, until
 from helpers.timing import once_undisturbed, promptly
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.policy.overload import Outcome, Overload, retry_after_s, verdict
+from sglang_kairos.policy.overload import Overload, OverloadOutcome, retry_after_s, verdict
 from sglang_kairos.router.options import OptionError, parse_options
 from sglang_kairos.router.request.deferred_queue import Later
 from sglang_kairos.router.request.limits import Full, Limits, TooLarge
@@ -224,9 +224,9 @@ def test_limits_say_what_is_full() -> None:
 
 @pytest.mark.parametrize("policy", list(Overload))
 def test_a_kept_promise_is_served_and_a_broken_one_goes_by_policy(policy: Overload) -> None:
-    assert verdict(policy, Outcome(1.0, True, True)) is Overload.SERVE
-    assert verdict(policy, Outcome(1.0, False, True)) is policy
-    assert verdict(policy, Outcome(1.0, True, False)) is policy
+    assert verdict(policy, OverloadOutcome(1.0, True, True)) is Overload.SERVE
+    assert verdict(policy, OverloadOutcome(1.0, False, True)) is policy
+    assert verdict(policy, OverloadOutcome(1.0, True, False)) is policy
 
 
 @pytest.mark.parametrize(

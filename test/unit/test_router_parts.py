@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from helpers.fake_pd import CHAT, COMPLETIONS, GENERATE
-from sglang_kairos.predict.latency_model import PrefillLaw
+from sglang_kairos.predict.latency_model import PrefillLatency
 from sglang_kairos.router.fleet.estimators import SpeedEstimate
 from sglang_kairos.router.fleet.servers import PrefillServer
 from sglang_kairos.router.options import OptionError, parse_options
@@ -37,7 +37,7 @@ def test_a_kairos_server_tells_its_speed_and_anything_odd_is_ignored() -> None:
 
 
 def test_prefill_speed_is_learnt_from_completion_times() -> None:
-    estimate = SpeedEstimate(PrefillLaw(a_s=0.01, b_s=50e-6, c_s=0.0), 8192)
+    estimate = SpeedEstimate(PrefillLatency(a_s=0.01, b_s=50e-6, c_s=0.0), 8192)
     now = 0.0
     for index in range(200):
         batch = [500.0 + 37 * (index % 11), 900.0][: 1 + index % 2]

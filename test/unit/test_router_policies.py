@@ -17,7 +17,7 @@ import pytest
 from sglang_kairos.policy.overload import Overload, verdict
 from sglang_kairos.policy.placement import PlacedRequest
 from sglang_kairos.policy.urgency import urgency_order
-from sglang_kairos.predict.latency_model import PrefillLaw
+from sglang_kairos.predict.latency_model import PrefillLatency
 from sglang_kairos.router.fleet.fleet import Fleet
 from sglang_kairos.router.fleet.servers import PrefillServer, Ticket
 from sglang_kairos.router.options import RouterOptions
@@ -38,7 +38,7 @@ class Worker:
     """A prefill server: as fast as its `law`, one chunk at a time, the most urgent first."""
 
     books: PrefillServer
-    law: PrefillLaw
+    law: PrefillLatency
     jobs: list[Job] = field(default_factory=list)
     running: Job | None = None
     until_s: float = 0.0
@@ -97,7 +97,7 @@ def simulate(
             seed=1,
         )
     )
-    laws = [PrefillLaw(4e-3 / s, 150e-6 / s, 20e-9 / s) for s in (1.0, slow)]
+    laws = [PrefillLatency(4e-3 / s, 150e-6 / s, 20e-9 / s) for s in (1.0, slow)]
     workers = [Worker(b, s) for b, s in zip(fleet.prefills, laws, strict=True)]
     for worker, lie in zip(workers, (1.0, lies), strict=True):
         law = worker.law.scaled(1 / lie).to_json()

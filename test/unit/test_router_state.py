@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from helpers.fake_pd import Fake, bench, until
 from sglang_kairos.policy.placement import PlacedRequest
-from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.predict.latency_model import DecodeLatency, PrefillLatency
 from sglang_kairos.router.arguments import POLICIES
 from sglang_kairos.router.fleet.estimators import Margin
 from sglang_kairos.router.fleet.fleet import Fleet
@@ -141,10 +141,10 @@ LAW = {"a_s": 0.0, "b_s": 1e-3, "c_s": 0.0, "d_s": 0.0}
 @pytest.mark.parametrize(
     ("raw", "law"),
     [
-        (LAW, PrefillLaw(0.0, 1e-3, 0.0)),
-        ({"a_s": 1, "b_s": 2, "c_s": 3}, PrefillLaw(1, 2, 3)),
-        ({**LAW, "d_s": 4e-9}, PrefillLaw(0.0, 1e-3, 0.0, 4e-9)),
-        ({**LAW, "e_s": 4e-5}, PrefillLaw(0.0, 1e-3, 0.0, 0.0, 4e-5)),
+        (LAW, PrefillLatency(0.0, 1e-3, 0.0)),
+        ({"a_s": 1, "b_s": 2, "c_s": 3}, PrefillLatency(1, 2, 3)),
+        ({**LAW, "d_s": 4e-9}, PrefillLatency(0.0, 1e-3, 0.0, 4e-9)),
+        ({**LAW, "e_s": 4e-5}, PrefillLatency(0.0, 1e-3, 0.0, 0.0, 4e-5)),
         ({**LAW, "d_s": "x"}, None),
         ({**LAW, "e_s": None}, None),
         ({**LAW, "knee": 0}, None),
@@ -160,10 +160,10 @@ def test_a_prefill_law_is_taken_whole_or_not_at_all(raw: Any, law: Any) -> None:
 @pytest.mark.parametrize(
     ("report", "law"),
     [
-        ({"decode": {"a_s": 1, "b_s": 2, "c_s": 3}}, DecodeLaw(1, 2, 3)),
+        ({"decode": {"a_s": 1, "b_s": 2, "c_s": 3}}, DecodeLatency(1, 2, 3)),
         (
             {"decode": {"a_s": 1, "b_s": 2, "c_s": 3, "knees": [[8, 0.5]]}},
-            DecodeLaw(1, 2, 3, ((8, 0.5),)),
+            DecodeLatency(1, 2, 3, ((8, 0.5),)),
         ),
         ({"decode": {"a_s": 1, "b_s": 2, "c_s": 3, "knees": [[8]]}}, None),
         ({"decode": {"a_s": 1, "b_s": 2}}, None),

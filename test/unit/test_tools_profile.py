@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from sglang_kairos.calibrate import cli, kernels
 from sglang_kairos.calibrate.fit import entry, fit_decode, fit_prefill, medians
-from sglang_kairos.calibrate.server import Measurement, ProfileFailed, Server, cadence, key_of
+from sglang_kairos.calibrate.server import (
+    MeasuredServer,
+    Measurement,
+    ProfileFailed,
+    cadence,
+    key_of,
+)
 from sglang_kairos.engine.state.latency_models import Profile
 from sglang_kairos.loads.replay import Outcome
 from sglang_kairos.predict.learnt_file import Key, load_profile
@@ -129,7 +135,9 @@ def test_the_cadence_counts_only_while_all_streams_run() -> None:
 
 
 def test_a_stock_server_needs_the_gpus_name() -> None:
-    server = Server("http://x", {}, {"served_model_name": "m", "tp_size": 2, "dtype": "auto"})
+    server = MeasuredServer(
+        "http://x", {}, {"served_model_name": "m", "tp_size": 2, "dtype": "auto"}
+    )
     with pytest.raises(ProfileFailed, match="--gpu"):
         key_of(server, {})
     assert key_of(server, {}, "H200") == Key("m", "H200", 2, "////auto")
@@ -138,7 +146,7 @@ def test_a_stock_server_needs_the_gpus_name() -> None:
 
 
 def test_an_estimate_never_shrinks_with_the_prompt() -> None:
-    measuring = Measurement(Server("http://x", {}), 10.0, print, 0)
+    measuring = Measurement(MeasuredServer("http://x", {}), 10.0, print, 0)
     rows = [(0.0, 64.0, 0.01), (0.0, 1024.0, 0.1)]
     guesses = [measuring._estimate(rows, tokens) for tokens in (64, 500, 1024, 2048, 8192)]
     assert guesses == sorted(guesses)
@@ -151,7 +159,7 @@ def measured_cells(
     """Cells that are measured where 1,000 tokens take 0.1 s, without a server or a clock."""
     info = {"chunked_prefill_size": 4096, "max_total_num_tokens": 60_000, "context_length": 40_000}
     info |= {"disaggregation_mode": mode}
-    measuring = Measurement(Server("http://x", {}, info), budget_s, print, 0)
+    measuring = Measurement(MeasuredServer("http://x", {}, info), budget_s, print, 0)
     spent, cells = [0.0], []
 
     def cell(prefix: int, new: int) -> list[tuple[float, float, float]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from sglang_kairos.calibrate import kernels
 from sglang_kairos.calibrate.fit import Fit, entry, fit_decode, fit_prefill
-from sglang_kairos.calibrate.server import Measurement, ProfileFailed, Server, key_of
+from sglang_kairos.calibrate.server import MeasuredServer, Measurement, ProfileFailed, key_of
 from sglang_kairos.predict.learnt_file import load_profile
 from sglang_kairos.predict.shipped_models import ProfileError, Seed, dump, parse
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def profile_url(given: argparse.Namespace, say: Callable[[str], None]) -> int:
     """Measure, fit, write, tell."""
     headers = {"Authorization": f"Bearer {given.api_key}"} if given.api_key else {}
-    server = Server(given.url.rstrip("/"), headers)
+    server = MeasuredServer(given.url.rstrip("/"), headers)
     report = server.refresh()
     key = key_of(server, report, given.gpu)
     old = load_profile(given.out, key)  # an unusable file is told before the measuring

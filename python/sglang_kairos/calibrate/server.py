@@ -40,7 +40,7 @@ class ProfileFailed(RuntimeError):
 
 
 @dataclass
-class Server:
+class MeasuredServer:
     """A running server: its address, and what it told of itself."""
 
     url: str
@@ -90,7 +90,7 @@ class Server:
         return int(most or self.info.get("max_running_requests") or 256)
 
 
-def key_of(server: Server, report: Mapping[str, Any], gpu: str = "") -> Key:
+def key_of(server: MeasuredServer, report: Mapping[str, Any], gpu: str = "") -> Key:
     """What the server looks its profile up by: it says so itself, or `gpu` completes the rest."""
     told = report.get("profile_key")
     if isinstance(told, dict):
@@ -104,7 +104,7 @@ class Measurement:
     """One session of measuring, at most `budget_s` seconds of it."""
 
     def __init__(
-        self, server: Server, budget_s: float, say: Callable[[str], None], seed: int
+        self, server: MeasuredServer, budget_s: float, say: Callable[[str], None], seed: int
     ) -> None:
         self.server, self.say, self.seed = server, say, seed
         self._ends_s = time.monotonic() + budget_s

@@ -16,7 +16,7 @@ from sglang_kairos.policy.admission import AdmissionPlan, Occupancy, QueueView
 from sglang_kairos.policy.decode_planner import (
     DecodePlanner,
     RunningView,
-    StepTimes,
+    StepPredictor,
 )
 from sglang_kairos.policy.packing import StepChoice
 
@@ -29,7 +29,7 @@ class ChaosDecodePlanner(DecodePlanner):
         self._random = Random(config.chaos_seed)
 
     def admit(
-        self, queue: QueueView, running: RunningView, server: Occupancy, times: StepTimes
+        self, queue: QueueView, running: RunningView, server: Occupancy, times: StepPredictor
     ) -> AdmissionPlan:
         """Any order of who is ready, the others behind, and any number of them, one at least."""
         n = len(queue.prompt_tokens)
@@ -43,7 +43,7 @@ class ChaosDecodePlanner(DecodePlanner):
         """Any order."""
         return self._shuffled(len(queue.prompt_tokens))
 
-    def choose(self, view: RunningView, times: StepTimes) -> StepChoice | None:
+    def choose(self, view: RunningView, times: StepPredictor) -> StepChoice | None:
         """A non-empty subset of who runs; often all of them."""
         count = len(view.tpot_s)
         if count < 2 or self._random.random() < 0.4:

@@ -48,7 +48,7 @@ Mask = NDArray[np.bool_]
 GIVE_UP_S = 300.0  # SGLang's default of its time-outs
 
 
-class StepTimes(Protocol):
+class StepPredictor(Protocol):
     """How long decode steps take, as predicted, and how wrong the latest predictions were."""
 
     def step_s(self, batch: Any, kv_tokens: Any, /) -> Any: ...
@@ -108,7 +108,7 @@ class DecodePlanner:
         """Why the breaker is open; None while it is closed."""
 
     def admit(
-        self, queue: QueueView, running: RunningView, server: Occupancy, times: StepTimes
+        self, queue: QueueView, running: RunningView, server: Occupancy, times: StepPredictor
     ) -> AdmissionPlan:
         """The order of the queue, how many of it come in, who of them starves. For n > 0.
 
@@ -146,7 +146,7 @@ class DecodePlanner:
             return None
         return np.clip(1.0 - (queue.now_s - queue.clock_s) / self.give_up_s, 0.0, 1.0)
 
-    def choose(self, view: RunningView, times: StepTimes) -> StepChoice | None:
+    def choose(self, view: RunningView, times: StepPredictor) -> StepChoice | None:
         """Who takes part in the next step; None: everybody, and nobody had to choose."""
         count = len(view.tpot_s)
         if count < 2:

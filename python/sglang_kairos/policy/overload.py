@@ -29,7 +29,7 @@ class Overload(StrEnum):
     SHED = "shed"
 
 
-class Outcome(NamedTuple):
+class OverloadOutcome(NamedTuple):
     """What was predicted for a request on the best pair. Seconds."""
 
     ttft_s: float
@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
     keeps_tpot: bool
 
 
-def verdict(policy: Overload, outcome: Outcome) -> Overload:
+def verdict(policy: Overload, outcome: OverloadOutcome) -> Overload:
     """SERVE now, RELEGATE or SHED."""
     return Overload.SERVE if outcome.keeps_ttft and outcome.keeps_tpot else policy
 

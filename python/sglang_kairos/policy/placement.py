@@ -27,12 +27,12 @@ from random import Random
 from typing import NamedTuple
 
 from sglang_kairos.policy.backlog import EMPTY, Backlog
-from sglang_kairos.predict.latency_model import GENERIC_PREFILL, DecodeLaw, PrefillLaw
+from sglang_kairos.predict.latency_model import GENERIC_PREFILL, DecodeLatency, PrefillLatency
 
 # Predictions closer than this are one: they are not that good, and a tie can be spread.
 TIE_S = 1e-4
 # Of a decode server that has not told its law: steep enough for one request more to be no tie.
-UNTOLD_DECODE = DecodeLaw(3.5e-3, 0.22e-3, 0.65e-6)
+UNTOLD_DECODE = DecodeLatency(3.5e-3, 0.22e-3, 0.65e-6)
 LOOK_AT_ALL = 32  # of one role; 64 servers in all
 DRAWN = 8
 # Of the tokens that a request may make, how many it is expected to.
@@ -47,7 +47,7 @@ class PrefillState(NamedTuple):
     building it from the two lists. `chunk_tokens` <= 0: prompts are not chunked.
     """
 
-    law: PrefillLaw = GENERIC_PREFILL
+    law: PrefillLatency = GENERIC_PREFILL
     chunk_tokens: int = 8192
     deadlines_s: Sequence[float] = ()
     works_s: Sequence[float] = ()
@@ -65,7 +65,7 @@ class DecodeState(NamedTuple):
     `tpots_s`: TPOT targets of the requests known there, ascending.
     """
 
-    law: DecodeLaw = UNTOLD_DECODE
+    law: DecodeLatency = UNTOLD_DECODE
     running: int = 0
     tokens: float = 0.0
     capacity_tokens: float = math.inf

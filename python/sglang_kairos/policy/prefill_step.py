@@ -91,7 +91,9 @@ def plan_prefill(
         queue.weight,
         queue.starving,
     )
-    step = _Step(queue, urgency.order, chunk_tokens, page_size, least_tokens, max_paused, current)
+    step = _StepWalk(
+        queue, urgency.order, chunk_tokens, page_size, least_tokens, max_paused, current
+    )
     reserve = Reserve(
         step.begun_left,
         free_tokens=free_tokens,
@@ -104,7 +106,7 @@ def plan_prefill(
     return PrefillPlan(order, step.slot, step.chunk_limit, urgency.on_time, hold)
 
 
-class _Step:
+class _StepWalk:
     """A step that is being filled. `left`: tokens of its budget that nobody has taken."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How long a decode step takes: `latency_model.DecodeLaw` and what it leaves over.
+"""How long a decode step takes: `latency_model.DecodeLatency` and what it leaves over.
 
 The law is taken at `batch` padded up to the next captured CUDA-graph size. On the measured table of
 MiniMax-M2.5 on H200, TP4, the straight law is 15.9 % off on average, the one with knees 1.8 %. All
@@ -17,7 +17,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_kairos.predict.latency_model import GENERIC_DECODE, KNEES, DecodeLaw
+from sglang_kairos.predict.latency_model import GENERIC_DECODE, KNEES, DecodeLatency
 from sglang_kairos.predict.least_squares import Rls, check_kind, least_squares, mapping_of
 from sglang_kairos.predict.prediction_error import SHORTEST_S, PredictError
 from sglang_kairos.predict.step_table import KV_TOKENS, StepTable, floor
@@ -41,7 +41,7 @@ class StepTimeModel:
         knee_s: Sequence[float] = (0.0, 0.0),
         knees: Sequence[float] = KNEES,
     ) -> None:
-        self.law = DecodeLaw.of((a_s, b_s, *knee_s, c_s), knees)
+        self.law = DecodeLatency.of((a_s, b_s, *knee_s, c_s), knees)
         self._rls = Rls(self.law.terms, (1.0, 100.0, *knees, 1e5))
         sizes = sorted(set(() if captured_sizes is None else captured_sizes))
         self._size_of = [
@@ -59,7 +59,7 @@ class StepTimeModel:
         return cls.of(GENERIC_DECODE, captured_sizes)
 
     @classmethod
-    def of(cls, law: DecodeLaw, captured_sizes: Sequence[int] | None = None) -> StepTimeModel:
+    def of(cls, law: DecodeLatency, captured_sizes: Sequence[int] | None = None) -> StepTimeModel:
         """Starts from this law."""
         a, b, *slopes, c = law.terms
         return cls(a, b, c, captured_sizes, slopes, [knee for knee, _ in law.knees])
@@ -73,7 +73,7 @@ class StepTimeModel:
         shape = cls(0.0, 0.0, 0.0, captured_sizes)
         features = [shape._features(batch, kv_tokens) for batch, kv_tokens, _ in table]
         terms = least_squares(features, [seconds for *_, seconds in table]).tolist()
-        return cls.of(DecodeLaw.of(terms), captured_sizes)
+        return cls.of(DecodeLatency.of(terms), captured_sizes)
 
     def padded(self, batch: Any) -> Any:
         """`batch` rounded up to a captured size; above the largest it runs as it is."""
@@ -132,7 +132,7 @@ class StepTimeModel:
         return floor(self.law.step_s(self._cells.batches[:, None], KV_TOKENS))
 
     def _follow(self) -> None:
-        self.law = DecodeLaw.of(self._rls.theta, [knee for knee, _ in self.law.knees])
+        self.law = DecodeLatency.of(self._rls.theta, [knee for knee, _ in self.law.knees])
         self._baseline = self._law_table()
 
     @property

@@ -34,7 +34,7 @@ KNEES = (8.0, 64.0)
 NO_SLOPES = tuple((knee, 0.0) for knee in KNEES)
 
 
-class PrefillLaw(NamedTuple):
+class PrefillLatency(NamedTuple):
     """Seconds per step, token, token and token of context, squared context, and token up to `knee`."""
 
     a_s: float
@@ -91,12 +91,12 @@ class PrefillLaw(NamedTuple):
         return tokens - known, self.work_s(tokens - known, known, chunk_tokens)
 
     @classmethod
-    def of(cls, terms: Sequence[float], knee: float) -> PrefillLaw:
+    def of(cls, terms: Sequence[float], knee: float) -> PrefillLatency:
         """From a to e."""
         a, b, c, d, e = terms
         return cls(a, b, c, d, e, knee)
 
-    def scaled(self, factor: float) -> PrefillLaw:
+    def scaled(self, factor: float) -> PrefillLatency:
         """The law of a server that takes `factor` times as long."""
         return self.of([factor * value for value in self[:5]], self.knee)
 
@@ -105,14 +105,14 @@ class PrefillLaw(NamedTuple):
         return self._asdict()
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> PrefillLaw:
+    def from_json(cls, raw: Mapping[str, Any]) -> PrefillLatency:
         """From `to_json`; d_s, e_s and knee may be missing. ValueError naming the field."""
         optional = {"d_s": 0.0, "e_s": 0.0}
         terms = [_seconds(raw.get(name, optional.get(name)), name) for name in cls._fields[:5]]
         return cls.of(terms, _size(raw.get("knee", KNEE), "knee"))
 
 
-class DecodeLaw(NamedTuple):
+class DecodeLatency(NamedTuple):
     """Seconds per step, request and token of context; `knees`: (requests, slope in seconds)."""
 
     a_s: float
@@ -142,7 +142,7 @@ class DecodeLaw(NamedTuple):
         return self.a_s, self.b_s, *(slope_s for _, slope_s in self.knees), self.c_s
 
     @classmethod
-    def of(cls, terms: Sequence[float], knees: Sequence[float] = KNEES) -> DecodeLaw:
+    def of(cls, terms: Sequence[float], knees: Sequence[float] = KNEES) -> DecodeLatency:
         """From `terms`, and where the knees are. ValueError when there are not as many."""
         a, b, *slopes, c = terms
         return cls(a, b, c, tuple(zip(knees, slopes, strict=True)))
@@ -152,7 +152,7 @@ class DecodeLaw(NamedTuple):
         return {**self._asdict(), "knees": [list(pair) for pair in self.knees]}
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> DecodeLaw:
+    def from_json(cls, raw: Mapping[str, Any]) -> DecodeLatency:
         """From `to_json`; `knees` may be missing, or `knee_s` in their place: the slopes at KNEES.
 
         ValueError naming the field.
@@ -171,12 +171,12 @@ class DecodeLaw(NamedTuple):
 
 
 # Of unknown hardware.
-GENERIC_PREFILL = PrefillLaw(10e-3, 50e-6, 1e-9)
-GENERIC_DECODE = DecodeLaw(5e-3, 50e-6, 50e-9)
+GENERIC_PREFILL = PrefillLatency(10e-3, 50e-6, 1e-9)
+GENERIC_DECODE = DecodeLatency(5e-3, 50e-6, 50e-9)
 
 
 class _Operations(NamedTuple):
-    """What `PrefillLaw.work_s` does, to numbers or to arrays."""
+    """What `PrefillLatency.work_s` does, to numbers or to arrays."""
 
     ceil: Callable[[Any], Any]
     minimum: Callable[[Any, Any], Any]

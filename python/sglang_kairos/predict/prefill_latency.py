@@ -1,4 +1,4 @@
-"""How long a prefill step takes: `latency_model.PrefillLaw`, its coefficients learnt from steps.
+"""How long a prefill step takes: `latency_model.PrefillLatency`, its coefficients learnt from steps.
 
 On the table of MiniMax-M2.5 on H200, TP4, leaving one cell out: 1.2 % off on average, 2.4 % without
 the knee; any knee from 192 to 512 does about as well.
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sglang_kairos.predict.latency_model import GENERIC_PREFILL, KNEE, PrefillLaw, Tokens
+from sglang_kairos.predict.latency_model import GENERIC_PREFILL, KNEE, PrefillLatency, Tokens
 from sglang_kairos.predict.least_squares import Rls, check_kind, least_squares
 from sglang_kairos.predict.prediction_error import PredictError
 
@@ -35,7 +35,7 @@ class PrefillTimeModel:
         e_s: float = 0.0,
         knee: float = KNEE,
     ) -> None:
-        self.law = PrefillLaw(a_s, b_s, c_s, d_s, e_s, knee)
+        self.law = PrefillLatency(a_s, b_s, c_s, d_s, e_s, knee)
         # The knee's share of a large step cannot be told from the fixed cost: its scale leaves it
         # there.
         self._rls = Rls(self.law[:5], (1.0, 1e3, 1e7, 1e7, 10 * knee))
@@ -83,7 +83,7 @@ class PrefillTimeModel:
         self._follow()
 
     def _follow(self) -> None:
-        self.law = PrefillLaw.of(self._rls.theta, self.law.knee)
+        self.law = PrefillLatency.of(self._rls.theta, self.law.knee)
 
     @property
     def error(self) -> PredictError:

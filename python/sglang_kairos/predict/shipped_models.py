@@ -22,7 +22,7 @@ from importlib import resources
 from typing import Any, TypeVar
 
 from sglang_kairos.predict.decode_latency import StepTimeModel
-from sglang_kairos.predict.latency_model import GENERIC_DECODE, DecodeLaw, PrefillLaw
+from sglang_kairos.predict.latency_model import GENERIC_DECODE, DecodeLatency, PrefillLatency
 from sglang_kairos.predict.prefill_latency import PrefillTimeModel
 
 FORMAT = "sglang-kairos step times"
@@ -45,8 +45,8 @@ class Seed:
     arch: str = ""
     backends: str = ""
     provenance: str = ""
-    prefill: PrefillLaw | None = None
-    decode: DecodeLaw | None = None
+    prefill: PrefillLatency | None = None
+    decode: DecodeLatency | None = None
     prefill_state: Mapping[str, Any] | None = None
     decode_state: Mapping[str, Any] | None = None
 
@@ -131,8 +131,8 @@ def _seed(raw: Any, at: str) -> Seed:
         raise ProfileError(f"{at}.tp: must be a whole number of at least 1, got {tp!r}")
     return Seed(
         tp=tp,
-        prefill=_law(raw, "prefill", at, PrefillLaw.from_json),
-        decode=_law(raw, "decode", at, DecodeLaw.from_json),
+        prefill=_law(raw, "prefill", at, PrefillLatency.from_json),
+        decode=_law(raw, "decode", at, DecodeLatency.from_json),
         prefill_state=_object(raw, "prefill_state", at),
         decode_state=_object(raw, "decode_state", at),
         **text,

@@ -19,7 +19,7 @@ import sglang_kairos
 from sglang_kairos.config import ConfigError
 from sglang_kairos.cpu import runtime, site
 from sglang_kairos.engine.fingerprints import known_texts
-from sglang_kairos.engine.fingerprints.judge import Judge, Verdict
+from sglang_kairos.engine.fingerprints.judge import Judge, SeamVerdict
 from sglang_kairos.engine.fingerprints.survey import Survey, namesakes
 from sglang_kairos.engine.fingerprints.survey import survey as survey_seams
 from sglang_kairos.engine.plugin import PLUGIN_GROUP, PLUGIN_NAME, check_loadable
@@ -65,7 +65,7 @@ def examine(where: str | None = None) -> Iterator[Check]:
     yield about_patches(tree, found.version)
 
 
-def verdicts_of(tree: patch.Tree, found: Survey) -> list[Verdict]:
+def verdicts_of(tree: patch.SglangTree, found: Survey) -> list[SeamVerdict]:
     """What a machine can tell of each seam in a tree; nothing of a version that Kairos knows whole."""
     version = found.version if tree.version is None else known_texts.release(tree.version)
     if not found.problems and version in SUPPORTED_VERSIONS:
@@ -73,7 +73,7 @@ def verdicts_of(tree: patch.Tree, found: Survey) -> list[Verdict]:
     return Judge(tree.root, version).verdicts()
 
 
-def diffs(tree: patch.Tree, found: Survey) -> Iterator[str]:
+def diffs(tree: patch.SglangTree, found: Survey) -> Iterator[str]:
     """Of each function whose text is not known, what changed since the nearest version it is known in."""
     for function, print_ in _unknown(found):
         if print_:
@@ -101,7 +101,7 @@ def nearest(function: Seam | Callee, version: str) -> str:
     return before[-1] if before else known[0]
 
 
-def locate(where: str | None) -> patch.Tree:
+def locate(where: str | None) -> patch.SglangTree:
     """The SGLang that `where` means: a version beside the installed one, a tree, or (None) ours."""
     if where is None:
         return patch.find_tree()
@@ -143,7 +143,7 @@ def about_plugin() -> Check:
     return Check("plugin", True, f"{PLUGIN_NAME!r} is an entry point of {PLUGIN_GROUP}")
 
 
-def about_sglang(tree: patch.Tree, found: Survey) -> Check:
+def about_sglang(tree: patch.SglangTree, found: Survey) -> Check:
     """Which version it says it is, and which of ours its source is closest to."""
     supported = f"supported: {', '.join(SUPPORTED_VERSIONS)}"
     if tree.version is None:
@@ -169,7 +169,7 @@ def about_vouched(found: Survey) -> Check:
     )
 
 
-def about_seams(tree: patch.Tree, found: Survey, verdicts: list[Verdict]) -> Check:
+def about_seams(tree: patch.SglangTree, found: Survey, verdicts: list[SeamVerdict]) -> Check:
     """Each function that Kairos wraps: as in which version, changed how, or gone."""
     of = {verdict.seam.target: verdict for verdict in verdicts}
     details: list[str] = []
@@ -208,7 +208,7 @@ def _as_elsewhere(found: Survey) -> dict[str, list[str]]:
     return by_version
 
 
-def _in_words(verdict: Verdict, tree: patch.Tree) -> Iterator[str]:
+def _in_words(verdict: SeamVerdict, tree: patch.SglangTree) -> Iterator[str]:
     seam = verdict.seam
     heads = {"another": "another seam serves", "compat": "text changed, compat serves"}
     if verdict.kind != "person":
@@ -239,7 +239,7 @@ def about_callees(found: Survey) -> Check:
     return Check("relied on", not details, headline, tuple(details))
 
 
-def about_patches(tree: patch.Tree, version: str) -> Check:
+def about_patches(tree: patch.SglangTree, version: str) -> Check:
     """How the patches of the closest version stand to the tree."""
     try:
         folder = patch.patches_dir()

@@ -193,7 +193,7 @@ def series(folder: Path, version: str) -> list[Patch]:
 
 
 @dataclass(frozen=True)
-class Tree:
+class SglangTree:
     """An SGLang package folder, and which version it says it is (None: it does not say)."""
 
     root: Path
@@ -207,7 +207,7 @@ class Tree:
         }
 
 
-def find_tree(where: Path | None = None) -> Tree:
+def find_tree(where: Path | None = None) -> SglangTree:
     """The package in or at `where`, or the installed one, which is not imported."""
     if where is None:
         spec = importlib.util.find_spec("sglang")
@@ -218,7 +218,7 @@ def find_tree(where: Path | None = None) -> Tree:
         missing = f"{where} holds no SGLang: neither python/sglang, sglang nor the package itself"
     for root in places:
         if (root / "__init__.py").is_file() and (root / "srt").is_dir():
-            return Tree(root, _tree_version(root))
+            return SglangTree(root, _tree_version(root))
     raise PatchError(missing)
 
 
@@ -231,7 +231,7 @@ def _tree_version(root: Path) -> str | None:
     return names[0] if len(names) == 1 else None
 
 
-def supported_version(tree: Tree, stated: str | None, supported: list[str]) -> str:
+def supported_version(tree: SglangTree, stated: str | None, supported: list[str]) -> str:
     """Which series is for `tree`. A local part (``+cu129``) does not count. Raises PatchError."""
     known = f"Kairos has patches for {', '.join(supported) or 'no version'}"
     if tree.version is None and stated is None:
@@ -263,7 +263,7 @@ class Standing:
     fits: bool
 
 
-def survey(tree: Tree, patches: list[Patch]) -> Standing:
+def survey(tree: SglangTree, patches: list[Patch]) -> Standing:
     """Takes off each file whatever is applied, last patch first, then puts everything on.
 
     File by file, so that a tree which lost some files to a reinstall, or this process to a kill,
@@ -297,7 +297,7 @@ def survey(tree: Tree, patches: list[Patch]) -> Standing:
     return Standing(found, base, full, states, not misfits)
 
 
-class _Step(NamedTuple):
+class _PatchStep(NamedTuple):
     path: Path
     before: bytes | None
     after: bytes | None
@@ -309,7 +309,7 @@ def write(root: Path, before: Files, after: Files) -> list[str]:
     changed = [path for path in after if after[path] != before.get(path)]
     steps = [_plan(root / path, before.get(path), after[path]) for path in changed]
     staged: list[Path | None] = []
-    done: list[_Step] = []
+    done: list[_PatchStep] = []
     try:
         for step in steps:
             staged.append(None if step.after is None else _stage(step.path, step.after, step.mode))
@@ -329,14 +329,14 @@ def write(root: Path, before: Files, after: Files) -> list[str]:
     return changed
 
 
-def _plan(path: Path, before: bytes | None, after: bytes | None) -> _Step:
+def _plan(path: Path, before: bytes | None, after: bytes | None) -> _PatchStep:
     mode = path.stat().st_mode & 0o777 if before is not None else 0o644
     # The mode bits as well: a rename would replace a read-only file, and root may write anything.
     if not os.access(path.parent, os.W_OK) or (
         before is not None and not (mode & 0o222 and os.access(path, os.W_OK))
     ):
         raise PatchError(f"{path} is read-only for this user; nothing was changed")
-    return _Step(path, before, after, mode)
+    return _PatchStep(path, before, after, mode)
 
 
 def _stage(path: Path, content: bytes, mode: int) -> Path:
@@ -365,7 +365,7 @@ def _put(path: Path, temporary: Path | None) -> None:
         raise
 
 
-def _roll_back(steps: list[_Step]) -> list[str]:
+def _roll_back(steps: list[_PatchStep]) -> list[str]:
     stuck: list[str] = []
     for step in reversed(steps):
         try:
@@ -388,7 +388,7 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
-def _survey(args: argparse.Namespace) -> tuple[Tree, Standing]:
+def _survey(args: argparse.Namespace) -> tuple[SglangTree, Standing]:
     folder: Path = args.patches or patches_dir()
     tree = find_tree(args.tree)
     version = supported_version(tree, args.version, versions(folder))
@@ -416,7 +416,7 @@ def _revert(args: argparse.Namespace) -> int:
     return _change(tree, standing, standing.base, "reverted", "nothing to revert")
 
 
-def _change(tree: Tree, standing: Standing, goal: Files, verb: str, idle: str) -> int:
+def _change(tree: SglangTree, standing: Standing, goal: Files, verb: str, idle: str) -> int:
     if not standing.fits:
         raise Misfit(f"not every patch fits, nothing was changed\n{_report(standing)}")
     changed = write(tree.root, standing.found, goal)

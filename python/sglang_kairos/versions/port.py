@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_kairos.engine.fingerprints import known_texts
-from sglang_kairos.engine.fingerprints.judge import Judge, Verdict
+from sglang_kairos.engine.fingerprints.judge import Judge, SeamVerdict
 from sglang_kairos.other_sglang import NoSuchSglang, fetch, folder_of
 from sglang_kairos.versions import patch, upstream_texts
 
@@ -37,23 +37,23 @@ _PINS = re.compile(
 
 
 @dataclass(frozen=True)
-class Plan:
+class PortPlan:
     """What is known of a version: a verdict per seam, and the column that follows from them.
 
     `accepted`: seams, by qualified name, that a person has looked at, whatever the verdict.
     """
 
     version: str
-    verdicts: list[Verdict]
+    verdicts: list[SeamVerdict]
     accepted: Collection[str] = ()
 
     @property
-    def open(self) -> list[Verdict]:
+    def open(self) -> list[SeamVerdict]:
         """Those that need a person."""
         return [v for v in self.verdicts if v.kind == "person" and not self._accepted(v)]
 
     @property
-    def new(self) -> list[Verdict]:
+    def new(self) -> list[SeamVerdict]:
         """Those with a text that no version has."""
         return [v for v in self.verdicts if self._wrapped(v) and not v.known]
 
@@ -69,10 +69,10 @@ class Plan:
             "relied_on": dict(sorted(relied_on.items())),
         }
 
-    def _accepted(self, verdict: Verdict) -> bool:
+    def _accepted(self, verdict: SeamVerdict) -> bool:
         return bool(verdict.text) and verdict.seam.qualname in self.accepted
 
-    def _wrapped(self, verdict: Verdict) -> bool:
+    def _wrapped(self, verdict: SeamVerdict) -> bool:
         return verdict.wrapped or self._accepted(verdict)
 
 
@@ -95,7 +95,7 @@ def checkout() -> Path | None:
 
 
 @contextmanager
-def found(options: Options) -> Iterator[patch.Tree]:
+def found(options: Options) -> Iterator[patch.SglangTree]:
     """The SGLang to port. A version that is not here is installed beside the others, or for a dry run
     unpacked for as long. Raises NoSuchSglang, NoText and PatchError."""
     where = options.where
@@ -118,9 +118,9 @@ def found(options: Options) -> Iterator[patch.Tree]:
         yield patch.find_tree(fetch(version))
 
 
-def plan(tree: patch.Tree, version: str, accepted: Collection[str] = ()) -> Plan:
+def plan(tree: patch.SglangTree, version: str, accepted: Collection[str] = ()) -> PortPlan:
     """Judge a tree."""
-    return Plan(version, Judge(tree.root, version).verdicts(), accepted)
+    return PortPlan(version, Judge(tree.root, version).verdicts(), accepted)
 
 
 def run(options: Options, say: Callable[[str], object] = print) -> int:
@@ -137,7 +137,9 @@ def run(options: Options, say: Callable[[str], object] = print) -> int:
         return NO_SGLANG
 
 
-def _port(tree: patch.Tree, version: str, options: Options, say: Callable[[str], object]) -> int:
+def _port(
+    tree: patch.SglangTree, version: str, options: Options, say: Callable[[str], object]
+) -> int:
     say(f"SGLang {version} in {tree.root}{_pins(tree)}")
     made = plan(tree, version, options.accept)
     beside = Path("out") / f"port-{version}"
@@ -158,7 +160,9 @@ def _port(tree: patch.Tree, version: str, options: Options, say: Callable[[str],
     return _write(made, tree, options, say)
 
 
-def _write(made: Plan, tree: patch.Tree, options: Options, say: Callable[[str], object]) -> int:
+def _write(
+    made: PortPlan, tree: patch.SglangTree, options: Options, say: Callable[[str], object]
+) -> int:
     root = checkout()
     if options.dry_run:
         say("nothing needs a person; a dry run writes nothing")
@@ -182,7 +186,7 @@ def _write(made: Plan, tree: patch.Tree, options: Options, say: Callable[[str], 
     return DONE if well else FAILED
 
 
-def add_column(file: Path, made: Plan) -> None:
+def add_column(file: Path, made: PortPlan) -> None:
     """Put a version's column into a file of fingerprints, newest first."""
     table = {**known_texts.read(file), made.version: made.column()}
     newest_first = sorted(table, key=known_texts.order, reverse=True)
@@ -193,7 +197,7 @@ def _json(table: Mapping[str, object]) -> str:
     return json.dumps(table, indent=1) + "\n"
 
 
-def _diffs(verdict: Verdict, tree: patch.Tree, version: str) -> Iterator[tuple[str, str]]:
+def _diffs(verdict: SeamVerdict, tree: patch.SglangTree, version: str) -> Iterator[tuple[str, str]]:
     """Of each text of a seam that is new: its name, and what changed since the nearest version."""
     functions = [(verdict.seam, verdict.text, bool(verdict.like)), *verdict.callees]
     for function, text, known in functions:
@@ -213,13 +217,13 @@ def _nearness(other: str, version: str) -> tuple[bool, tuple[tuple[int, ...], in
     return known_texts.order(other) <= known_texts.order(version), known_texts.order(other)
 
 
-def _pins(tree: patch.Tree) -> str:
+def _pins(tree: patch.SglangTree) -> str:
     files = list(tree.root.parent.glob("sglang-*.dist-info/METADATA"))
     pins = _PINS.findall(files[0].read_text("utf-8")) if len(files) == 1 else []
     return f", wants {', '.join(pins)}" if pins else ""
 
 
-def _patches(root: Path, tree: patch.Tree, version: str) -> list[str]:
+def _patches(root: Path, tree: patch.SglangTree, version: str) -> list[str]:
     stated = [] if tree.version else ["--version", version]
     return [
         sys.executable,
@@ -230,12 +234,12 @@ def _patches(root: Path, tree: patch.Tree, version: str) -> list[str]:
     ]
 
 
-def _import(tree: patch.Tree) -> list[str]:
+def _import(tree: patch.SglangTree) -> list[str]:
     code = f"import sys; sys.path.insert(0, {str(tree.root.parent)!r}); "
     return [sys.executable, "-c", f"{code}import sglang.srt.managers.scheduler"]
 
 
-def _identity(root: Path, tree: patch.Tree, version: str) -> list[str]:
+def _identity(root: Path, tree: patch.SglangTree, version: str) -> list[str]:
     """The test finds a version in this environment or in ``out/``."""
     link = root / "out" / f"sglang-{version}"
     if upstream_texts.package_of(version) is None and not link.exists():
@@ -258,7 +262,7 @@ def _ran(name: str, command: list[str], root: Path, say: Callable[[str], object]
     return run.returncode == 0
 
 
-def _left(made: Plan, say: Callable[[str], object]) -> None:
+def _left(made: PortPlan, say: Callable[[str], object]) -> None:
     names = ", ".join(verdict.seam.qualname for verdict in made.new) or "none"
     say(
         "left for a person:\n"

@@ -15,9 +15,9 @@ from typing import Literal
 
 import sglang_kairos
 from sglang_kairos.engine.fingerprints import known_texts
-from sglang_kairos.engine.fingerprints.meanings import Check, Delegates
+from sglang_kairos.engine.fingerprints.meanings import Delegates, SourceCheck
 from sglang_kairos.engine.fingerprints.survey import Texts
-from sglang_kairos.engine.fingerprints.upstream_ast import Signature, Tree
+from sglang_kairos.engine.fingerprints.upstream_ast import Signature, SourceTree
 from sglang_kairos.engine.seams import relied, relied_meanings
 from sglang_kairos.engine.seams.callees import Callee
 from sglang_kairos.engine.seams.table import SEAMS, SUPPORTED_VERSIONS, Seam
@@ -27,7 +27,7 @@ GOOD: tuple[Kind, ...] = ("as in", "harmless", "compat")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SeamVerdict:
     """Of one seam in one tree.
 
     `kind`: *as in* a known version; *harmless*: the text changed, everything relied on is there;
@@ -83,19 +83,19 @@ class Judge:
         layouts: Callable[[str], bool] = lambda choice: True,
         seams: Iterable[Seam] = SEAMS,
     ) -> None:
-        self.tree = Tree(package)
+        self.tree = SourceTree(package)
         self._texts = Texts(package)
         self._version = version
         self._versions = versions
         self._layouts = layouts
         self._seams = [seam for seam in seams if self._known(seam)]
 
-    def verdicts(self) -> list[Verdict]:
+    def verdicts(self) -> list[SeamVerdict]:
         """One for each seam of the table."""
         own = {seam.qualname: self._alone(seam) for seam in self._seams}
         return [self._among(seam, own) for seam in self._seams]
 
-    def _among(self, seam: Seam, own: dict[str, Verdict]) -> Verdict:
+    def _among(self, seam: Seam, own: dict[str, SeamVerdict]) -> SeamVerdict:
         """Of those that stand for one another the first that is well serves."""
         mine = own[seam.qualname]
         others = [own[name] for name in seam.instead if name in own]
@@ -106,23 +106,23 @@ class Judge:
         earlier = complete and all(self._seams.index(other.seam) < first for other in others)
         if well and (earlier or not mine.wrapped):
             reasons = (f"{names} serves", *mine.reasons)
-            return Verdict(seam, "another", reasons, mine.text, mine.like)
+            return SeamVerdict(seam, "another", reasons, mine.text, mine.like)
         nobody = not mine.text and not any(other.text for other in others)
         if not mine.wrapped and seam.elsewhere and nobody:
-            return Verdict(seam, "another", (f"as before: {seam.elsewhere}",))
+            return SeamVerdict(seam, "another", (f"as before: {seam.elsewhere}",))
         return mine
 
-    def _alone(self, seam: Seam) -> Verdict:
+    def _alone(self, seam: Seam) -> SeamVerdict:
         text, trouble = self._texts.of(seam)
         if not text:
-            return Verdict(seam, "person", (trouble,))
+            return SeamVerdict(seam, "person", (trouble,))
         known = self._known(seam)
         like = tuple(version for version, print_ in known.items() if print_ == text)
         callees = tuple(self._callees(seam))
         # Of a known text too: what it relies on may have moved elsewhere.
         compat, faults = self._attributes(seam)
         if not faults and like and all(is_known for *_, is_known in callees):
-            return Verdict(seam, "as in", (), text, like, callees)
+            return SeamVerdict(seam, "as in", (), text, like, callees)
         if not like:
             faults += self._parameters(seam) + self._meaning(seam.target)
         elif self._version not in self._versions:  # callers may have changed
@@ -135,9 +135,9 @@ class Judge:
         ]
         faults += self._gone(seam, callees)
         if faults:
-            return Verdict(seam, "person", tuple(faults), text, like, callees)
+            return SeamVerdict(seam, "person", tuple(faults), text, like, callees)
         kind: Kind = "compat" if compat else "harmless"
-        return Verdict(seam, kind, tuple(compat), text, like, callees)
+        return SeamVerdict(seam, kind, tuple(compat), text, like, callees)
 
     def _known(self, function: Seam | Callee) -> dict[str, str]:
         return {v: text for v, text in function.fingerprints.items() if v in self._versions}
@@ -163,7 +163,7 @@ class Judge:
                 yield f"{callee.qualname} is gone: {callee.taken}"
 
     def _meaning(self, target: str, callee: Callee | None = None) -> list[str]:
-        checks: list[Check] = [
+        checks: list[SourceCheck] = [
             check for check in relied_meanings.MEANINGS if check.target == target
         ]
         if callee is not None and not checks:
@@ -212,7 +212,7 @@ class Judge:
         )
 
 
-def has(tree: Tree, choice: str, ours: bool = False) -> bool:
+def has(tree: SourceTree, choice: str, ours: bool = False) -> bool:
     """Whether the owner of ``owner.attribute`` has it or, if it is `ours`, takes new attributes."""
     owner, _, attribute = choice.partition(".")
     for place in relied.OWNERS[owner]:
@@ -228,8 +228,8 @@ def has(tree: Tree, choice: str, ours: bool = False) -> bool:
 
 
 @functools.cache
-def _ours() -> Tree:
-    return Tree(Path(sglang_kairos.__file__).parent)
+def _ours() -> SourceTree:
+    return SourceTree(Path(sglang_kairos.__file__).parent)
 
 
 def _misfits(handler: Signature, function: Signature, takes_more: bool) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from sglang_kairos.engine.fingerprints.upstream_ast import Function, Signature, Tree
+from sglang_kairos.engine.fingerprints.upstream_ast import Function, Signature, SourceTree
 
 _CHANGES = frozenset(
     "append appendleft extend insert remove pop popleft clear sort reverse update add discard".split()
@@ -21,13 +21,13 @@ _BUILT_IN = frozenset(
 )
 
 
-class Check(Protocol):
+class SourceCheck(Protocol):
     """One thing that must be so in a tree."""
 
     @property
     def target(self) -> str: ...
 
-    def faults(self, tree: Tree) -> list[str]: ...
+    def faults(self, tree: SourceTree) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Mentions:
     target: str
     names: tuple[str, ...]
 
-    def faults(self, tree: Tree) -> list[str]:
+    def faults(self, tree: SourceTree) -> list[str]:
         """Names that it does without."""
         node = tree.function(self.target)
         used = set() if node is None else set(names_in(node))
@@ -52,7 +52,7 @@ class Delegates:
     itself: tuple[str, ...]
     seams: tuple[str, ...]
 
-    def faults(self, tree: Tree) -> list[str]:
+    def faults(self, tree: SourceTree) -> list[str]:
         """That it leaves it to others."""
         node = tree.function(self.target)
         used = set() if node is None else set(names_in(node))
@@ -69,7 +69,7 @@ class Takes:
     places: int
     names: tuple[str, ...] = ()
 
-    def faults(self, tree: Tree) -> list[str]:
+    def faults(self, tree: SourceTree) -> list[str]:
         """Parameters that it wants besides, or has not."""
         node = tree.function(self.target)
         if node is None:
@@ -95,7 +95,7 @@ class AskedBy:
     module: str
     callers: tuple[str, ...]
 
-    def faults(self, tree: Tree) -> list[str]:
+    def faults(self, tree: SourceTree) -> list[str]:
         """Those that are gone, or go by others."""
         module, name = tree.module(self.module), self.target.rpartition(".")[2].rpartition(":")[2]
         found = {
@@ -118,7 +118,7 @@ class Decorated:
     target: str
     decorator: str
 
-    def faults(self, tree: Tree) -> list[str]:
+    def faults(self, tree: SourceTree) -> list[str]:
         """That it has not."""
         node = tree.function(self.target)
         found = [] if node is None else [ast.unparse(d) for d in node.decorator_list]
@@ -133,7 +133,7 @@ class Sets:
     attribute: str
     values: tuple[str, ...]
 
-    def faults(self, tree: Tree) -> list[str]:
+    def faults(self, tree: SourceTree) -> list[str]:
         """Other values."""
         node = tree.function(self.target)
         found = [] if node is None else list(_assigned_values(node, self.attribute))
@@ -148,13 +148,13 @@ class Rebinds:
     target: str
     looks: tuple[str, ...]
 
-    def faults(self, tree: Tree) -> list[str]:
+    def faults(self, tree: SourceTree) -> list[str]:
         """What is changed in place, and what cannot be followed."""
         node = tree.function(self.target)
         return [] if node is None else list(self._in(tree, self.target, node, {"self"}, 3))
 
     def _in(
-        self, tree: Tree, target: str, node: Function, owners: set[str], depth: int
+        self, tree: SourceTree, target: str, node: Function, owners: set[str], depth: int
     ) -> Iterator[str]:
         for part in ast.walk(node):
             if isinstance(part, ast.Subscript) and isinstance(part.ctx, ast.Store | ast.Del):
@@ -166,7 +166,7 @@ class Rebinds:
                 yield from self._called(tree, target, part, owners, depth)
 
     def _called(
-        self, tree: Tree, target: str, call: ast.Call, owners: set[str], depth: int
+        self, tree: SourceTree, target: str, call: ast.Call, owners: set[str], depth: int
     ) -> Iterator[str]:
         of = call.func
         if isinstance(of, ast.Attribute) and _root(of) in owners:
@@ -206,7 +206,7 @@ class Flow:
     variable: str
     sources: tuple[str, ...]
 
-    def faults(self, tree: Tree) -> list[str]:
+    def faults(self, tree: SourceTree) -> list[str]:
         """Others that take part, or that there is no such variable."""
         node = tree.function(self.target)
         if node is None:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sglang_kairos.engine.fingerprints.meanings import is_self, names_in
-from sglang_kairos.engine.fingerprints.upstream_ast import Function, Tree
+from sglang_kairos.engine.fingerprints.upstream_ast import Function, SourceTree
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class BusyTime:
     target: str
     counter: str
 
-    def faults(self, tree: Tree) -> list[str]:
+    def faults(self, tree: SourceTree) -> list[str]:
         """Steps for which it adds another time."""
         node = tree.function(self.target)
         if node is None:
@@ -51,7 +51,11 @@ class BusyTime:
 
 
 def _run_on_steps(
-    tree: Tree, target: str, node: Function, counter: str, steps: tuple[tuple[float, float], ...]
+    tree: SourceTree,
+    target: str,
+    node: Function,
+    counter: str,
+    steps: tuple[tuple[float, float], ...],
 ) -> list[float]:
     """Seconds that each call adds."""
     now = [0.0]
@@ -88,7 +92,7 @@ def _alone(node: Function, scope: dict[str, Any]) -> Callable[..., Any]:
     return function
 
 
-def _first_values(tree: Tree, target: str, node: Function) -> dict[str, Any]:
+def _first_values(tree: SourceTree, target: str, node: Function) -> dict[str, Any]:
     """What the class gives the attributes that a function reads, where that is a plain value."""
     owner = tree.find(target.rpartition(".")[0])
     read = {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}

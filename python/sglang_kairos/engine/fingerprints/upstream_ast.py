@@ -34,7 +34,7 @@ class Signature:
         return cls(names, needed, only, args.vararg is not None and args.kwarg is not None)
 
 
-class Tree:
+class SourceTree:
     """The source of one SGLang, each module parsed once. `package`: its folder ``sglang``."""
 
     def __init__(self, package: Path) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from sglang_kairos.engine.fingerprints.meanings import (
     AskedBy,
-    Check,
     Decorated,
     Delegates,
     Flow,
     Mentions,
     Rebinds,
     Sets,
+    SourceCheck,
     Takes,
 )
 from sglang_kairos.engine.fingerprints.trials import BusyTime
@@ -96,7 +96,7 @@ _ASKED = (
 )
 
 # What functions must mean: those wrapped, and those that handlers call or replace besides.
-MEANINGS: tuple[Check, ...] = (
+MEANINGS: tuple[SourceCheck, ...] = (
     *_ASKED,
     Delegates(
         f"{_SCHEDULER}.abort_request",

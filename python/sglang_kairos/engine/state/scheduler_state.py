@@ -19,7 +19,7 @@ from sglang_kairos.engine.state.latency_models import Profile
 from sglang_kairos.engine.state.metrics import SchedulerMetrics
 from sglang_kairos.engine.state.recent_steps import LatestSteps
 from sglang_kairos.engine.state.request import RequestState, kv_tokens
-from sglang_kairos.engine.state.tp_sync import Clock, agreement
+from sglang_kairos.engine.state.tp_sync import SharedClock, agreement
 from sglang_kairos.engine.state.waiting_table import Roster
 from sglang_kairos.policy.prefill_planner import prefill_planner
 from sglang_kairos.policy.prefill_step import PrefillPlan
@@ -68,7 +68,7 @@ class KairosState:
         self.silences = Silences()
         self.talking: list[Any] = []
         self.prefilled = Recent()
-        self.clock = Clock(scheduler)
+        self.clock = SharedClock(scheduler)
         self.metrics = self.guarded(
             "metrics", lambda: SchedulerMetrics.of(scheduler, self.mode), None
         )

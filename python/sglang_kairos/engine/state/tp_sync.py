@@ -111,7 +111,7 @@ def rank_of(scheduler: Any) -> int:
     return int(dist.get_rank())
 
 
-class Clock:
+class SharedClock:
     """`time.perf_counter`, or with `CHAOS_CLOCK` one that differs from rank to rank and jitters."""
 
     def __init__(self, scheduler: Any) -> None:

@@ -5,7 +5,7 @@ All of it is a prior that observations move; none of it needs a Kairos server.
 
 from __future__ import annotations
 
-from sglang_kairos.predict.latency_model import PrefillLaw
+from sglang_kairos.predict.latency_model import PrefillLatency
 from sglang_kairos.predict.least_squares import Rls
 
 # Completions this close together (seconds) came out of one batch.
@@ -20,7 +20,7 @@ class SpeedEstimate:
     `chunk_tokens`: prompt tokens the server takes in one step; <= 0: all of a prompt.
     """
 
-    def __init__(self, prior: PrefillLaw, chunk_tokens: int) -> None:
+    def __init__(self, prior: PrefillLatency, chunk_tokens: int) -> None:
         # c stays the prior: whole requests behind a prefix cache do not tell it apart from b.
         self._rls = Rls((prior.a_s, prior.b_s), (1.0, 1e3))
         self._c_s = prior.c_s
@@ -39,10 +39,10 @@ class SpeedEstimate:
         self._tokens.append(tokens)
         self._ended_s = now_s
 
-    def law(self) -> PrefillLaw:
+    def law(self) -> PrefillLatency:
         """The estimate as of the last batch that is certainly complete."""
         a, b = self._rls.theta
-        return PrefillLaw(a, b, self._c_s)
+        return PrefillLatency(a, b, self._c_s)
 
     def _observe(self) -> None:
         size = self.chunk_tokens

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from random import Random
 from typing import NamedTuple, TypeVar
 
-from sglang_kairos.policy.overload import Outcome
+from sglang_kairos.policy.overload import OverloadOutcome
 from sglang_kairos.policy.placement import DRAWN, LOOK_AT_ALL, PlacedRequest, choose_pair
 from sglang_kairos.router.fleet.estimators import Average, Margin
 from sglang_kairos.router.fleet.policies import CacheRule, chooser_of
@@ -35,7 +35,7 @@ class Placement(NamedTuple):
     request: PlacedRequest
     prefill: PrefillServer
     decode: DecodeServer
-    outcome: Outcome
+    outcome: OverloadOutcome
     tpot_s: float
     cached_tokens: float
 
@@ -170,7 +170,7 @@ class Fleet:
             state = prefill.state(now, request.handoff_s, blocks)
             pair = choose_pair([state], [decode.state(now)], request)
             assert pair is not None
-        outcome = Outcome(
+        outcome = OverloadOutcome(
             pair.ttft_s,
             pair.keeps_ttft or not prefill.known,
             pair.keeps_tpot or not decode.known,

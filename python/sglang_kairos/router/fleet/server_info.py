@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.predict.latency_model import DecodeLatency, PrefillLatency
 from sglang_kairos.slo.limits import RequestLimits
 
 _MODES = ("prefill", "decode", "null")
 # Below this many observed steps, a predictor is still its first guess.
 ENOUGH_SAMPLES = 5
 
-Law = TypeVar("Law", PrefillLaw, DecodeLaw)
+Law = TypeVar("Law", PrefillLatency, DecodeLatency)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +78,14 @@ def kairos_reports(info: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
             yield report
 
 
-def prefill_law(report: Mapping[str, Any]) -> PrefillLaw | None:
+def prefill_law(report: Mapping[str, Any]) -> PrefillLatency | None:
     """How fast it prefills, or None unless that makes sense."""
-    return _law(report.get("prefill"), PrefillLaw.from_json)
+    return _law(report.get("prefill"), PrefillLatency.from_json)
 
 
-def decode_law(report: Mapping[str, Any]) -> DecodeLaw | None:
+def decode_law(report: Mapping[str, Any]) -> DecodeLatency | None:
     """How long its decode steps take, or None unless that makes sense."""
-    return _law(report.get("decode"), DecodeLaw.from_json)
+    return _law(report.get("decode"), DecodeLatency.from_json)
 
 
 def _law(raw: Any, read: Callable[[Mapping[str, Any]], Law]) -> Law | None:

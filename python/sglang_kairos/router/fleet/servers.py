@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from sglang_kairos.policy.backlog import EMPTY, Backlog
 from sglang_kairos.policy.placement import UNTOLD_DECODE, DecodeState, PrefillState
-from sglang_kairos.predict.latency_model import GENERIC_PREFILL, PrefillLaw
+from sglang_kairos.predict.latency_model import GENERIC_PREFILL, PrefillLatency
 from sglang_kairos.router.cancellation import Attention
 from sglang_kairos.router.fleet.estimators import Pace, SpeedEstimate
 from sglang_kairos.router.fleet.health import Health, HealthRules
@@ -155,7 +155,7 @@ class PrefillServer(Server):
         self._given_port = bootstrap_port
         self._reported_port = DEFAULT_BOOTSTRAP_PORT
         self._estimate = SpeedEstimate(GENERIC_PREFILL, DEFAULT_CHUNK_TOKENS)
-        self._said: PrefillLaw | None = None
+        self._said: PrefillLatency | None = None
         self._said_settled = False
         self._pace = Pace()
         self._law = GENERIC_PREFILL

@@ -31,8 +31,8 @@ from sglang_kairos.loads.traces import Request
 from sglang_kairos.predict.latency_model import (
     GENERIC_DECODE,
     GENERIC_PREFILL,
-    DecodeLaw,
-    PrefillLaw,
+    DecodeLatency,
+    PrefillLatency,
 )
 from sglang_kairos.predict.least_squares import least_squares
 from sglang_kairos.sim.baselines.policies import Policy
@@ -53,7 +53,7 @@ class CalibrationError(ValueError):
 
 
 @dataclass(frozen=True)
-class Pace:
+class MachinePace:
     """How a machine kept to a law: step by step, the seconds that it told and those it took."""
 
     told_s: tuple[float, ...]
@@ -64,9 +64,9 @@ class Pace:
         """Seconds taken per second told."""
         return sum(self.taken_s) / sum(self.told_s)
 
-    def scaled(self, factor: float) -> Pace:
+    def scaled(self, factor: float) -> MachinePace:
         """The same on a machine whose steps take `factor` times as long."""
-        return Pace(self.told_s, tuple(factor * taken for taken in self.taken_s))
+        return MachinePace(self.told_s, tuple(factor * taken for taken in self.taken_s))
 
     def summary(self) -> dict[str, float]:
         """Steps, overall slowdown, and the spread of the steps' own."""
@@ -82,14 +82,14 @@ class Pace:
 
 
 class Machine:
-    """Turns a law's seconds into a machine's: a `Pace` lived through again, from `start` (0 to 1).
+    """Turns a law's seconds into a machine's: a `MachinePace` lived through again, from `start` (0 to 1).
 
     The recorded steps are a road, as long as the law told; a step that the law gives w seconds
     covers w of it, in the time that this stretch took. So a long step meets many short ups and
     downs, a slow spell lasts as long as it did, and in all no time is lost or won.
     """
 
-    def __init__(self, pace: Pace, start: float) -> None:
+    def __init__(self, pace: MachinePace, start: float) -> None:
         self._told = list(accumulate(pace.told_s, initial=0.0))
         self._taken = list(accumulate(pace.taken_s, initial=0.0))
         self._at_s = start * self._told[-1]
@@ -112,10 +112,10 @@ class PacedTimes(LawTimes):
 
     def __init__(
         self,
-        prefill: PrefillLaw,
-        decode: DecodeLaw,
-        prefill_pace: Pace,
-        decode_pace: Pace,
+        prefill: PrefillLatency,
+        decode: DecodeLatency,
+        prefill_pace: MachinePace,
+        decode_pace: MachinePace,
         seed: int,
     ) -> None:
         super().__init__(prefill, decode, None)
@@ -145,10 +145,10 @@ class Calibration:
     loop does where the forward runs inside the launch (a CPU).
     """
 
-    prefill: PrefillLaw
-    decode: DecodeLaw
-    prefill_pace: Pace
-    decode_pace: Pace
+    prefill: PrefillLatency
+    decode: DecodeLatency
+    prefill_pace: MachinePace
+    decode_pace: MachinePace
     front_s: float
     handoff_s: float
     delivery_s: float
@@ -222,8 +222,8 @@ def calibrate(recording: Recording, sizes: Mapping[str, int], late_results: bool
             raise CalibrationError(f"no {name} delay could be measured: send a lighter load")
     prefill, decode = bulk_law(prefill_x, prefill_s), bulk_law(decode_x, decode_s)
     return Calibration(
-        prefill=PrefillLaw(*prefill),
-        decode=DecodeLaw.of(decode),
+        prefill=PrefillLatency(*prefill),
+        decode=DecodeLatency.of(decode),
         prefill_pace=pace_of(prefill_x @ prefill, prefill_s),
         decode_pace=pace_of(decode_x @ decode, decode_s),
         front_s=max(0.0, median(found.front)),
@@ -234,9 +234,9 @@ def calibrate(recording: Recording, sizes: Mapping[str, int], late_results: bool
     )
 
 
-def pace_of(told_s: Floats, taken_s: Floats) -> Pace:
-    """Pairs of arrays (m,) as a `Pace`; no step is told to take less than LEAST_S."""
-    return Pace(tuple(np.maximum(told_s, LEAST_S).tolist()), tuple(taken_s.tolist()))
+def pace_of(told_s: Floats, taken_s: Floats) -> MachinePace:
+    """Pairs of arrays (m,) as a `MachinePace`; no step is told to take less than LEAST_S."""
+    return MachinePace(tuple(np.maximum(told_s, LEAST_S).tolist()), tuple(taken_s.tolist()))
 
 
 def bulk_law(features: Floats, seconds: Floats) -> list[float]:

@@ -12,13 +12,13 @@ from typing import Any
 
 from sglang_kairos.loads.traces import Request
 from sglang_kairos.sim.baselines.policies import Policy
-from sglang_kairos.sim.core.cluster import Cluster, Setup
+from sglang_kairos.sim.core.cluster import Setup, SimCluster
 from sglang_kairos.sim.core.predictions import PredictionError, Predictor
-from sglang_kairos.sim.core.prefill import PrefillServer
+from sglang_kairos.sim.core.prefill import SimPrefillServer
 from sglang_kairos.sim.core.request import SimRequest
 
 
-class LearntCluster(Cluster):
+class LearntCluster(SimCluster):
     """Whose servers learn. `late_results`: prefill results wait for the next step."""
 
     def __init__(
@@ -36,7 +36,7 @@ class LearntCluster(Cluster):
         return predictor
 
 
-class LatePrefillServer(PrefillServer):
+class LatePrefillServer(SimPrefillServer):
     """Sends a step's KV after the next step, or at once if there is none."""
 
     def __init__(self, *args: Any) -> None:

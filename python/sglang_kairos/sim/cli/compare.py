@@ -55,7 +55,7 @@ def compare(args: argparse.Namespace) -> None:
         raise options.UsageError('--bound needs scipy: pip install "sglang-kairos[sim]"')
     want_bound = bound_available() if args.bound is None else args.bound
     folder = None if args.plots is None else _plot_folder(args.plots)
-    source, system = options.Source(args), options.system_of(args)
+    source, system = options.TraceSource(args), options.system_of(args)
 
     cells: list[Cell] = []
     wanted = [(rate, slo) for rate in args.rate or [None] for slo in options.targets_of(args)]
@@ -93,7 +93,7 @@ def _group(
     args: argparse.Namespace,
     source: str,
     asked: float | None,
-    slo: options.Targets,
+    slo: options.TargetSet,
     runs: list[Run],
 ) -> Group:
     # A made trace's rate differs a little from seed to seed.

@@ -16,7 +16,7 @@ from sglang_kairos.loads.traces import Request, rate_of
 from sglang_kairos.reports.report import Run
 from sglang_kairos.sim.baselines.policies import POLICIES, Policy
 from sglang_kairos.sim.cli.pool import Progress, Workers, usable_cores
-from sglang_kairos.sim.core.cluster import Cluster, Setup
+from sglang_kairos.sim.core.cluster import Setup, SimCluster
 
 if TYPE_CHECKING:
     from sglang_kairos.sim.bound.bound import Bound
@@ -70,7 +70,7 @@ def run_grid(
     bounds.
 
     Facts of a run: label (when given), rate (requests/s; None: all at once), slo, seed, servers,
-    what `Cluster.facts` tells, and ttft_bound, share_of_bound, bound_method and bound_exact, which
+    what `SimCluster.facts` tells, and ttft_bound, share_of_bound, bound_method and bound_exact, which
     are None when the cell did not want them.
     """
     cells = list(cells)
@@ -126,7 +126,7 @@ def policy_of(policy: Policy | str) -> Policy:
 def _run(cell: Cell, keep_outcomes: bool) -> Run:
     setup, policy = cell.setup, policy_of(cell.policy)
     started = time.process_time()
-    cluster = Cluster(setup, policy, cell.rows)
+    cluster = SimCluster(setup, policy, cell.rows)
     whole = cluster.run()
     metrics = whole.metrics
     cpu_s = time.process_time() - started

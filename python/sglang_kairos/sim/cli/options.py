@@ -34,7 +34,7 @@ class UsageError(ValueError):
     """Arguments that do not go together, or that this machine cannot serve."""
 
 
-class Targets(NamedTuple):
+class TargetSet(NamedTuple):
     """One SLO setting, in ms: requests draw their TTFT target from the tiers `ttft`."""
 
     ttft: tuple[float, ...]
@@ -156,11 +156,11 @@ def check_together(args: argparse.Namespace) -> None:
             raise UsageError(f"--json {args.json}: cannot be written: no folder to write in there")
 
 
-def targets_of(args: argparse.Namespace) -> list[Targets]:
+def targets_of(args: argparse.Namespace) -> list[TargetSet]:
     """The SLO settings asked for, at least one."""
     if args.slo:
         return list(args.slo)
-    return [Targets(tuple(args.ttft_ms or (2000.0,)), args.tpot_ms or 100.0)]
+    return [TargetSet(tuple(args.ttft_ms or (2000.0,)), args.tpot_ms or 100.0)]
 
 
 def system_of(args: argparse.Namespace) -> System:
@@ -171,7 +171,7 @@ def system_of(args: argparse.Namespace) -> System:
         raise UsageError(f"--system {args.system} --times {args.times}: {error}") from None
 
 
-class Source:
+class TraceSource:
     """The trace asked for, at any rate. Asked twice it gives the same list."""
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -214,7 +214,7 @@ def shape_of(args: argparse.Namespace) -> dict[str, Any]:
 def setup_of(
     args: argparse.Namespace,
     system: System,
-    targets: Targets,
+    targets: TargetSet,
     seed: int,
     prefills: int,
     decodes: int,
@@ -286,7 +286,7 @@ def whole(name: str, low: int, high: int) -> Callable[[str], int]:
     return read
 
 
-def _targets(text: str) -> Targets:
+def _targets(text: str) -> TargetSet:
     ttft, colon, tpot = text.partition(":")
     if not colon:
         raise argparse.ArgumentTypeError(
@@ -294,7 +294,7 @@ def _targets(text: str) -> Targets:
         )
     one = real("--slo TTFT", *LIMITS_MS["ttft_ms"])
     tiers = tuple(one(part.strip()) for part in ttft.split("/"))
-    return Targets(tiers, real("--slo TPOT", *LIMITS_MS["tpot_ms"])(tpot))
+    return TargetSet(tiers, real("--slo TPOT", *LIMITS_MS["tpot_ms"])(tpot))
 
 
 def _policy(text: str) -> str:

@@ -27,7 +27,7 @@ class Question(NamedTuple):
     """One search: how many servers does this policy need for that?"""
 
     rate: float | None
-    slo: options.Targets
+    slo: options.TargetSet
     policy: str
 
 
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
 def plan(args: argparse.Namespace) -> None:
     """Searches, prints, writes. Raises `UsageError`, `TraceError` and `OSError`."""
     options.check_together(args)
-    source, system = options.Source(args), options.system_of(args)
+    source, system = options.TraceSource(args), options.system_of(args)
     questions = [
         Question(rate, slo, policy)
         for rate in args.rate or [None]
@@ -107,7 +107,7 @@ class _Bench:
     def __init__(
         self,
         args: argparse.Namespace,
-        source: options.Source,
+        source: options.TraceSource,
         system: System,
         workers: Workers,
         progress: Progress | None,
@@ -147,7 +147,7 @@ class _Bench:
             self._progress(self._done + done, self._done + total)
 
 
-def _heading(args: argparse.Namespace, source: options.Source, question: Question) -> str:
+def _heading(args: argparse.Namespace, source: options.TraceSource, question: Question) -> str:
     rate = rate_of(source.rows(question.rate, args.seed[0]))
     seeds = f", lowest of {len(args.seed)} seeds" if len(args.seed) > 1 else ""
     return (

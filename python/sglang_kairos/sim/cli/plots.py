@@ -21,7 +21,7 @@ from sglang_kairos.reports.report import (
     draw_ttft,
     plain_numbers,
 )
-from sglang_kairos.sim.cli.options import Targets
+from sglang_kairos.sim.cli.options import TargetSet
 
 ATTAINMENT_TITLES = ("TTFT target met", "TPOT target met", "both met")
 Panel = Callable[[Any, Mapping[str, list[Run]], dict[str, str]], None]
@@ -37,7 +37,7 @@ class Group:
     """
 
     about: str
-    slo: Targets
+    slo: TargetSet
     asked: float | None
     rate: float | None
     runs: Sequence[Run]
@@ -57,7 +57,7 @@ def draw_all(folder: Path, groups: Sequence[Group]) -> list[Path]:
     drawn: list[Path] = []
     policies = list(by_policy(run for group in groups for run in group.runs))
     colours = dict(zip(policies, colours_of(policies), strict=True))
-    by_slo: dict[Targets, list[Group]] = {}
+    by_slo: dict[TargetSet, list[Group]] = {}
     for group in groups:
         by_slo.setdefault(group.slo, []).append(group)
     for slo, some in by_slo.items():
@@ -188,5 +188,5 @@ def _draw_tpot(axes: Any, groups: Mapping[str, list[Run]], colours: dict[str, st
     axes.grid(alpha=0.3)
 
 
-def _file_part(slo: Targets) -> str:
+def _file_part(slo: TargetSet) -> str:
     return f"ttft{'-'.join(f'{ms:g}' for ms in slo.ttft)}_tpot{slo.tpot:g}"

@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable
 
 
-class Clock:
+class EventClock:
     """Runs actions in order of their time (seconds); those of one time in order of asking."""
 
     def __init__(self) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 from sglang_kairos.loads.replay import OK, Result
 from sglang_kairos.loads.traces import MOONCAKE_BLOCK_TOKENS, Request
 from sglang_kairos.sim.baselines.policies import Policy
-from sglang_kairos.sim.core.clock import Clock
-from sglang_kairos.sim.core.decode import DecodeServer
+from sglang_kairos.sim.core.clock import EventClock
+from sglang_kairos.sim.core.decode import SimDecodeServer
 from sglang_kairos.sim.core.predictions import PredictionError, Predictor
-from sglang_kairos.sim.core.prefill import PrefillServer
+from sglang_kairos.sim.core.prefill import SimPrefillServer
 from sglang_kairos.sim.core.request import SimRequest
-from sglang_kairos.sim.core.router import Router
+from sglang_kairos.sim.core.router import SimRouter
 from sglang_kairos.sim.hardware.times import System
 
 HONEST = PredictionError()
@@ -36,21 +36,23 @@ class Setup:
     error: PredictionError = HONEST
 
 
-class Cluster:
+class SimCluster:
     """One run of one policy over one trace; `run` may be called once."""
 
-    prefill_kind: type[PrefillServer] = PrefillServer
-    decode_kind: type[DecodeServer] = DecodeServer
+    prefill_kind: type[SimPrefillServer] = SimPrefillServer
+    decode_kind: type[SimDecodeServer] = SimDecodeServer
 
     def __init__(self, setup: Setup, policy: Policy, rows: Sequence[Request]) -> None:
         self.setup, self.policy = setup, policy
-        self.clock = Clock()
+        self.clock = EventClock()
         self.requests = make_requests(rows, setup)
         system, clock = setup.system, self.clock
         prefill_minds = [self.predictor(f"p{i}") for i in range(setup.prefills)]
         decode_minds = [self.predictor(f"d{i}") for i in range(setup.decodes)]
         block_tokens = cache_block_tokens(rows)
-        self.router = Router(system, policy, prefill_minds, decode_minds, setup.seed, block_tokens)
+        self.router = SimRouter(
+            system, policy, prefill_minds, decode_minds, setup.seed, block_tokens
+        )
         self.prefills = [
             self.prefill_kind(
                 clock, system, policy, mind, block_tokens, self._prefilled, self._arrived

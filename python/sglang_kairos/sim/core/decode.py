@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sglang_kairos.policy.admission import Occupancy, QueueView
 from sglang_kairos.policy.decode_planner import DecodePlanner, RunningView
 from sglang_kairos.sim.baselines.policies import Policy
-from sglang_kairos.sim.core.clock import Clock
+from sglang_kairos.sim.core.clock import EventClock
 from sglang_kairos.sim.core.predictions import Predictor
 from sglang_kairos.sim.core.request import SimRequest
 from sglang_kairos.sim.hardware.times import System
@@ -29,14 +29,14 @@ CONTEXT, EMITTED, LEFT, FIRST_S, TPOT_S, LAST_S, SERVED = range(7)
 _TOKEN = np.array([[1.0], [1.0], [-1.0]])
 
 
-class DecodeServer:
+class SimDecodeServer:
     """`reserved` is called when a request's KV is set aside, `finished` after its last token."""
 
     planner_kind: type[DecodePlanner] = DecodePlanner
 
     def __init__(
         self,
-        clock: Clock,
+        clock: EventClock,
         system: System,
         policy: Policy,
         predictor: Predictor,

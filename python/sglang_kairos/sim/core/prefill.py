@@ -15,7 +15,7 @@ import numpy as np
 from sglang_kairos.policy.prefill_planner import NEVER, PrefillPlanner, PrefillView
 from sglang_kairos.sim.baselines.orders import CACHE_AWARE, ORDERS, chunk_limit
 from sglang_kairos.sim.baselines.policies import Policy
-from sglang_kairos.sim.core.clock import Clock
+from sglang_kairos.sim.core.clock import EventClock
 from sglang_kairos.sim.core.predictions import Predictor
 from sglang_kairos.sim.core.prefix_cache import PrefixCache
 from sglang_kairos.sim.core.request import SimRequest
@@ -24,12 +24,12 @@ from sglang_kairos.sim.hardware.times import System
 Arrived = Callable[[SimRequest], None]
 
 
-class PrefillServer:
+class SimPrefillServer:
     """`prefilled` is called when a request's last chunk is done, `arrived` when its KV has crossed."""
 
     def __init__(
         self,
-        clock: Clock,
+        clock: EventClock,
         system: System,
         policy: Policy,
         predictor: Predictor,

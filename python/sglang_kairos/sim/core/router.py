@@ -19,7 +19,7 @@ from sglang_kairos.sim.core.request import SimRequest
 from sglang_kairos.sim.hardware.times import System
 
 
-class Router:
+class SimRouter:
     """Places requests on `prefills` x `decodes` servers, whose predictors it asks for their laws."""
 
     def __init__(

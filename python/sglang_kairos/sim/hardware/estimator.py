@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_kairos.sim.hardware.tables import Array, StepTable
+from sglang_kairos.sim.hardware.tables import Array, MeasuredSteps
 
 PACKAGE = "aiconfigurator-core"
 GPU, BACKEND = "h200_sxm", "sglang"
@@ -87,11 +87,11 @@ class Estimator:
             **self._options,
         )
 
-    def table(self, sizes: Sequence[int]) -> StepTable:
+    def table(self, sizes: Sequence[int]) -> MeasuredSteps:
         """All that `TableTimes` needs: about 3,000 calls, 0.2 s."""
         attention, shared = zip(*(self._prefill_row(int(p)) for p in PREFIX), strict=True)
         decode = [[self.decode_s(size, int(each)) for each in CONTEXT] for size in sizes]
-        return StepTable(
+        return MeasuredSteps(
             new=NEW,
             prefix=PREFIX,
             shared_s=shared[0],

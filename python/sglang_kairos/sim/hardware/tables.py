@@ -34,7 +34,7 @@ Line = tuple[list[float], list[float], list[float]]
 
 
 @dataclass(frozen=True)
-class StepTable:
+class MeasuredSteps:
     """Seconds at knots. All knots ascend.
 
     `new` (n,): new tokens, from 1; `prefix` (p,): tokens already there, from 0;
@@ -90,7 +90,7 @@ class TableTimes:
     `prefill_knots`: new tokens (n,) and prefixes (p,) between which prefill times are straight.
     """
 
-    def __init__(self, table: StepTable, law: LawTimes) -> None:
+    def __init__(self, table: MeasuredSteps, law: LawTimes) -> None:
         self.captured_sizes: Sequence[int] | None = table.sizes
         self.prefill_knots = table.new, table.prefix
         self._law = law

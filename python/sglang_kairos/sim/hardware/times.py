@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any, Protocol
 
 from sglang_kairos.predict.decode_latency import StepTimeModel
-from sglang_kairos.predict.latency_model import DecodeLaw, PrefillLaw
+from sglang_kairos.predict.latency_model import DecodeLatency, PrefillLatency
 from sglang_kairos.predict.prefill_latency import PrefillTimeModel
 
 # SGLang v0.5.23's captured decode batches (arg_groups/cuda_graph_hook.py) up to 512.
@@ -51,8 +51,8 @@ class LawTimes:
 
     def __init__(
         self,
-        prefill: PrefillLaw,
-        decode: DecodeLaw,
+        prefill: PrefillLatency,
+        decode: DecodeLatency,
         captured_sizes: Sequence[int] | None = CAPTURED_SIZES,
     ) -> None:
         self.captured_sizes = captured_sizes
@@ -133,7 +133,9 @@ def law_of(entry: Mapping[str, Any]) -> LawTimes:
     """The laws stored with an entry."""
     prefill, decode = entry["prefill"]["coefficients"], entry["decode"]["coefficients"]
     return LawTimes(
-        PrefillLaw(*prefill), DecodeLaw.of(decode), captured_up_to(entry["largest_captured"])
+        PrefillLatency(*prefill),
+        DecodeLatency.of(decode),
+        captured_up_to(entry["largest_captured"]),
     )
 
 
