@@ -33,11 +33,11 @@ from typing import Any
 import numpy as np
 import psutil
 
-from sglang_kairos.cluster.local_http import open_url
 from sglang_kairos.cluster.run import ROUTERS, Cluster, ClusterError, ClusterSpec
 from sglang_kairos.cpu import runtime as cpu_runtime
 from sglang_kairos.loads import traces
 from sglang_kairos.loads.replay import Result, failures, make_jobs, replay, run
+from sglang_kairos.local_http import open_url
 from sglang_kairos.other_sglang import NoSuchSglang, use
 from sglang_kairos.reports import report
 from sglang_kairos.versions.patch import PatchError, find_tree

@@ -26,10 +26,10 @@ import psutil
 from benchmark import demo
 from benchmark.duty import slowed
 from benchmark.router_overhead import router_process
-from sglang_kairos.cluster.local_http import open_url
 from sglang_kairos.cluster.run import Cluster, ClusterSpec
 from sglang_kairos.loads import traces
 from sglang_kairos.loads.replay import Result, failures, make_jobs, replay, run
+from sglang_kairos.local_http import open_url
 from sglang_kairos.reports import report
 from sglang_kairos.router.arguments import POLICIES
 

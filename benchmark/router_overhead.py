@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 
 from benchmark.echo_pd import Load, closed_loop, echo_servers, open_loop
-from sglang_kairos.cluster.local_http import open_url
+from sglang_kairos.local_http import open_url
 
 KAIROS, UPSTREAM = "kairos", "sglang_router --mini-lb"
 MODULES = {KAIROS: "sglang_kairos.launch_router", UPSTREAM: "sglang_router.launch_router"}

@@ -31,10 +31,10 @@ import numpy as np
 
 from benchmark import demo
 from benchmark.step_recorder import FOLDER_VARIABLE, GATE
-from sglang_kairos.cluster.local_http import open_url
 from sglang_kairos.cluster.run import Cluster, ClusterError
 from sglang_kairos.loads.replay import Result
 from sglang_kairos.loads.traces import Request
+from sglang_kairos.local_http import open_url
 from sglang_kairos.sim.baselines.policies import POLICIES
 from sglang_kairos.sim.calibrate import recording
 from sglang_kairos.sim.calibrate.calibrate import Calibration, CalibrationError, calibrate

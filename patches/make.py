@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sglang_kairos.engine.seams.table import SEAMS, SUPPORTED_VERSIONS, Seam
-from sglang_kairos.engine.fingerprints.survey import fingerprint
+from sglang_kairos.engine.survey import fingerprint
 from sglang_kairos.versions.patch import LAYOUT, SEAMS_SOURCE, Files, PatchError, SglangTree, find_tree, parse, series, supported_version, survey
 
 FOLDER = Path(__file__).resolve().parent

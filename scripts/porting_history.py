@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_kairos.engine.fingerprints import known_texts
-from sglang_kairos.engine.fingerprints.judge import Judge, SeamVerdict, has
 from sglang_kairos.engine.fingerprints.upstream_ast import SourceTree
+from sglang_kairos.engine.judge import Judge, SeamVerdict, has
 from sglang_kairos.engine.seams import relied
 from sglang_kairos.engine.seams.table import SEAMS, SUPPORTED_VERSIONS
 from sglang_kairos.versions.upstream_texts import package_of

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from sglang_kairos.cluster import processes
+from sglang_kairos import processes
 from sglang_kairos.cluster.run import ROUTERS, Cluster, ClusterError, ClusterSpec, quiet_zygote
 from sglang_kairos.config import ConfigError, KairosConfig, add_flags
 from sglang_kairos.cpu import runtime as cpu_runtime

@@ -14,8 +14,8 @@ from typing import Any
 import aiohttp
 
 from helpers.front_ends import COMPLETIONS, GENERATE, STRAIGHT, FrontEnd, Way
-from sglang_kairos.cluster.local_http import open_url
 from sglang_kairos.cluster.run import Cluster
+from sglang_kairos.local_http import open_url
 
 CHUNK = 256  # tokens of a prefill step
 BLOCKER = 5000  # tokens of a prompt behind which others queue: seconds on a busy machine

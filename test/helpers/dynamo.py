@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from helpers.trees import ROOT
-from sglang_kairos.cluster.local_http import open_url
-from sglang_kairos.cluster.processes import EXEC_WITH_PARENT, kill_session
 from sglang_kairos.cpu.flags import with_server_flags
+from sglang_kairos.local_http import open_url
 from sglang_kairos.other_sglang import first_on_path
+from sglang_kairos.processes import EXEC_WITH_PARENT, kill_session
 
 SGLANG = "0.5.21"  # what ai-dynamo 1.6.1 pins
 # Where scripts/beside.sh puts it.

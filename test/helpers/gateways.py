@@ -14,9 +14,9 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from sglang_kairos.cluster.local_http import open_url
-from sglang_kairos.cluster.processes import EXEC_WITH_PARENT, kill_session
 from sglang_kairos.cluster.run import Cluster
+from sglang_kairos.local_http import open_url
+from sglang_kairos.processes import EXEC_WITH_PARENT, kill_session
 
 # Where scripts/beside.sh puts packages that must not be installed beside SGLang's.
 PACKAGES = Path(__file__).resolve().parents[2] / "out" / "front-ends"

@@ -19,7 +19,7 @@ from sglang_kairos.predict.learnt_file import KERNEL_SETTINGS
 ENGINE = Path(table.__file__).parents[1]
 PACKAGES = ("sglang_kairos.engine", "sglang_kairos.engine.hooks", "sglang_kairos.engine.state")
 # No handlers: the tables, what reads SGLang's source, and the installer.
-NO_HANDLERS = ("on_import", "plugin")
+NO_HANDLERS = ("judge", "on_import", "plugin", "survey")
 FOLDERS = (ENGINE, ENGINE / "hooks", ENGINE / "state")
 
 # Variables that hold SGLang's objects. ``module.name`` goes before a bare name.
@@ -44,7 +44,7 @@ THEIRS_WITHIN = (
 )
 OURS = set(
     (
-        "CURRENT HTTPStatus Key RequestLimits SchedulerMetrics _LOST _MEMORIES abort active_config "
+        "KairosConfig CURRENT HTTPStatus Key RequestLimits SchedulerMetrics _LOST _MEMORIES abort active_config "
         "decision_log.record admission asked carried choice columns compat config copy counters "
         "dataclasses dict dist ended error fcntl features file first found functools int item "
         "itertools json kept key known kwargs last logger logging memory memory_of message metric "

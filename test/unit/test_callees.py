@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from helpers.trees import TESTED_VERSIONS, sglang_folder
-from sglang_kairos.engine.fingerprints.survey import fingerprint, survey
 from sglang_kairos.engine.seams import callees
 from sglang_kairos.engine.seams.callees import Callee
 from sglang_kairos.engine.seams.table import SEAMS, SUPPORTED_VERSIONS
+from sglang_kairos.engine.survey import fingerprint, survey
 from sglang_kairos.versions import doctor
 
 ENGINE = Path(callees.__file__).parents[1]

@@ -189,7 +189,7 @@ def test_nothing_outlives_a_start_that_is_broken_off(run: Callable[..., Run], st
 
 ADOPTS = """
 import subprocess, sys
-from sglang_kairos.cluster import processes
+from sglang_kairos import processes
 sleep = [sys.executable, "-ISc", "import time; time.sleep(120)"]
 older = subprocess.Popen(sleep)
 others = processes.descendants()

@@ -13,8 +13,8 @@ from helpers.trees import NEWEST, OLDEST, TESTED_VERSIONS, changed_copy, sglang_
 from sglang_kairos import other_sglang
 from sglang_kairos.config import ConfigError
 from sglang_kairos.engine.fingerprints import known_texts
-from sglang_kairos.engine.fingerprints.survey import Finding, Survey
 from sglang_kairos.engine.seams.table import SEAMS
+from sglang_kairos.engine.survey import Finding, Survey
 from sglang_kairos.other_sglang import NoSuchSglang, first_on_path, folder_of
 from sglang_kairos.versions import doctor, patch
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from sglang_kairos.cluster.local_http import open_url
+from sglang_kairos.local_http import open_url
 
 
 class Hello(BaseHTTPRequestHandler):
@@ -72,7 +72,7 @@ def test_no_module_asks_a_server_through_the_environments_proxies() -> None:
         for path in (root / folder).rglob("*.py")
         if (found := asks_the_environment(path.read_text("utf-8")))
     }
-    assert users == {"python/sglang_kairos/cluster/local_http.py": ["build_opener"]}
+    assert users == {"python/sglang_kairos/local_http.py": ["build_opener"]}
 
 
 @pytest.mark.parametrize(

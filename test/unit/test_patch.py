@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from helpers.trees import TESTED_VERSIONS, sglang_folder
-from sglang_kairos.engine.fingerprints.survey import fingerprint
 from sglang_kairos.engine.seams.table import SEAMS, Seam
+from sglang_kairos.engine.survey import fingerprint
 from sglang_kairos.versions import patch
 
 VERSION = "9.9.9"

@@ -10,7 +10,7 @@ import pytest
 
 from helpers.trees import NEWEST, changed_copy, sglang_folder
 from sglang_kairos.engine.fingerprints import known_texts
-from sglang_kairos.engine.fingerprints.judge import SeamVerdict
+from sglang_kairos.engine.judge import SeamVerdict
 from sglang_kairos.engine.seams.table import SEAMS, Seam
 from sglang_kairos.versions import doctor, port, upstream_texts
 from sglang_kairos.versions.port import DONE, FAILED, NO_SGLANG, PERSON, Options, PortPlan

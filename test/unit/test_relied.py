@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from helpers import harvest
 from helpers.trees import TESTED_VERSIONS, sglang_folder
-from sglang_kairos.engine.fingerprints import judge
-from sglang_kairos.engine.fingerprints.judge import Judge, SeamVerdict
+from sglang_kairos.engine import judge
 from sglang_kairos.engine.fingerprints.meanings import (
     AskedBy,
     Decorated,
@@ -25,6 +24,7 @@ from sglang_kairos.engine.fingerprints.meanings import (
 )
 from sglang_kairos.engine.fingerprints.trials import BusyTime
 from sglang_kairos.engine.fingerprints.upstream_ast import Signature, SourceTree
+from sglang_kairos.engine.judge import Judge, SeamVerdict
 from sglang_kairos.engine.seams import relied
 from sglang_kairos.engine.seams.relied_meanings import MEANINGS
 from sglang_kairos.engine.seams.table import SEAMS, SUPPORTED_VERSIONS, Seam

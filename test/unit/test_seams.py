@@ -14,9 +14,9 @@ import pytest
 from helpers.trees import NEWEST, TESTED_VERSIONS, changed_copy, sglang_folder
 from sglang_kairos.engine import plugin
 from sglang_kairos.engine.fingerprints import known_texts
-from sglang_kairos.engine.fingerprints.survey import Texts, fingerprint, namesakes, survey, way_out
 from sglang_kairos.engine.seams import losses
 from sglang_kairos.engine.seams.table import SEAMS, SUPPORTED_VERSIONS, Seam
+from sglang_kairos.engine.survey import Texts, fingerprint, namesakes, survey, way_out
 
 SOURCE = '''
 class Scheduler:

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from sglang_kairos.calibrate.fit import DecodeRow, PrefillRow, medians
-from sglang_kairos.cluster.local_http import open_url
 from sglang_kairos.loads import traces
 from sglang_kairos.loads.replay import Job, Outcome, Result, make_jobs, replay, run
+from sglang_kairos.local_http import open_url
 from sglang_kairos.predict.learnt_file import Key
 
 # SGLang takes made-up KV for a request with this bootstrap host, on either side of a pair.

@@ -30,7 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from sglang_kairos.cluster import processes
+from sglang_kairos import processes
 from sglang_kairos.cluster.layout import (
     ROUTERS,
     ClusterError,
@@ -41,9 +41,9 @@ from sglang_kairos.cluster.layout import (
     port_is_free,
     reachable,
 )
-from sglang_kairos.cluster.local_http import open_url
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.cpu.zygote import Zygote
+from sglang_kairos.local_http import open_url
 
 __all__ = ["ROUTERS", "Cluster", "ClusterError", "ClusterSpec", "Part", "quiet_zygote"]
 

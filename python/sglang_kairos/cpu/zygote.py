@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Any, NoReturn
 
-from sglang_kairos.cluster import processes
+from sglang_kairos import processes
 from sglang_kairos.cpu import adapt
 
 # An order is carried out in no time, the first one once everything is imported.

@@ -17,32 +17,20 @@ from typing import Any
 
 from sglang_kairos.config import ConfigError, KairosConfig
 from sglang_kairos.engine.fingerprints import known_texts
-from sglang_kairos.engine.fingerprints.judge import Judge
-from sglang_kairos.engine.fingerprints.survey import Survey, package_folder, survey, way_out
+from sglang_kairos.engine.installed import INSTALLED, MISSING, VOUCHED_FOR, active_config
+from sglang_kairos.engine.judge import Judge
 from sglang_kairos.engine.on_import import when_imported
 from sglang_kairos.engine.seams import losses
 from sglang_kairos.engine.seams.table import Seam
+from sglang_kairos.engine.survey import Survey, package_folder, survey, way_out
 
 logger = logging.getLogger(__name__)
-
-# How many seams are active in this process, by the way they came in.
-INSTALLED = {"hooks": 0, "tree": 0}
-# Seams that are left out in this process (``--kairos-strict seam``), by qualified name, and what is
-# lost with each; functions whose text only the file of KAIROS_SEAMS knows.
-MISSING: dict[str, str] = {}
-VOUCHED_FOR: list[str] = []
 
 PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "kairos"
 HTTP_MODULE = "sglang.srt.entrypoints.http_server"
 SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 MOONCAKE_MODULE = "sglang.srt.disaggregation.mooncake.conn"
 DYNAMO_MODULE = "dynamo.sglang.init_llm"  # its workers have it before they make an engine
-
-
-@functools.cache
-def active_config() -> KairosConfig:
-    """This process' configuration, read once from the environment."""
-    return KairosConfig.from_env()
 
 
 def installed_sglang() -> str:

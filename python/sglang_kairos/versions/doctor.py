@@ -19,12 +19,12 @@ import sglang_kairos
 from sglang_kairos.config import ConfigError
 from sglang_kairos.cpu import runtime, site
 from sglang_kairos.engine.fingerprints import known_texts
-from sglang_kairos.engine.fingerprints.judge import Judge, SeamVerdict
-from sglang_kairos.engine.fingerprints.survey import Survey, namesakes
-from sglang_kairos.engine.fingerprints.survey import survey as survey_seams
+from sglang_kairos.engine.judge import Judge, SeamVerdict
 from sglang_kairos.engine.plugin import PLUGIN_GROUP, PLUGIN_NAME, check_loadable
 from sglang_kairos.engine.seams.callees import Callee
 from sglang_kairos.engine.seams.table import SUPPORTED_VERSIONS, Seam
+from sglang_kairos.engine.survey import Survey, namesakes
+from sglang_kairos.engine.survey import survey as survey_seams
 from sglang_kairos.other_sglang import NoSuchSglang, folder_of
 from sglang_kairos.versions import patch, port, upstream_texts
 

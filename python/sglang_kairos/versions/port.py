@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_kairos.engine.fingerprints import known_texts
-from sglang_kairos.engine.fingerprints.judge import Judge, SeamVerdict
+from sglang_kairos.engine.judge import Judge, SeamVerdict
 from sglang_kairos.other_sglang import NoSuchSglang, fetch, folder_of
 from sglang_kairos.versions import patch, upstream_texts
 

@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 from sglang_kairos.engine.fingerprints.known_texts import release
-from sglang_kairos.engine.fingerprints.survey import text_of
+from sglang_kairos.engine.survey import text_of
 from sglang_kairos.other_sglang import NoSuchSglang, folder_of
 from sglang_kairos.versions import patch
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_kairos.engine import compat, features, slo_middleware
-from sglang_kairos.engine.plugin import MISSING, active_config
+from sglang_kairos.engine.installed import MISSING, active_config
 from sglang_kairos.engine.state.metrics import header_counter
 from sglang_kairos.slo.limits import MOST_SAMPLES, RequestLimits
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import features
-from sglang_kairos.engine.plugin import INSTALLED, MISSING, VOUCHED_FOR, active_config
+from sglang_kairos.engine.installed import INSTALLED, MISSING, VOUCHED_FOR, active_config
 from sglang_kairos.engine.seams import losses
 from sglang_kairos.engine.state.decision_log import DecisionLog
 from sglang_kairos.engine.state.graph_sizes import captured_sizes

@@ -16,11 +16,11 @@ from typing import Literal
 import sglang_kairos
 from sglang_kairos.engine.fingerprints import known_texts
 from sglang_kairos.engine.fingerprints.meanings import Delegates, SourceCheck
-from sglang_kairos.engine.fingerprints.survey import Texts
 from sglang_kairos.engine.fingerprints.upstream_ast import Signature, SourceTree
 from sglang_kairos.engine.seams import relied, relied_meanings
 from sglang_kairos.engine.seams.callees import Callee
 from sglang_kairos.engine.seams.table import SEAMS, SUPPORTED_VERSIONS, Seam
+from sglang_kairos.engine.survey import Texts
 
 Kind = Literal["as in", "harmless", "compat", "another", "person"]
 GOOD: tuple[Kind, ...] = ("as in", "harmless", "compat")
