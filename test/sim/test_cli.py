@@ -186,7 +186,7 @@ def test_the_same_command_writes_the_same_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ("--policies fcfs,fastest", "unknown policy 'fastest'; known: fcfs, lpm"),
+        ("--policies fcfs,fastest", "unknown policy 'fastest'; known: edf, fcfs"),
         ("--rate 0", "--rate must be a number between 1e-06 and 1e+06, got '0'"),
         ("--rate nan", "got 'nan'"),
         ("--ttft-ms -5", "--ttft-ms must be a number between 1 and 3.6e+06, got '-5'"),

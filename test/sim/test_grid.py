@@ -52,7 +52,7 @@ def test_outcomes_are_kept_only_when_asked_for() -> None:
     ("call", "says"),
     [
         (lambda: simulate([], SETUP, ["fcfs"]), "cell 0 '' has no requests"),
-        (lambda: simulate(ROWS, SETUP, ["fastest"]), "unknown policy 'fastest'; known: fcfs"),
+        (lambda: simulate(ROWS, SETUP, ["fastest"]), "unknown policy 'fastest'; known: edf"),
         (lambda: Workers(0), "jobs must be at least 1, got 0"),
     ],
 )

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from sglang_kairos.loads.traces import Request
-from sglang_kairos.sim.baselines.orders import ORDERS, chunk_limit, deprioritised
+from sglang_kairos.sim.baselines.order import ORDERS, deprioritised
+from sglang_kairos.sim.baselines.orders.shortest_prefill_first import chunk_limit
 from sglang_kairos.sim.core.request import SimRequest
 
 WANTED = (
@@ -98,14 +99,14 @@ def test_orders_are_upstreams(upstream: Any, name: str, seed: int) -> None:
         upstream._sort_by_priority_and_fcfs(theirs, 1)
     else:
         upstream._sort_by_shortest_prefill(theirs, behind)
-    ORDERS[name](queue, 40_000, 64)
+    ORDERS[name].sort(queue, 40_000, 64)
     assert [req.index for req in queue] == [req.rid for req in theirs]
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_chunk_limit_is_upstreams(upstream: Any, seed: int) -> None:
     queue = queue_of(seed, 20)
-    ORDERS["shortest-prefill-first"](queue, 0, 64)
+    ORDERS["shortest-prefill-first"].sort(queue, 0, 64)
     budget, done = random.Random(seed).choice((1, 2, 512, 8192)), 100
     chunked = SimRequest(99, Request(0.0, 2000, 5), 1.0, 0.1, matched=done)
     theirs = SimpleNamespace(policy="shortest-prefill-first")
@@ -120,10 +121,10 @@ def test_chunk_limit_is_upstreams(upstream: Any, seed: int) -> None:
 def test_queues_above_128_stay_as_they_are(name: str) -> None:
     queue = queue_of(1, 129)
     before = list(queue)
-    ORDERS[name](queue, 40_000, 64)
+    ORDERS[name].sort(queue, 40_000, 64)
     assert queue == before
     del queue[0]
-    ORDERS[name](queue, 40_000, 64)
+    ORDERS[name].sort(queue, 40_000, 64)
     assert queue != before[1:]
 
 
@@ -137,5 +138,5 @@ def test_of_two_with_the_same_uncached_prefix_the_second_steps_back() -> None:
 
 def test_edf_is_by_deadline() -> None:
     queue = [SimRequest(i, Request(float(i), 9, 5), 10.0 - 2 * i, 0.1) for i in range(3)]
-    ORDERS["edf"](queue, 0, 64)
+    ORDERS["edf"].sort(queue, 0, 64)
     assert [req.index for req in queue] == [2, 1, 0]

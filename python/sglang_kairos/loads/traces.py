@@ -1,6 +1,6 @@
 """Request traces: read public ones, make one, reshape it, and turn it into prompts.
 
-A trace is a list of `Request` rows in order of arrival, the first at 0 s. `formats` reads the
+A trace is a list of `Request` rows in order of arrival, the first at 0 s. `reader` reads the
 public formats: Mooncake, Bailian, Azure, BurstGPT, aiperf's sessions.
 
 Prompts are token ids. Two requests share a prefix exactly as far as their ``hash_ids`` agree, and
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_kairos.loads import formats
+from sglang_kairos.loads import reader
 from sglang_kairos.loads.rows import MAX_TOKENS, MOONCAKE_BLOCK_TOKENS, Request, TraceError
 
 # `Request` and its like are known under this module's name.
@@ -44,12 +44,12 @@ __all__ = [
 def read_trace(
     path: str | Path, block_tokens: int | None = None, time_unit: str | None = None
 ) -> list[Request]:
-    """Reads a trace in any of `formats.FORMATS`, told apart by its first line.
+    """Reads a trace in any of the known formats, told apart by its first line.
 
     `block_tokens`: tokens per block of ``hash_ids``, `time_unit`: s, ms, us or ns; both follow from
     the rows unless given, and TraceError says so where they do not.
     """
-    return formats.read(path, block_tokens, time_unit)
+    return reader.read(path, block_tokens, time_unit)
 
 
 def add_reading_options(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +62,7 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--time-unit",
-        choices=formats.UNITS,
+        choices=reader.UNITS,
         help="unit of a trace's times (its format's, if the rate can be right)",
     )
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.sim.baselines.orders import ORDERS
+from sglang_kairos.sim.baselines.order import ORDERS
 
 KAIROS = KairosConfig()
 
 
 @dataclass(frozen=True)
 class Policy:
-    """`order`: prefill order, a name in `orders.ORDERS` or "urgency". `by_deadline`: the decode
+    """`order`: prefill order, a name in `order.ORDERS` or "urgency". `by_deadline`: the decode
     server reserves KV, and admits, in order of deadline. `gate`: it reserves by `policy.admission`
     instead. `park`: decode packing. `route`: pairs by prediction instead of in turn. `config` holds
     the Kairos settings that apply."""

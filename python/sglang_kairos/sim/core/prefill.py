@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from sglang_kairos.policy.prefill_planner import NEVER, PrefillPlanner, PrefillView
-from sglang_kairos.sim.baselines.orders import CACHE_AWARE, ORDERS, chunk_limit
+from sglang_kairos.sim.baselines.order import ORDERS
 from sglang_kairos.sim.baselines.policies import Policy
 from sglang_kairos.sim.core.clock import EventClock
 from sglang_kairos.sim.core.predictions import Predictor
@@ -122,15 +122,15 @@ class SimPrefillServer:
                 return self._fill(None)
             return self._planned_batch()
         limit = None
-        order = self._policy.order
+        order = ORDERS[self._policy.order]
         if self.waiting:
-            if order in CACHE_AWARE:
+            if order.cache_aware:
                 for req in self.waiting:
                     self._match(req)
-            ORDERS[order](self.waiting, self._processed, self.cache.block_tokens)
-        if self.slot is not None and order == "shortest-prefill-first":
+            order.sort(self.waiting, self._processed, self.cache.block_tokens)
+        if self.slot is not None and order.chunk_limit is not None:
             remaining = self.slot.prompt - self.slot.done
-            limit = chunk_limit(remaining, self.waiting, self._system.chunk_tokens)
+            limit = order.chunk_limit(remaining, self.waiting, self._system.chunk_tokens)
         return self._fill(limit)
 
     def _planned_batch(self) -> list[tuple[SimRequest, int]]:

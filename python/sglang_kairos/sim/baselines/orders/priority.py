@@ -1,0 +1,13 @@
+"""By priority."""
+
+from __future__ import annotations
+
+from sglang_kairos.sim.baselines.order import Order, Queue, register
+
+
+def priority(queue: Queue, processed: int, block_tokens: int) -> None:
+    """Lower `priority` first, then first come, first served."""
+    queue.sort(key=lambda req: (req.priority, req.arrival_s))
+
+
+register(Order("priority", priority))

@@ -1,0 +1,34 @@
+"""Fewest tokens to compute first."""
+
+from __future__ import annotations
+
+from sglang_kairos.sim.baselines.order import Order, Queue, deprioritised, register, uncached_tokens
+
+
+def shortest_prefill_first(queue: Queue, processed: int, block_tokens: int) -> None:
+    """Fewest tokens to compute first."""
+    behind = deprioritised(queue, block_tokens)
+    queue.sort(key=lambda req: (req.index in behind, uncached_tokens(req), req.arrival_s))
+
+
+def chunk_limit(remaining: int, queue: Queue, budget: int) -> int | None:
+    """Tokens that shortest-prefill-first leaves the chunk in progress, so that shorter ones fit.
+
+    SGLang's `shortest_prefill_chunk_limit` with pages of one token. None: no cap.
+    """
+    if budget < 2:
+        return None
+    reserved = 0
+    for req in queue:
+        work = uncached_tokens(req)
+        if work >= remaining or reserved + work > budget - 1:
+            break
+        reserved += work
+    return budget - reserved if reserved else None
+
+
+register(
+    Order(
+        "shortest-prefill-first", shortest_prefill_first, cache_aware=True, chunk_limit=chunk_limit
+    )
+)
