@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from sglang_kairos.config import ConfigError, KairosConfig, add_flags
 from sglang_kairos.cpu import runtime
 from sglang_kairos.cpu.flags import with_server_flags
-from sglang_kairos.engine.plugin import check_loadable
+from sglang_kairos.engine.installed import check_loadable
 from sglang_kairos.gpu_flags import with_gpu_flags
 from sglang_kairos.other_sglang import NoSuchSglang, importable_version
 

@@ -1,4 +1,4 @@
-"""What is installed in this process: its settings, its seams, and those that are left out.
+"""What is installed in this process: the plugin, its settings, its seams, those that are left out.
 
 `plugin` fills it, handlers read it.
 """
@@ -6,8 +6,12 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+import os
 
-from sglang_kairos.config import KairosConfig
+from sglang_kairos.config import ConfigError, KairosConfig
+
+PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "kairos"
 
 # How many seams are active in this process, by the way they came in.
 INSTALLED = {"hooks": 0, "tree": 0}
@@ -21,3 +25,20 @@ VOUCHED_FOR: list[str] = []
 def active_config() -> KairosConfig:
     """This process' configuration, read once from the environment."""
     return KairosConfig.from_env()
+
+
+def check_loadable() -> None:
+    """ConfigError when SGLang would not load this plugin."""
+    if not any(
+        entry.name == PLUGIN_NAME for entry in importlib.metadata.entry_points(group=PLUGIN_GROUP)
+    ):
+        raise ConfigError(
+            "sglang-kairos is not installed in this Python, so SGLang cannot find its plugin: "
+            "pip install sglang-kairos (or pip install -e . in its source tree)"
+        )
+    allowed = os.environ.get("SGLANG_PLUGINS", "")
+    if allowed.strip() and PLUGIN_NAME not in {name.strip() for name in allowed.split(",")}:
+        raise ConfigError(
+            f"SGLANG_PLUGINS={allowed} leaves the plugin {PLUGIN_NAME!r} out: "
+            f"add it, unset the variable, or start with --kairos off"
+        )

@@ -26,7 +26,6 @@ from sglang_kairos.engine.survey import Survey, package_folder, survey, way_out
 
 logger = logging.getLogger(__name__)
 
-PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "kairos"
 HTTP_MODULE = "sglang.srt.entrypoints.http_server"
 SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 MOONCAKE_MODULE = "sglang.srt.disaggregation.mooncake.conn"
@@ -39,23 +38,6 @@ def installed_sglang() -> str:
         return f"v{importlib.metadata.version('sglang')}"
     except importlib.metadata.PackageNotFoundError:
         return "a source tree without a version"
-
-
-def check_loadable() -> None:
-    """ConfigError when SGLang would not load this plugin."""
-    if not any(
-        entry.name == PLUGIN_NAME for entry in importlib.metadata.entry_points(group=PLUGIN_GROUP)
-    ):
-        raise ConfigError(
-            "sglang-kairos is not installed in this Python, so SGLang cannot find its plugin: "
-            "pip install sglang-kairos (or pip install -e . in its source tree)"
-        )
-    allowed = os.environ.get("SGLANG_PLUGINS", "")
-    if allowed.strip() and PLUGIN_NAME not in {name.strip() for name in allowed.split(",")}:
-        raise ConfigError(
-            f"SGLANG_PLUGINS={allowed} leaves the plugin {PLUGIN_NAME!r} out: "
-            f"add it, unset the variable, or start with --kairos off"
-        )
 
 
 def install() -> None:

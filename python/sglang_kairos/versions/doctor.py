@@ -19,8 +19,8 @@ import sglang_kairos
 from sglang_kairos.config import ConfigError
 from sglang_kairos.cpu import runtime, site
 from sglang_kairos.engine.fingerprints import known_texts
+from sglang_kairos.engine.installed import PLUGIN_GROUP, PLUGIN_NAME, check_loadable
 from sglang_kairos.engine.judge import Judge, SeamVerdict
-from sglang_kairos.engine.plugin import PLUGIN_GROUP, PLUGIN_NAME, check_loadable
 from sglang_kairos.engine.seams.callees import Callee
 from sglang_kairos.engine.seams.table import SUPPORTED_VERSIONS, Seam
 from sglang_kairos.engine.survey import Survey, namesakes
