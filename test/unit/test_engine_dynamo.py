@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import prometheus_client  # noqa: F401 (asks once, here and now, whether processes share metrics)
 import pytest
 
 from sglang_kairos.config import KairosConfig
