@@ -56,7 +56,7 @@ def _folder(item: pytest.Item) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sorts by folder, marks test/e2e as what it is, draws from tests that are `one_of`, picks the part."""
+    """Draws from tests that are `one_of`, picks the `--part`, marks test/e2e as what it is, sorts."""
     if config.option.markexpr == "not slow":
         left_out = not_drawn(items, seed())
         config.hook.pytest_deselected(items=left_out)

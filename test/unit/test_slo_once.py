@@ -12,7 +12,7 @@ import httpx
 import orjson
 import pytest
 
-from helpers.fake_prefill import Req, make_state
+from helpers.fake_scheduler import Req, make_state
 from sglang_kairos.engine.hooks.slo_middleware import SloMiddleware
 from sglang_kairos.router.fleet.fleet import Fleet
 from sglang_kairos.router.options import RouterOptions
