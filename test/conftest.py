@@ -134,3 +134,9 @@ def out_dir() -> Path:
     path = ROOT / "out" / "test"
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Async tests run on asyncio."""
+    return "asyncio"
