@@ -39,7 +39,7 @@ class KairosState:
         self.config = config
         self.scheduler = scheduler
         self.table: SloTable = config.slo_table()
-        self.profile = Profile(scheduler, config.profile)
+        self.profile = Profile(scheduler, config.latency_model)
         self.captured_sizes = captured_sizes(scheduler)
         self.prefill_time, self.step_time = self.profile.start(self.captured_sizes)
         self.steps = LatestSteps()
