@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
 
 class Command(NamedTuple):
@@ -111,14 +111,29 @@ class ExampleFormatter(argparse.RawDescriptionHelpFormatter):
     """Leaves description and example as they are written."""
 
 
-class DefaultsFormatter(ExampleFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Shows each flag's default as well."""
+class DefaultsFormatter(ExampleFormatter):
+    """Shows each flag's default as well, where there is one and the help does not say it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default in (None, "", False, True, argparse.SUPPRESS) or not action.default
+        if silent or "(default" in (action.help or ""):
+            return action.help
+        return f"{action.help} (default: %(default)s)"
 
 
-def parser_of(name: str, **settings: Any) -> argparse.ArgumentParser:
+P = TypeVar("P", bound=argparse.ArgumentParser)
+
+
+@overload
+def parser_of(name: str, **settings: Any) -> argparse.ArgumentParser: ...
+@overload
+def parser_of(name: str, kind: type[P], **settings: Any) -> P: ...
+def parser_of(
+    name: str, kind: type[argparse.ArgumentParser] = argparse.ArgumentParser, **settings: Any
+) -> argparse.ArgumentParser:
     """A parser for ``kairos NAME``. Its help is `Command.help` and ends with an example.
 
-    `settings` are those of `argparse.ArgumentParser`.
+    `kind`: the parser's class. `settings`: those of that class.
     """
     command = COMMANDS[name]
     same = f"\n\nThe same: python -m {command.module} …" if command.as_module else ""
@@ -128,7 +143,7 @@ def parser_of(name: str, **settings: Any) -> argparse.ArgumentParser:
         "epilog": f"example:\n  {command_line(name)}{same}",
         "formatter_class": ExampleFormatter,
     }
-    return argparse.ArgumentParser(**{**ours, **settings})
+    return kind(**{**ours, **settings})
 
 
 def command_line(name: str) -> str:

@@ -179,22 +179,22 @@ class SettingsParser(argparse.ArgumentParser):
     def _by_key(self, file: Mapping[str, Any], where: str) -> dict[str, Any]:
         known = {}
         for action in self.settings():
-            for name in (*action.option_strings, action.dest):
-                known[key_of(self.prefix, name)] = action.dest
+            for flag in action.option_strings:
+                known[key_of(self.prefix, flag)] = action.dest
         found = {}
         for key, value in file.items():
-            dest = known.get(key_of(self.prefix, key))
-            if dest is None:
-                keys = ", ".join(action.dest for action in self.settings())
-                raise self.refusal(f"{where}: unknown setting {key!r}; known: {keys}")
-            found[dest] = value
+            if (name := key_of(self.prefix, key)) not in known:
+                raise self.refusal(f"{where}: unknown setting {key!r}; known: {', '.join(known)}")
+            found[known[name]] = value
         return found
 
     def _read(self, action: argparse.Action, value: object, where: str) -> Any:
         """The value of a flag from the environment or a file."""
-        kind: Any = switch if action.nargs == 0 else action.type or text
+        kind: Any = action.type or text
         several = action.nargs in ("*", "+")
         try:
+            if action.nargs == 0:
+                return action.const if switch(value) else action.default
             if not isinstance(action, argparse._AppendAction):
                 return [kind(_text(word)) for word in _words(value)] if several else kind(value)
             rows = value.split(",") if isinstance(value, str) else _words(value)
