@@ -41,7 +41,7 @@ COMMANDS = {
     "pd": Command(
         "sglang_kairos.launch_pd",
         "start prefill servers, decode servers and a router on this machine",
-        "--model-path Qwen/Qwen3-8B --prefill 2 --decode 1 --port 8000",
+        '--prefill 2 --decode 1 --port 8000 --tp 2 --decode-args "--max-running-requests 256"',
         as_module=True,
     ),
     "doctor": Command(

@@ -149,7 +149,7 @@ def _serving(group: _Group) -> None:
         type=switch,
         default=True,
         metavar="on|off",
-        help="do not send a request to the last server of a role after it took another down",
+        help="keep a request that took a server down from the last one of that role (default: on)",
     )
     number(
         "--shutdown-grace-period-secs",
