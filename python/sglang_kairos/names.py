@@ -28,6 +28,7 @@ RENAMED = (
     Renamed("file key", "profile", "latency_model"),
     Renamed("server_info", "profile", "latency_model"),
     Renamed("server_info", "profile_key", "latency_model_key"),
+    Renamed("server_info", "longest_silence_s", "max_itl_s"),
     Renamed("metric", "kairos_silence_seconds", "kairos_request_max_itl_seconds"),
     Renamed("metric", "kairos_silence_max_seconds", "kairos_max_itl_seconds"),
     Renamed("command", "python -m sglang_kairos.tools.doctor", "kairos doctor"),

@@ -179,14 +179,17 @@ class SettingsParser(argparse.ArgumentParser):
     def _by_key(self, file: Mapping[str, Any], where: str) -> dict[str, Any]:
         known = {}
         for action in self.settings():
-            for flag in action.option_strings:
-                known[key_of(self.prefix, flag)] = action.dest
+            for name in (*action.option_strings, action.dest):
+                known[key_of(self.prefix, name)] = action.dest
         found = {}
         for key, value in file.items():
             if (name := key_of(self.prefix, key)) not in known:
-                raise self.refusal(f"{where}: unknown setting {key!r}; known: {', '.join(known)}")
+                raise self.refusal(f"{where}: unknown setting {key!r}; known: {self._keys()}")
             found[known[name]] = value
         return found
+
+    def _keys(self) -> str:
+        return ", ".join(key_of(self.prefix, each.option_strings[0]) for each in self.settings())
 
     def _read(self, action: argparse.Action, value: object, where: str) -> Any:
         """The value of a flag from the environment or a file."""

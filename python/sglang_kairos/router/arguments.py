@@ -104,8 +104,8 @@ def _servers(group: _Group) -> None:
     known = ", ".join(POLICIES)
     for flag, default, text in (
         ("--policy", "kairos", f"how a pair is picked: {known}"),
-        ("--prefill-policy", "", "how the prefill server is picked, if not by --policy"),
-        ("--decode-policy", "", "how the decode server is picked, if not by --policy"),
+        ("--prefill-policy", None, "how the prefill server is picked, if not by --policy"),
+        ("--decode-policy", None, "how the decode server is picked, if not by --policy"),
     ):
         group.any(flag, type=_policy, default=default, metavar="POLICY", help=text)
     number, rule = group.number, "of cache_aware: "

@@ -105,7 +105,7 @@ def parse_options(
     given, rest = build_parser().load(argv, env, file, where)
     if rest:
         raise OptionError(f"{rest[0]}: no such flag (kairos router --help shows all)")
-    warned, refused = heed(given.others or ())
+    warned, refused = heed(getattr(given, "others", ()))
     if refused:
         raise OptionError("; ".join(refused))
     for line in warned:
@@ -121,6 +121,8 @@ def parse_options(
         "prefills": tuple(prefill_of(words) for words in given.prefill or ()),
         "decodes": tuple(url_of("--decode", url) for url in given.decode or ()),
         "health": _health(given),
+        "prefill_policy": given.prefill_policy or "",
+        "decode_policy": given.decode_policy or "",
         "max_retries": 0 if given.disable_retries else given.max_retries,
         "overload": overload,
         "overload_classes": classes,
