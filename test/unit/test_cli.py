@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sglang_kairos import cli, commands, completion
+from sglang_kairos import cli, commands, completion, launch_server
 from sglang_kairos.commands import COMMANDS
 from sglang_kairos.config import add_flags
 from sglang_kairos.names import RENAMED
@@ -88,19 +89,22 @@ def test_the_package_itself_runs_as_the_command() -> None:
     assert run.stdout.startswith("usage: kairos cpu ")
 
 
-def without_sglang(module: ModuleType, name: str) -> Any:
-    """The parser of a command; of the server's, Kairos' part."""
-    if name != "serve":
-        return completion.parser_named(name)
-    parser = commands.parser_of("serve", add_help=False)
-    add_flags(parser)
-    return parser
+@pytest.fixture
+def _without_sglangs_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang takes 20 s to import: of the server's flags Kairos' own are enough here."""
+
+    def kairos_flags() -> argparse.ArgumentParser:
+        parser = commands.parser_of("serve", add_help=False)
+        add_flags(parser)
+        return parser
+
+    monkeypatch.setattr(launch_server, "build_parser", kairos_flags)
 
 
+@pytest.mark.usefixtures("_without_sglangs_flags")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_names_the_command_and_its_example_parses(name: str) -> None:
-    command = COMMANDS[name]
-    parser = without_sglang(importlib.import_module(command.module), name)
+    command, parser = COMMANDS[name], completion.parser_named(name)
     shown = parser.format_help()
     assert shown.startswith(f"usage: kairos {name} ")
     assert commands.command_line(name) in shown
@@ -132,6 +136,7 @@ def test_an_old_command_says_its_new_name_and_runs_it(row: Any) -> None:
     assert run.stderr.count(row.new) == 1 and row.old in run.stderr
 
 
+@pytest.mark.usefixtures("_without_sglangs_flags")
 def test_completion_knows_every_command_and_its_flags() -> None:
     commands_there = completion.whole_parser()._subparsers
     assert commands_there is not None
@@ -141,6 +146,7 @@ def test_completion_knows_every_command_and_its_flags() -> None:
     assert "--kairos-late-share" in choices["pd"].format_help()
 
 
+@pytest.mark.usefixtures("_without_sglangs_flags")
 def test_completion_prints_a_script(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("shtab")
     assert completion.main(["bash"]) == 0
