@@ -1,11 +1,11 @@
 """Every simulated figure of the project, by one command: `make results` (about 12 minutes, 2 cores).
 
-    python -m benchmark.results_simulated [--trace FILE …] [--quick]
+    python -m benchmark.experiments.results_simulated [--trace FILE …] [--quick]
 
-Sweeps attainment over rates, looks for the rate at which stock fcfs meets half of its TTFT targets
-and for the highest rate at which 90 % meet both, takes Kairos apart, and loads the decode side.
-Writes ``docs/results/simulated.md``, its pictures and, with every run shown, ``simulated.json``.
-Rates are found by looking, not set by hand, so any trace of the two formats will do.
+Sweeps attainment over rates, takes Kairos apart, and loads the decode side. Looks for two rates:
+where stock fcfs meets half of its TTFT targets, and the highest at which 90 % meet both. Writes
+``docs/results/simulated.md``, its pictures and, with every run shown, ``simulated.json``. Rates are
+found by looking, not set by hand, so any trace of the known formats will do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmark import results_page
+from benchmark.experiments import results_page
+from benchmark.experiments.results_page import GoodputRates, RateSweep, SimulatedResults
 from sglang_kairos.loads import traces
 from sglang_kairos.reports.report import Run
 from sglang_kairos.sim.baselines.policies import POLICIES, Policy
@@ -33,8 +34,10 @@ from sglang_kairos.sim.hardware.times import SYSTEMS
 SYSTEM = "minimax-m2.5-h200-tp4"
 UPSTREAM = ("fcfs", "lpm", "hrrn", "shortest-prefill-first", "priority")
 SWEPT = (*UPSTREAM, "edf", "kairos")
+GOODPUT_OF = ("fcfs", "hrrn", "shortest-prefill-first", "kairos")
 STEPS = (0.5, 0.75, 1.0, 1.25, 1.6)
 """Rates of a sweep, as shares of the one where fcfs meets half of its TTFT targets."""
+DECODE_STEPS = (0.5, 0.8, 1.0, 1.2, 1.5, 2.0)
 HALVINGS = 7
 HALF, HALF_ELSEWHERE = "rate where fcfs meets half", "other windows: rate where fcfs meets half"
 GOODPUT, DECODE_HALF = "goodput", "decode: rate where stock meets half of its TPOT targets"
@@ -43,9 +46,12 @@ SEARCHES = frozenset((HALF, HALF_ELSEWHERE, GOODPUT, DECODE_HALF))
 ATTAIN = 0.9
 DEFAULT_TRACES = ("mooncake_conversation.jsonl", "azure_llm_2023_conv.csv")
 
+Picked = list[tuple["TraceWindow", float]]
+"""Windows, each at its rate in requests/s."""
+
 
 @dataclass(frozen=True)
-class Source:
+class TraceSource:
     """Rows to take requests from, and what a user of such a service would be promised.
 
     `slos`: (TTFT tiers in ms, TPOT in ms). `tight_tpots_ms`: targets that load the decode side.
@@ -58,17 +64,17 @@ class Source:
     tight_tpots_ms: tuple[float, ...] = ()
     option: str = ""
 
-    def window(self, start: int, count: int) -> list[traces.Request]:
-        """`count` rows from row `start` on, the first at 0 s."""
+    def window(self, start: int, count: int) -> tuple[traces.Request, ...]:
+        """Returns `count` rows from row `start` on, the first at 0 s."""
         rows = self.rows[start : start + count]
-        return [replace(row, arrival_s=row.arrival_s - rows[0].arrival_s) for row in rows]
+        return tuple(replace(row, arrival_s=row.arrival_s - rows[0].arrival_s) for row in rows)
 
 
 @dataclass(frozen=True)
-class Group:
+class TraceWindow:
     """One trace window, SLO setting and shape; what the rates of a sweep have in common."""
 
-    source: Source
+    source: TraceSource
     rows: tuple[traces.Request, ...]
     ttft_ms: tuple[float, ...]
     tpot_ms: float
@@ -83,20 +89,17 @@ class Group:
         return f"{'/'.join(f'{ms:g}' for ms in self.ttft_ms)}:{self.tpot_ms:g}"
 
     @property
-    def shape(self) -> str:
-        return f"{self.prefill}P{self.decode}D"
-
-    @property
     def title(self) -> str:
-        return f"{self.source.name}, {self.shape}, TTFT:TPOT {self.slo} ms"
+        shape = f"{self.prefill}P{self.decode}D"
+        return f"{self.source.name}, {shape}, TTFT:TPOT {self.slo} ms"
 
-    def command(self, rate: float, policies: str) -> str:
-        """What simulates it, as a shell command."""
+    def command(self, rate: float, policies: Sequence[str]) -> str:
+        """Returns the shell command that simulates it."""
         limit = f" --limit {len(self.rows)}" if self.source.option.startswith("--trace") else ""
         return (
             f"python -m sglang_kairos.sim {self.source.option}{limit}"
             f" --rate {rate:.4g} --slo {self.slo} --prefill {self.prefill} --decode {self.decode}"
-            f" --times law --seed {self.seed} --policies {policies}"
+            f" --times law --seed {self.seed} --policies {','.join(policies)}"
         )
 
     def cell(
@@ -107,19 +110,19 @@ class Group:
         bound: bool = False,
         **facts: Any,
     ) -> Cell:
-        """One simulation of it."""
-        setup = Setup(
-            SYSTEMS[SYSTEM],
-            self.ttft_ms,
-            self.tpot_ms,
-            self.prefill,
-            self.decode,
-            self.seed,
-            error or PredictionError(),
-        )
-        rows = _at_rate(self.rows, rate)
+        """Returns one simulation of it."""
+        slos, shape = (self.ttft_ms, self.tpot_ms), (self.prefill, self.decode)
+        setup = Setup(SYSTEMS[SYSTEM], *slos, *shape, self.seed, error or PredictionError())
         asked = {"title": self.title, "asked_rate": rate, "trace": self.source.name}
+        rows = _at_rate(self.rows, rate)
         return Cell(rows, setup, policy, bound and bound_available(), facts={**asked, **facts})
+
+    def offered(self) -> float:
+        """Returns requests/s that keep the prefill servers about busy: where looking starts."""
+        system = SYSTEMS[SYSTEM]
+        law = system.times.prefill_model()
+        work = law.remaining_s([row.input_tokens for row in self.rows], 0.0, system.chunk_tokens)
+        return self.prefill * len(self.rows) / float(work.sum())
 
 
 _SCALED: dict[tuple[int, float], list[traces.Request]] = {}
@@ -133,23 +136,45 @@ def _at_rate(rows: tuple[traces.Request, ...], rate: float) -> list[traces.Reque
     return _SCALED[key]
 
 
-class Bench:
-    """Runs cells in the pool, keeps them all for the JSON, and tells how far it is."""
+class SimulationPool:
+    """Runs cells in processes, keeps all runs for the JSON, and tells how far it is."""
 
     def __init__(self, workers: Workers) -> None:
         self._workers, self._began = workers, time.monotonic()
         self.runs: list[Run] = []
 
     def run(self, what: str, cells: Iterable[Cell]) -> list[Run]:
-        """All runs, in order."""
+        """Returns all runs, in order."""
         cells = list(cells)
         self.say(f"{what}: {len(cells)} runs")
         runs = run_grid(cells, self._workers, bound_seconds=15.0)
         self.runs += [replace(run, facts={**run.facts, "part": what}) for run in runs]
         return runs
 
+    def sweep(
+        self, what: str, picked: Picked, steps: Sequence[float], policies: Sequence[str]
+    ) -> list[RateSweep]:
+        """Returns runs of all policies at shares of each window's rate; bounds at that rate."""
+        bound = what != "decode"
+        cells = [
+            window.cell(_rounded(rate * step), policy, bound=bound and step == 1.0)
+            for window, rate in picked
+            for step in steps
+            for policy in policies
+        ]
+        runs = iter(self.run(what, cells))
+        return [
+            RateSweep(
+                window.title,
+                rate,
+                {_rounded(rate * step): [next(runs) for _ in policies] for step in steps},
+                window.command(rate, policies),
+            )
+            for window, rate in picked
+        ]
+
     def bounds(self, what: str, cells: Sequence[Cell]) -> list[float]:
-        """The clairvoyant bound of each cell's trace and targets."""
+        """Returns the clairvoyant bound of each cell's trace and targets."""
         self.say(f"{what}: {len(cells)} bounds")
         searches = [partial(bound_of, cell.rows, cell.setup, 5.0) for cell in cells]
         return [bound.ttft_attainment for bound in self._workers.run(searches)]
@@ -159,55 +184,60 @@ class Bench:
 
 
 def highest_rates(
-    bench: Bench,
+    pool: SimulationPool,
     what: str,
-    wanted: Sequence[tuple[Group, str | Policy]],
+    guessed: Picked,
+    policies: Sequence[str],
     metric: str,
     least: float,
-    guess: Sequence[float],
 ) -> list[float]:
-    """Per (group, policy) the highest rate at which `metric` is at least `least`, by halving.
+    """Returns per window and policy the highest rate at which `metric` is at least `least`.
 
-    All searches advance together, so that the pool stays full. Attainment over rate is not quite
-    monotone on a short trace: this finds one crossing, the lowest that halving comes across.
+    By halving, from a guess per window. All searches advance together, so that the pool stays full.
+    Attainment over rate is not quite monotone on a short trace: this finds one crossing, the lowest
+    that halving comes across.
     """
+    wanted = [(window, policy) for window, _ in guessed for policy in policies]
     low = [0.0] * len(wanted)
-    high = [2.0 * rate for rate in guess]
-    open_ended = set(range(len(wanted)))
+    high = [2.0 * rate for _, rate in guessed for _ in policies]
+
+    def met(at: Sequence[int], rates: Sequence[float]) -> list[bool]:
+        cells = [wanted[i][0].cell(rate, wanted[i][1]) for i, rate in zip(at, rates, strict=True)]
+        return [getattr(run.result.metrics, metric) >= least for run in pool.run(what, cells)]
+
+    rising = list(range(len(wanted)))
     for _ in range(12):  # until the upper end misses
-        runs = bench.run(
-            what, (wanted[i][0].cell(high[i], wanted[i][1]) for i in sorted(open_ended))
-        )
-        for i, run in zip(sorted(open_ended), runs, strict=True):
-            if getattr(run.result.metrics, metric) >= least:
-                low[i], high[i] = high[i], 2 * high[i]
-            else:
-                open_ended.discard(i)
-        if not open_ended:
+        answers = met(rising, [high[i] for i in rising])
+        rising = [i for i, answer in zip(rising, answers, strict=True) if answer]
+        for i in rising:
+            low[i], high[i] = high[i], 2 * high[i]
+        if not rising:
             break
     for _ in range(HALVINGS):
         middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
-        runs = bench.run(what, (g.cell(r, p) for (g, p), r in zip(wanted, middle, strict=True)))
-        for i, run in enumerate(runs):
-            met = getattr(run.result.metrics, metric) >= least
-            low[i], high[i] = (middle[i], high[i]) if met else (low[i], middle[i])
+        for i, answer in enumerate(met(range(len(wanted)), middle)):
+            low[i], high[i] = (middle[i], high[i]) if answer else (low[i], middle[i])
     return [_rounded(rate) for rate in low]
+
+
+def half_rates(
+    pool: SimulationPool, what: str, guessed: Picked, policy: str = "fcfs", key: str = "ttft"
+) -> Picked:
+    """Returns the windows with the rate where `policy` meets half, less those where it never does."""
+    rates = highest_rates(pool, what, guessed, [policy], f"{key}_attainment", 0.5)
+    found = [(window, rate) for (window, _), rate in zip(guessed, rates, strict=True)]
+    for window, rate in found:
+        if rate == 0:
+            pool.say(f"left out, {policy} does not meet half even when idle: {window.title}")
+    return [(window, rate) for window, rate in found if rate > 0]
 
 
 def _rounded(rate: float) -> float:
     return float(f"{rate:.3g}")
 
 
-def offered(group: Group) -> float:
-    """Requests/s that keep the prefill servers about busy: where looking starts."""
-    system = SYSTEMS[SYSTEM]
-    law = system.times.prefill_model()
-    work = law.remaining_s([row.input_tokens for row in group.rows], 0.0, system.chunk_tokens)
-    return group.prefill * len(group.rows) / float(work.sum())
-
-
-def sources(given: argparse.Namespace) -> list[Source]:
-    """The traces there are, and made ones."""
+def sources(given: argparse.Namespace) -> list[TraceSource]:
+    """Returns the traces there are, and made ones."""
     quick = given.quick
     flat, tiers = ((2000.0,), 100.0), ((1000.0, 5000.0, 30000.0), 100.0)
     strict = ((4000.0,), 50.0)
@@ -215,7 +245,7 @@ def sources(given: argparse.Namespace) -> list[Source]:
     if not paths:
         beside = (Path("../shared/traces") / name for name in DEFAULT_TRACES)
         paths = [path for path in beside if path.is_file()]
-    found: list[Source] = []
+    found: list[TraceSource] = []
     for path in paths:
         rows = traces.read_trace(path)
         count = 300 if quick else 1000
@@ -225,7 +255,7 @@ def sources(given: argparse.Namespace) -> list[Source]:
             tight = (20.0, 25.0)
         else:
             slos, tight = (flat, tiers, strict), (15.0, 25.0)
-        found.append(Source(path.stem, rows, count, slos, tight, f"--trace {path}"))
+        found.append(TraceSource(path.stem, rows, count, slos, tight, f"--trace {path}"))
     for tail, shape in (
         ("lighter", {"median_input": 2000.0, "sigma_input": 0.6, "max_input": 32_000}),
         ("heavier", {"median_input": 2000.0, "sigma_input": 1.6, "max_input": 120_000}),
@@ -235,18 +265,20 @@ def sources(given: argparse.Namespace) -> list[Source]:
         made = traces.long_tail(count, 1.0, 0, **shape)
         flags = " ".join(f"--{k.replace('_', '-')} {v:g}" for k, v in shape.items())
         found.append(
-            Source(f"made, {tail} tail", made, count, (flat,), (), f"--generate {count} {flags}")
+            TraceSource(
+                f"made, {tail} tail", made, count, (flat,), (), f"--generate {count} {flags}"
+            )
         )
     return found
 
 
-def groups_of(source: Source) -> list[Group]:
-    """Every SLO setting at 1P1D; the first two at 2P2D with twice the requests."""
-    small = tuple(source.window(0, source.requests))
-    made = [Group(source, small, ttft, tpot, 1, 1) for ttft, tpot in source.slos]
+def windows_of(source: TraceSource) -> list[TraceWindow]:
+    """Returns every SLO setting at 1P1D; the first two at 2P2D with twice the requests."""
+    small = source.window(0, source.requests)
+    made = [TraceWindow(source, small, ttft, tpot, 1, 1) for ttft, tpot in source.slos]
     if len(source.slos) > 1:
-        large = tuple(source.window(0, 2 * source.requests))
-        made += [Group(source, large, ttft, tpot, 2, 2) for ttft, tpot in source.slos[:2]]
+        large = source.window(0, 2 * source.requests)
+        made += [TraceWindow(source, large, ttft, tpot, 2, 2) for ttft, tpot in source.slos[:2]]
     return made
 
 
@@ -271,13 +303,16 @@ ABLATIONS: dict[str, tuple[str | Policy, PredictionError]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs everything and writes the page; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.results_simulated")
+    """Runs everything and writes the page. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmark.experiments.results_simulated")
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--trace", type=Path, action="append", default=[], metavar="FILE")
-    parser.add_argument("--jobs", type=int, default=usable_cores())
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    text = "instead of the known ones; more than once for several"
+    parser.add_argument(
+        "--trace", type=Path, action="append", default=[], metavar="FILE", help=text
+    )
+    parser.add_argument("--jobs", type=int, default=usable_cores(), help="processes")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the page")
     parser.add_argument("--quick", action="store_true", help="few requests: a check of the script")
     given = parser.parse_args(argv)
     try:
@@ -289,16 +324,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("note: no traces in ../shared/traces and no --trace: made ones only", flush=True)
     began = time.monotonic()
     with Workers(given.jobs) as workers:
-        bench = Bench(workers)
-        measured = measure(bench, found)
+        pool = SimulationPool(workers)
+        measured = measure(pool, found)
     given.out.mkdir(parents=True, exist_ok=True)
     minutes = (time.monotonic() - began) / 60
     results_page.write(given.out, measured, f"{minutes:.0f} minutes with {given.jobs} processes")
-    rows = [_compact(run.row()) for run in bench.runs if run.facts["part"] not in SEARCHES]
+    rows = [_compact(run.row()) for run in pool.runs if run.facts["part"] not in SEARCHES]
     (given.out / "simulated.json").write_text(
         '{"runs": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]}\n", encoding="utf-8"
     )
-    bench.say(f"wrote {given.out / 'simulated.md'} and {given.out / 'simulated.json'}")
+    pool.say(f"wrote {given.out / 'simulated.md'} and {given.out / 'simulated.json'}")
     return 0
 
 
@@ -310,189 +345,96 @@ def _compact(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def measure(bench: Bench, found: Sequence[Source]) -> results_page.Measured:
-    """All parts of the page."""
-    groups = [group for source in found for group in groups_of(source)]
-    half = highest_rates(
-        bench,
-        HALF,
-        [(group, "fcfs") for group in groups],
-        "ttft_attainment",
-        0.5,
-        [0.5 * offered(group) for group in groups],
-    )
-    for group, rate in zip(groups, half, strict=True):
-        if rate == 0:
-            bench.say(f"left out, fcfs does not meet half even when idle: {group.title}")
-    groups = [group for group, rate in zip(groups, half, strict=True) if rate > 0]
-    half = [rate for rate in half if rate > 0]
-    sweeps = sweep(bench, groups, half)
-    return results_page.Measured(
+def measure(pool: SimulationPool, found: Sequence[TraceSource]) -> SimulatedResults:
+    """Returns all parts of the page."""
+    windows = [window for source in found for window in windows_of(source)]
+    half = half_rates(pool, HALF, [(window, 0.5 * window.offered()) for window in windows])
+    return SimulatedResults(
         system=SYSTEM,
         notes=SYSTEMS[SYSTEM].notes,
-        sweeps=sweeps,
-        windows=other_windows(bench, groups, half),
-        goodput=goodput(bench, groups, half),
-        ablations=ablations(bench, groups, half),
-        decode=decode_side(bench, found),
+        sweeps=pool.sweep("sweep", half, STEPS, SWEPT),
+        windows=other_windows(pool, half),
+        goodput=goodput(pool, half),
+        ablations=ablations(pool, half),
+        decode=decode_side(pool, found),
         attain=ATTAIN,
         upstream=UPSTREAM,
     )
 
 
-def sweep(bench: Bench, groups: Sequence[Group], half: Sequence[float]) -> list[results_page.Sweep]:
-    """Attainment over rates, all policies."""
-    cells = [
-        group.cell(_rounded(rate * step), policy, bound=step == 1.0)
-        for group, rate in zip(groups, half, strict=True)
-        for step in STEPS
-        for policy in SWEPT
-    ]
-    runs = iter(bench.run("sweep", cells))
-    return [
-        results_page.Sweep(
-            group.title,
-            group.shape,
-            rate,
-            {_rounded(rate * step): [next(runs) for _ in SWEPT] for step in STEPS},
-            group.command(rate, ",".join(SWEPT)),
-        )
-        for group, rate in zip(groups, half, strict=True)
-    ]
-
-
-def other_windows(
-    bench: Bench, groups: Sequence[Group], half: Sequence[float]
-) -> list[results_page.Window]:
-    """The same rate on other parts of the traces and other draws of the tiers: how sure is it?"""
-    picked: list[tuple[Group, float]] = []
-    for group, rate in zip(groups, half, strict=True):
-        if group.prefill == 1 and group.source.tight_tpots_ms:
-            total, size = len(group.source.rows), len(group.rows)
+def other_windows(pool: SimulationPool, half: Picked) -> list[tuple[str, float, Sequence[Run]]]:
+    """Returns the same on other parts of the traces and other draws of the tiers: how sure is it?"""
+    guessed: Picked = []
+    for window, rate in half:
+        if window.prefill == 1 and window.source.tight_tpots_ms:
+            total, size = len(window.source.rows), len(window.rows)
             for turn, start in enumerate((total // 3, 2 * total // 3), start=1):
                 if start + size <= total:
-                    rows = tuple(group.source.window(start, size))
-                    picked.append((replace(group, rows=rows, start=start, seed=turn), rate))
-    rates = highest_rates(
-        bench,
-        HALF_ELSEWHERE,
-        [(group, "fcfs") for group, _ in picked],
-        "ttft_attainment",
-        0.5,
-        [rate for _, rate in picked],
-    )
-    picked = [pair for pair, rate in zip(picked, rates, strict=True) if rate > 0]
-    rates = [rate for rate in rates if rate > 0]
-    policies = (*UPSTREAM, "kairos")
-    cells = [
-        group.cell(rate, policy, bound=True)
-        for (group, _), rate in zip(picked, rates, strict=True)
-        for policy in policies
-    ]
-    runs = iter(bench.run("other windows", cells))
+                    rows = window.source.window(start, size)
+                    guessed.append((replace(window, rows=rows, start=start, seed=turn), rate))
+    picked = half_rates(pool, HALF_ELSEWHERE, guessed)
+    sweeps = pool.sweep("other windows", picked, (1.0,), (*UPSTREAM, "kairos"))
     return [
-        results_page.Window(group.title, group.start, rate, [next(runs) for _ in policies])
-        for (group, _), rate in zip(picked, rates, strict=True)
+        (f"{window.title}, from row {window.start}", rate, sweep.by_rate[rate])
+        for (window, rate), sweep in zip(picked, sweeps, strict=True)
     ]
 
 
-def goodput(
-    bench: Bench, groups: Sequence[Group], half: Sequence[float]
-) -> list[results_page.Goodput]:
-    """The highest rate at which 90 % meet both targets."""
-    policies = ("fcfs", "hrrn", "shortest-prefill-first", "kairos")
-    picked = [(g, r) for g, r in zip(groups, half, strict=True) if g.prefill == 1]
-    wanted: list[tuple[Group, str | Policy]] = [(g, p) for g, _ in picked for p in policies]
-    rates = iter(
-        highest_rates(
-            bench,
-            GOODPUT,
-            wanted,
-            "e2e_attainment",
-            ATTAIN,
-            [0.7 * r for _, r in picked for _ in policies],
-        )
-    )
-    most = iter(bounded_rates(bench, picked) if bound_available() else [None] * len(picked))
+def goodput(pool: SimulationPool, half: Picked) -> list[GoodputRates]:
+    """Returns the highest rate at which 90 % meet both targets."""
+    picked = [(window, rate) for window, rate in half if window.prefill == 1]
+    guessed = [(window, 0.7 * rate) for window, rate in picked]
+    wanted = (GOODPUT, guessed, GOODPUT_OF, "e2e_attainment", ATTAIN)
+    rates = iter(highest_rates(pool, *wanted))
+    most = bounded_rates(pool, picked) if bound_available() else [None] * len(picked)
     return [
-        results_page.Goodput(g.title, {p: next(rates) for p in policies}, next(most))
-        for g, _ in picked
+        GoodputRates(window.title, {policy: next(rates) for policy in GOODPUT_OF}, bound)
+        for (window, _), bound in zip(picked, most, strict=True)
     ]
 
 
-def bounded_rates(bench: Bench, picked: Sequence[tuple[Group, float]]) -> list[float | None]:
-    """Highest rate at which a clairvoyant scheduler could still have 90 % meet their TTFT."""
+def bounded_rates(pool: SimulationPool, picked: Picked) -> list[float | None]:
+    """Returns the highest rates at which a clairvoyant scheduler could have 90 % meet their TTFT."""
     low, high = [0.0] * len(picked), [4.0 * rate for _, rate in picked]
     for _ in range(HALVINGS):
         middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
         cells = [g.cell(rate, "fcfs") for (g, _), rate in zip(picked, middle, strict=True)]
-        bounds = bench.bounds("goodput, clairvoyant", cells)
-        for i, share in enumerate(bounds):
+        for i, share in enumerate(pool.bounds("goodput, clairvoyant", cells)):
             low[i], high[i] = (middle[i], high[i]) if share >= ATTAIN else (low[i], middle[i])
     return [_rounded(rate) for rate in high]
 
 
-def ablations(
-    bench: Bench, groups: Sequence[Group], half: Sequence[float]
-) -> list[results_page.Ablation]:
-    """Kairos less one part at a time, where fcfs meets half."""
-    made: list[results_page.Ablation] = []
-    for group, rate in zip(groups, half, strict=True):
-        if not group.source.tight_tpots_ms or group.slo.endswith(":50"):
-            continue
-        cells = [
-            group.cell(rate, policy, error, variant=name)
-            for name, (policy, error) in ABLATIONS.items()
-        ]
-        runs = bench.run(f"ablations, {group.title}", cells)
-        made.append(
-            results_page.Ablation(group.title, rate, dict(zip(ABLATIONS, runs, strict=True)))
-        )
+def ablations(pool: SimulationPool, half: Picked) -> dict[str, dict[str, Run]]:
+    """Returns Kairos less one part at a time, where fcfs meets half."""
+    made: dict[str, dict[str, Run]] = {}
+    for window, rate in half:
+        if window.source.tight_tpots_ms and not window.slo.endswith(":50"):
+            cells = [
+                window.cell(rate, policy, error, variant=name)
+                for name, (policy, error) in ABLATIONS.items()
+            ]
+            runs = pool.run(f"ablations, {window.title}", cells)
+            title = f"{window.title}, {rate:.3g} req/s"
+            made[title] = dict(zip(ABLATIONS, runs, strict=True))
     return made
 
 
-def decode_side(bench: Bench, found: Sequence[Source]) -> list[results_page.DecodeLoad]:
-    """Prefill servers enough: the decode server is what is short. Stock packing against Kairos'.
+def decode_side(pool: SimulationPool, found: Sequence[TraceSource]) -> list[RateSweep]:
+    """Returns stock packing against Kairos' where the decode server is what is short.
 
     The prefill side is Kairos' in both, so that only the decode side differs; fcfs is stock on
     both sides.
     """
-    policies = tuple(results_page.DECODE_COLUMNS)
-    picked: list[tuple[Group, float]] = []
-    for source in found:
-        rows = tuple(source.window(0, source.requests))
-        for tpot_ms in source.tight_tpots_ms:
-            ttft_ms = source.slos[0][0]
-            wide = Group(source, rows, ttft_ms, tpot_ms, 8, 1)
-            picked.append((wide, 0.0))
-    if not picked:
+    wide = [
+        TraceWindow(source, source.window(0, source.requests), source.slos[0][0], tpot_ms, 8, 1)
+        for source in found
+        for tpot_ms in source.tight_tpots_ms
+    ]
+    guessed = [(window, 0.25 * window.offered()) for window in wide]
+    if not guessed:
         return []
-    limits = highest_rates(
-        bench,
-        DECODE_HALF,
-        [(group, "kairos-prefill") for group, _ in picked],
-        "tpot_attainment",
-        0.5,
-        [0.25 * offered(group) for group, _ in picked],
-    )
-    picked = [pair for pair, limit in zip(picked, limits, strict=True) if limit > 0]
-    limits = [limit for limit in limits if limit > 0]
-    shares = (0.5, 0.8, 1.0, 1.2, 1.5, 2.0)
-    cells = [
-        group.cell(_rounded(limit * share), policy)
-        for (group, _), limit in zip(picked, limits, strict=True)
-        for share in shares
-        for policy in policies
-    ]
-    runs = iter(bench.run("decode", cells))
-    return [
-        results_page.DecodeLoad(
-            group.title,
-            {_rounded(limit * share): [next(runs) for _ in policies] for share in shares},
-            group.command(limit, ",".join(policies)),
-        )
-        for (group, _), limit in zip(picked, limits, strict=True)
-    ]
+    picked = half_rates(pool, DECODE_HALF, guessed, "kairos-prefill", "tpot")
+    return pool.sweep("decode", picked, DECODE_STEPS, tuple(results_page.DECODE_COLUMNS))
 
 
 if __name__ == "__main__":
