@@ -2,10 +2,10 @@
 
     python -m benchmark.experiments.prefill_cpu --json out/prefill_cpu.json   # 25 minutes, 3 rounds
 
-Policies alternate, the order reversed from round to round, each on a fresh prefill/decode pair. A
-policy of upstream's knows no targets, so one run of it is judged under all of them. Kairos runs once
-for each. All send the same trace at the same rates: `--loads` of the prefill capacity that the first
-pair is measured to have, while it also decodes.
+Each policy of each round has a fresh prefill/decode pair (the demo's). A policy of upstream's knows
+no targets, so one run of it is judged under all of them; Kairos runs once for each. All send the
+same trace at the same rates: `--loads` of the prefill capacity that the first pair is measured to
+have.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -22,24 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmark.harness import arguments, page
-from benchmark.harness.experiment import Experiment, Say, Trial, run_experiment
-from benchmark.harness.loads import base_trace, lengths
-from benchmark.harness.servers import (
-    CHUNK_TOKENS,
-    KAIROS,
-    TIMEOUT_S,
-    forget,
-    kairos_reports,
-    measure_prefill,
-    pair_spec,
-    platform,
-    prefill_busy_s,
-    warm_cluster,
-)
+from benchmark.harness import arguments, driver, loads, page, servers
+from benchmark.harness.experiment import PairExperiment, Trial, run_experiment
+from benchmark.harness.servers import KAIROS
 from sglang_kairos.cluster.run import Cluster
 from sglang_kairos.loads import traces
-from sglang_kairos.loads.replay import Outcome, Result, make_jobs, replay, run
+from sglang_kairos.loads.replay import Result
 from sglang_kairos.reports import report
 
 POLICIES = ("fcfs", "lpm", "hrrn", "shortest-prefill-first", KAIROS)
@@ -48,63 +36,64 @@ FLAT_MS = 1000.0
 TIERS_MS = (500.0, 2000.0, 10_000.0)
 # Length-proportional: so much, and that many times the prompt's prefill time on an idle server.
 PROPORTIONAL = (300.0, 4.0)
-
-Targets = list[float]
-"""TTFT target in ms, per row of the trace."""
+SLO = {
+    "flat": {"ttft_ms": FLAT_MS},
+    "proportional": {"ttft_ms": f"{PROPORTIONAL[0]:g} + {PROPORTIONAL[1]:g} x prefill time"},
+    "tiers": {"ttft_ms": list(TIERS_MS)},
+}
+DEFAULTS: dict[str, Any] = {
+    "policies": ",".join(POLICIES),
+    "loads": "0.7,0.9,1.1",
+    "repeat": 3,
+    "load_s": 25.0,
+    "trace": None,
+    "seed": 0,
+    "json": Path("out/prefill_cpu.json"),
+    "markdown": None,
+    "out": Path("out/prefill_cpu"),
+}
 
 
 @dataclass(frozen=True)
-class JudgedLoad:
-    """One rate: the rows to send, and every request's TTFT target under each kind."""
+class PrefillLoad:
+    """One rate: the rows to send, and every request's TTFT target in ms under each kind."""
 
     share: float
     rows: list[traces.Request]
-    targets: dict[str, Targets]
+    targets: dict[str, list[float]]
+
+    def send(self, cluster: Cluster, kind: str, seed: int) -> Result:
+        """Replays it open loop with the targets of that kind."""
+        by_row = dict(zip(map(id, self.rows), self.targets[kind], strict=True))
+        targets = (lambda row: by_row[id(row)]), TPOT_MS
+        return driver.send(cluster, self.rows, *targets, seed=seed, timeout_s=servers.TIMEOUT_S)
 
 
-class PrefillCpu(Experiment):
-    """A pair per policy and round; it serves all loads and kinds of targets."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the checked command line, with lists as lists."""
+    parser = arguments.parser_for("benchmark.experiments.prefill_cpu", __doc__, **DEFAULTS)
+    traces.add_reading_options(parser)
+    given = parser.parse_args(argv)
+    given.policies = arguments.chosen(parser, "policies", given.policies, POLICIES)
+    given.loads = arguments.numbers(parser, "loads", given.loads)
+    if max(given.loads) > 5:
+        parser.error("--loads: each must be at most 5")
+    arguments.positive(parser, given, ("repeat", "load_s"))
+    return given
 
-    plan: Sequence[JudgedLoad] = ()
 
-    @classmethod
-    def parse(cls, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        parser = arguments.parser_for(
-            "benchmark.experiments.prefill_cpu",
-            __doc__,
-            policies=",".join(POLICIES),
-            repeat=3,
-            load_s=25.0,
-            seed=0,
-            json=Path("out/prefill_cpu.json"),
-            out=Path("out/prefill_cpu"),
-        )
-        parser.add_argument("--loads", default="0.7,0.9,1.1", help="shares of prefill capacity")
-        parser.add_argument("--trace", type=Path, help="instead of our own (docs/simulator.md)")
-        traces.add_reading_options(parser)
-        parser.add_argument("--markdown", type=Path, help="also write the tables there")
-        given = parser.parse_args(argv)
-        given.policies = arguments.chosen(parser, "policies", given.policies, POLICIES)
-        given.loads = arguments.numbers(parser, "loads", given.loads)
-        if max(given.loads) > 5:
-            parser.error("--loads: each must be above 0 and at most 5")
-        arguments.positive(parser, given, ("repeat", "load_s"))
-        return given
+class PrefillCpu(PairExperiment):
+    """One pair per policy and round, all loads and kinds of targets on it."""
 
-    def measure(self, trial: Trial) -> None:
-        spec = pair_spec(trial.policy, self.given, self.zygote, trial.say, trial.name)
-        with warm_cluster(spec) as cluster:
-            self.plan = self.plan or self.find_loads(cluster, trial.say)
-            for load in self.plan:
-                self.runs += self.one_load(cluster, load, trial)
+    sent: list[PrefillLoad]
 
-    def find_loads(self, cluster: Cluster, say: Say) -> list[JudgedLoad]:
-        """Returns the same requests at every load, `load_s` seconds of them at the middle one."""
-        given, rows = self.given, base_trace(self.given)
+    def paced(self, cluster: Cluster, say: servers.Say) -> None:
+        """Sets `sent`: the same requests at every load, `load_s` seconds of the middle one."""
+        given = self.given
         middle = sorted(given.loads)[len(given.loads) // 2]
-        seconds = measure_prefill(cluster, rows, middle, say)
+        seconds = driver.measure_prefill(cluster, self.rows, middle, say)
         total = np.cumsum(seconds)
-        count = int(max(20, min(len(rows), np.searchsorted(total, middle * given.load_s))))
+        count = int(max(20, min(len(self.rows), np.searchsorted(total, middle * given.load_s))))
         capacity = count / float(total[count - 1])
         rng = Random(f"{given.seed}/tiers")
         fixed, factor = PROPORTIONAL
@@ -113,109 +102,83 @@ class PrefillCpu(Experiment):
             "proportional": [fixed + factor * 1e3 * float(s) for s in seconds[:count]],
             "tiers": [rng.choice(TIERS_MS) for _ in range(count)],
         }
-        base = traces.window(rows, n=count)
+        base = traces.window(self.rows, n=count)
+        rates = {share: traces.scale_rate(base, share * capacity) for share in given.loads}
+        self.sent = [PrefillLoad(share, rows, targets) for share, rows in rates.items()]
+        self.plan = loads.PacedTrace(base, FLAT_MS, TPOT_MS, given.seed, capacity)
         say(f"{count} requests; prefill capacity {capacity:.2f} req/s")
-        return [
-            JudgedLoad(share, traces.scale_rate(base, share * capacity), targets)
-            for share in given.loads
-        ]
 
-    def one_load(self, cluster: Cluster, load: JudgedLoad, trial: Trial) -> Iterator[report.Run]:
-        """Yields all runs of a policy at one load, one per kind of targets."""
-        kinds = list(load.targets)
-        ours = trial.policy == KAIROS
-        for sent, judged in {kind: [kind] for kind in kinds}.items() if ours else [("flat", kinds)]:
-            forget(cluster)
-            before = prefill_busy_s(cluster)
-            result = send(cluster, load, load.targets[sent], self.given.seed)
-            busy = (prefill_busy_s(cluster) - before) / load.rows[-1].arrival_s
-            for kind in judged:
+    def measure_pair(self, cluster: Cluster, trial: Trial) -> None:
+        """Runs every load. Stock is sent once and judged under all kinds of targets."""
+        for load in self.sent:
+            kinds = list(load.targets)
+            kairos = trial.policy == KAIROS
+            judged = {kind: [kind] for kind in kinds} if kairos else {"flat": kinds}
+            for kind, kinds_of_run in judged.items():
+                servers.forget(cluster)
+                before = servers.prefill_busy_s(cluster)
+                result = load.send(cluster, kind, self.given.seed)
+                busy = (servers.prefill_busy_s(cluster) - before) / load.rows[-1].arrival_s
                 facts = {
-                    "slo": kind,
                     "load": load.share,
                     "repeat": trial.turn,
                     "rate": traces.rate_of(load.rows),
                     "prefill_utilisation": round(busy, 3),
-                    **(kairos_reports(cluster) if ours else {}),
+                    **(servers.kairos_reports(cluster) if kairos else {}),
                 }
-                one = report.Run(trial.policy, judge(result, load.targets[kind]), facts)
-                metrics = one.result.metrics
-                trial.say(
-                    f"load {load.share:g} {kind}: TTFT met {100 * metrics.ttft_attainment:.1f} %, "
-                    f"failed {metrics.failed}, prefill busy {100 * busy:.0f} %"
-                )
-                yield one
+                for slo in kinds_of_run:
+                    one = judge(result, load.targets[slo])
+                    self.runs.append(report.Run(trial.policy, one, {"slo": slo, **facts}))
+                    trial.say(f"load {load.share:g} {slo}: {driver.summary(one)}")
 
     def setup(self) -> dict[str, Any]:
-        given, rows = self.given, self.plan[0].rows
-        proportional = f"{PROPORTIONAL[0]:g} + {PROPORTIONAL[1]:g} x prefill time"
-        return {
-            "platform": platform(),
-            "requests": len(rows),
-            "loads": given.loads,
-            "rounds": given.repeat,
-            "tpot_ms": TPOT_MS,
-            "slo": {
-                "flat": {"ttft_ms": FLAT_MS},
-                "proportional": {"ttft_ms": proportional},
-                "tiers": {"ttft_ms": list(TIERS_MS)},
-            },
-            "chunk_tokens": CHUNK_TOKENS,
-            "seed": given.seed,
-            **lengths(rows),
-        }
+        given = {"loads": self.given.loads, "rounds": self.given.repeat, "slo": SLO}
+        left = ("ttft_ms", "rate_rps")
+        return {k: v for k, v in super().setup().items() if k not in left} | given
 
     def text(self) -> str:
-        text = tables(self.runs)
-        if self.given.markdown:
-            self.given.markdown.write_text(text + "\n", encoding="utf-8")
-        return text
+        return tables(self.runs)
 
 
-def send(cluster: Cluster, load: JudgedLoad, targets: Targets, seed: int) -> Result:
-    """Replays the load open loop."""
-    by_row = dict(zip(map(id, load.rows), targets, strict=True))
-    jobs = make_jobs(load.rows, lambda row: by_row[id(row)], TPOT_MS, seed=seed)
-    return run(replay(cluster.url, jobs, timeout_s=TIMEOUT_S, check=cluster.check))
-
-
-def judge(result: Result, targets: Targets) -> Result:
+def judge(result: Result, targets: Sequence[float]) -> Result:
     """Returns the same run under other TTFT targets."""
-    outcomes: list[Outcome] = []
-    for outcome in result.outcomes:
-        other = copy.copy(outcome)
-        other.ttft_slo_ms = targets[outcome.index]
-        outcomes.append(other)
+    outcomes = [copy.copy(outcome) for outcome in result.outcomes]
+    for outcome in outcomes:
+        outcome.ttft_slo_ms = targets[outcome.index]
     return Result(outcomes, result.duration_s)
 
 
 def tables(runs: Sequence[report.Run]) -> str:
-    """Returns one Markdown table per kind of target: TTFT met by load, and who pays."""
-    parts: list[str] = []
-    loads = sorted({one.facts["load"] for one in runs})
+    """Returns a Markdown table per kind of target: TTFT met by load, and who pays."""
     cells: dict[tuple[str, str, float], list[Any]] = {}
-    for one in runs:
-        key = one.facts["slo"], one.policy, one.facts["load"]
-        cells.setdefault(key, []).append(one.result.metrics)
-    policies = list(dict.fromkeys(one.policy for one in runs))
-    for kind in dict.fromkeys(one.facts["slo"] for one in runs):
-        title = "TTFT met %, mean (lowest–highest); p99 TTFT s / longest wait s"
-        rows = [
-            [policy, *(_cell(cells[kind, policy, load]) for load in loads)] for policy in policies
+    for run in runs:
+        key = run.facts["slo"], run.policy, run.facts["load"]
+        cells.setdefault(key, []).append(run.result.metrics)
+
+    def cell(some: Sequence[Any]) -> str:
+        met = [100 * metrics.ttft_attainment for metrics in some]
+        p99 = mean((metrics.ttft_p99_ms or 0.0) / 1e3 for metrics in some)
+        longest = max(metrics.longest_wait_ms for metrics in some) / 1e3
+        return f"{page.spread(met, always=True)}; {p99:.1f} / {longest:.1f}"
+
+    parts: list[str] = []
+    at = sorted({load for _, _, load in cells})
+    for kind in dict.fromkeys(kind for kind, _, _ in cells):
+        parts += [
+            f"### {kind}\n",
+            "TTFT met %, mean (lowest–highest); p99 TTFT s / longest wait s\n",
         ]
-        header = ["policy", *(f"load {load:g}" for load in loads)]
-        parts += [f"### {kind}\n\n{title}\n", page.table(header, rows), ""]
-    failed = sum(one.result.metrics.failed for one in runs)
-    parts.append(f"Failed requests in all runs: {failed}.")
-    return "\n".join(parts)
+        policies = dict.fromkeys(policy for slo, policy, _ in cells if slo == kind)
+        rows = [[p, *(cell(cells[kind, p, load]) for load in at)] for p in policies]
+        parts += [page.table(["policy", *(f"load {load:g}" for load in at)], rows), ""]
+    failed = sum(run.result.metrics.failed for run in runs)
+    return "\n".join([*parts, f"Failed requests in all runs: {failed}."])
 
 
-def _cell(some: Sequence[Any]) -> str:
-    met = [100 * metrics.ttft_attainment for metrics in some]
-    p99 = mean((metrics.ttft_p99_ms or 0.0) / 1e3 for metrics in some)
-    longest = max(metrics.longest_wait_ms for metrics in some) / 1e3
-    return f"{mean(met):.1f} ({min(met):.1f}–{max(met):.1f}); {p99:.1f} / {longest:.1f}"
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the experiment. Returns the exit status."""
+    return run_experiment(PrefillCpu, parse(argv))
 
 
 if __name__ == "__main__":
-    sys.exit(run_experiment(PrefillCpu))
+    sys.exit(main())

@@ -2,9 +2,9 @@
 
     python -m benchmark.experiments.ttft_split --json out/ttft_split.json          # about 2 minutes
 
-Each policy gets a fresh prefill/decode pair and the same long-tailed trace, at `--load` of the
-prefill capacity that the first pair is measured to have. With `--repeat` the order of policies is
-reversed from round to round. Client and servers must run on one machine: they share its clock.
+Each policy gets a fresh prefill/decode pair (the demo's) and the same long-tailed trace. It is sent
+at `--load` of the prefill capacity that the first pair is measured to have. Client and servers must
+run on one machine: they share its clock.
 """
 
 from __future__ import annotations
@@ -16,13 +16,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmark.experiments import demo
-from benchmark.harness import arguments, stamp_recorder
-from benchmark.harness.experiment import Experiment, Trial, run_experiment
-from benchmark.harness.servers import driven, pair_spec, platform, warm_cluster
-from sglang_kairos.cluster.run import ClusterSpec
+from benchmark.experiments.demo import POLICIES
+from benchmark.harness import arguments, driver, stamp_recorder
+from benchmark.harness.experiment import PairExperiment, Trial, run_experiment
+from benchmark.harness.servers import platform
+from sglang_kairos.cluster.run import Cluster, ClusterSpec
 from sglang_kairos.reports import report, stages
-from sglang_kairos.reports.stages import Joined
+
+DEFAULTS: dict[str, Any] = {
+    "policies": "fcfs,kairos",
+    "load_s": 55.0,
+    "repeat": 1,
+    "ttft_ms": 1000.0,
+    "seed": 0,
+    "json": Path("out/ttft_split.json"),
+    "out": Path("out/ttft_split"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class SplitRun:
     """One run: the client's metrics, and the split of every request."""
 
     run: report.Run
-    joined: Joined
+    joined: stages.Joined
 
     @property
     def moved_ms(self) -> float:
@@ -51,60 +60,48 @@ class SplitRun:
         }
 
 
-class TtftSplit(demo.Demo):
-    """The demo's trials on servers that write down their stamps."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the checked command line."""
+    parser = arguments.parser_for("benchmark.experiments.ttft_split", __doc__, **DEFAULTS)
+    parser.add_argument("--load", type=float, default=0.87, help="share of the prefill capacity")
+    given = parser.parse_args(argv)
+    given.policies = arguments.chosen(parser, "policies", given.policies, POLICIES)
+    if not 0 < given.load <= 5:
+        parser.error(f"--load: must be above 0 and at most 5, got {given.load:g}")
+    arguments.positive(parser, given, ("load_s", "repeat", "ttft_ms"))
+    given.utilisation, given.launcher = given.load, stamp_recorder.__name__
+    return given
 
-    fails_with = (*Experiment.fails_with, stages.StageError)
 
-    @classmethod
-    def parse(cls, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        parser = arguments.parser_for(
-            "benchmark.experiments.ttft_split",
-            __doc__,
-            policies="fcfs,kairos",
-            load_s=55.0,
-            repeat=1,
-            ttft_ms=1000.0,
-            seed=0,
-            json=Path("out/ttft_split.json"),
-            out=Path("out/ttft_split"),
-        )
-        parser.add_argument("--load", type=float, default=0.87, help="share of prefill capacity")
-        parser.set_defaults(launcher="benchmark.harness.stamp_recorder")
-        given = parser.parse_args(argv)
-        given.policies = arguments.chosen(parser, "policies", given.policies, demo.POLICIES)
-        if not 0 < given.load <= 5:
-            parser.error(f"--load: must be above 0 and at most 5, got {given.load:g}")
-        arguments.positive(parser, given, ("load_s", "repeat", "ttft_ms"))
-        given.utilisation = given.load
-        return given
+class TtftSplit(PairExperiment):
+    """Runs the demo's pairs with servers that write down their time stamps."""
 
-    def measure(self, trial: Trial) -> None:
-        folder = self.given.out / "stamps" / trial.name
-        folder.mkdir(parents=True, exist_ok=True)
-        spec = pair_spec(trial.policy, self.given, self.zygote, trial.say, trial.name)
-        with warm_cluster(recorded(spec, folder)) as cluster:
-            if self.plan is None:
-                self.plan = self.find_rate(cluster, trial)
-            result, facts = driven(cluster, self.plan, trial.say)
-        facts = {key: value for key, value in facts.items() if not key.startswith("kairos_")}
+    fails_with = (*PairExperiment.fails_with, stages.StageError)
+
+    def spec(self, trial: Trial) -> ClusterSpec:
+        return recorded(super().spec(trial), self.folder(trial))
+
+    def folder(self, trial: Trial) -> Path:
+        return Path(self.given.out) / "stamps" / trial.name
+
+    def measure_pair(self, cluster: Cluster, trial: Trial) -> None:
+        trial.say(self.plan.describe())
+        result, busy_s = driver.drive(cluster, self.plan, trial.say)
+        busy = busy_s / self.plan.rows[-1].arrival_s
         result.dump(self.given.out / f"{trial.name}.jsonl")
-        joined = stages.join(result.outcomes, result.started_s, noted(folder))
-        self.runs.append(SplitRun(report.Run(trial.policy, result, facts), joined))
-
-    def save(self) -> None:
-        Experiment.save(self)
+        run = report.Run(trial.policy, result, {"prefill_utilisation": round(busy, 3)})
+        records = noted(self.folder(trial))
+        self.runs.append(SplitRun(run, stages.join(result.outcomes, result.started_s, records)))
+        busy_text = f"prefill busy {100 * busy:.0f} % of the trace's span"
+        trial.say(f"{driver.summary(result)}; {busy_text}")
 
     def text(self) -> str:
-        assert self.plan is not None
         return f"{platform()}; {self.plan.describe()}\n\n{tables(self.runs)}"
-
-    def finish(self) -> int:
-        return Experiment.finish(self)
 
 
 def recorded(spec: ClusterSpec, folder: Path) -> ClusterSpec:
-    """Returns the same cluster, its servers writing their stamps to an empty `folder`."""
+    """Returns the same cluster, its servers writing their stamps to `folder`, which is emptied."""
+    folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.jsonl"):
         old.unlink()
     return replace(
@@ -117,7 +114,8 @@ def recorded(spec: ClusterSpec, folder: Path) -> ClusterSpec:
 def noted(folder: Path) -> stages.Records:
     """Returns what all servers of a run wrote."""
     files = sorted(folder.glob("*.jsonl"))
-    return stages.read_records("".join(file.read_text("utf-8") for file in files).splitlines())
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
+    return stages.read_records(text.splitlines())
 
 
 def tables(done: Sequence[SplitRun]) -> str:
@@ -136,5 +134,10 @@ def tables(done: Sequence[SplitRun]) -> str:
     return "\n".join(lines)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the experiment. Returns the exit status."""
+    return run_experiment(TtftSplit, parse(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(run_experiment(TtftSplit))
+    sys.exit(main())

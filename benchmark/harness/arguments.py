@@ -43,6 +43,7 @@ def parser_for(module: str, doc: str | None, **defaults: Any) -> argparse.Argume
     parser.set_defaults(**UNASKED)
     for name, value in defaults.items():
         text, kind = OPTIONS[name]
+        text = text.partition(" (default: %")[0] if value is None else text
         parser.add_argument(flag(name), type=kind, default=value, help=text)
     return parser
 

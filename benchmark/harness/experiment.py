@@ -104,6 +104,10 @@ class PairExperiment(Experiment):
 
     plan: loads.PacedTrace
 
+    def __init__(self, given: argparse.Namespace, zygote: Any = None) -> None:
+        super().__init__(given, zygote)
+        self.rows = loads.base_trace(given)
+
     def spec(self, trial: Trial) -> ClusterSpec:
         """Returns the cluster of a trial."""
         return servers.pair_spec(trial.policy, self.given, self.zygote, trial.say, trial.name)
@@ -115,7 +119,7 @@ class PairExperiment(Experiment):
 
     def paced(self, cluster: Cluster, say: servers.Say) -> None:
         """Sets `plan`: how fast the trace goes to all policies."""
-        given, rows = self.given, loads.base_trace(self.given)
+        given, rows = self.given, self.rows
         if given.rate:
             self.plan = loads.PacedTrace(rows, given.ttft_ms, given.tpot_ms, given.seed, None)
         else:

@@ -35,7 +35,9 @@ class PacedTrace:
 
     def describe(self) -> str:
         """Returns requests, span and rate in words."""
-        text = f"{len(self.rows)} requests in {self.rows[-1].arrival_s:.0f} s: {self.rate:.2f} req/s"
+        text = (
+            f"{len(self.rows)} requests in {self.rows[-1].arrival_s:.0f} s: {self.rate:.2f} req/s"
+        )
         if self.capacity_rps is None:
             return text
         share = 100 * self.rate / self.capacity_rps

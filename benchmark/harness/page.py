@@ -17,10 +17,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def spread(values: Sequence[float], digits: int = 1, unit: str = "") -> str:
-    """Returns the mean and, of several values, the lowest and the highest."""
+def spread(values: Sequence[float], digits: int = 1, unit: str = "", always: bool = False) -> str:
+    """Returns the mean and, of several values or `always`, the lowest and the highest."""
     text = f"{mean(values):.{digits}f}"
-    if len(values) > 1:
+    if len(values) > 1 or always:
         text += f" ({min(values):.{digits}f}–{max(values):.{digits}f})"
     return f"{text} {unit}".strip()
 

@@ -1,4 +1,4 @@
-"""Routers as processes: Kairos' own, and upstream's Python PD balancer."""
+"""Routers as processes of their own, for benchmarks that compare them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,14 @@ import psutil
 
 from sglang_kairos.local_http import open_url
 
-UPSTREAM_MODULE = "sglang_router.launch_router"
-START_S = 60
+KAIROS_ROUTER, UPSTREAM_ROUTER = "sglang_kairos.launch_router", "sglang_router.launch_router"
+PACKAGES = Path(__file__).resolve().parents[2] / "python"
 
 
-def pair_words(
-    prefills: Sequence[str], bootstrap_ports: Sequence[int], decodes: Sequence[str]
-) -> list[str]:
-    """Returns a router's arguments for these servers."""
+def router_words(prefills: Mapping[str, int], decodes: Sequence[str]) -> list[str]:
+    """Returns the arguments that name the servers; `prefills`: bootstrap ports by URL."""
     words: list[str] = []
-    for url, port in zip(prefills, bootstrap_ports, strict=True):
+    for url, port in prefills.items():
         words += ["--prefill", url, str(port)]
     for url in decodes:
         words += ["--decode", url]
@@ -35,35 +33,41 @@ def pair_words(
 
 @contextmanager
 def router_process(
-    module: str, words: Sequence[str], cores: Sequence[int] | None
+    module: str, words: Sequence[str], cores: Sequence[int] = ()
 ) -> Iterator[tuple[int, psutil.Process]]:
-    """Yields port and process of any router, on those cores or where this process runs."""
+    """A router on those cores, or where this process runs: its port and its process."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    command = [sys.executable, "-m", module, "--pd-disaggregation", "--host", "127.0.0.1"]
-    folders = [str(Path(__file__).resolve().parents[2] / "python"), os.environ.get("PYTHONPATH")]
-    with ExitStack() as stack:
-        if module == UPSTREAM_MODULE:
-            # It imports all of SGLang, for tracing that is off, and does without as well.
-            without = stack.enter_context(tempfile.TemporaryDirectory())
-            Path(without, "sglang.py").write_text("raise ImportError\n", encoding="utf-8")
-            folders.insert(0, without)
+    own = ["--pd-disaggregation", "--host", "127.0.0.1", "--port", str(port)]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [str(PACKAGES), os.environ.get("PYTHONPATH")]
+        if module == UPSTREAM_ROUTER:
+            # It imports all of SGLang, for tracing that is off; it does without as well.
+            Path(folder, "sglang.py").write_text("raise ImportError\n")
+            paths.insert(0, folder)
         child = subprocess.Popen(
-            [*command, "--port", str(port), *words],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))},
+            [sys.executable, "-m", module, *own, *words],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        stack.callback(_end, child)
-        _wait(port, child)
-        process = psutil.Process(child.pid)
-        for thread in process.threads() if cores else ():
-            os.sched_setaffinity(thread.id, cores or ())
-        yield port, process
+        try:
+            _wait(port, child)
+            process = psutil.Process(child.pid)
+            for thread in process.threads() if cores else ():
+                os.sched_setaffinity(thread.id, cores)
+            yield port, process
+        finally:
+            child.terminate()
+            try:
+                child.wait(5)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
 
 
 def _wait(port: int, child: subprocess.Popen[Any]) -> None:
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if child.poll() is not None:
             raise RuntimeError(f"the router ended with {child.returncode}")
@@ -72,13 +76,4 @@ def _wait(port: int, child: subprocess.Popen[Any]) -> None:
                 return
         except OSError:
             time.sleep(0.1)
-    raise RuntimeError(f"the router did not start within {START_S} s")
-
-
-def _end(child: subprocess.Popen[Any]) -> None:
-    child.terminate()
-    try:
-        child.wait(5)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
+    raise RuntimeError("the router did not start")

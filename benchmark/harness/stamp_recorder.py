@@ -1,4 +1,4 @@
-"""``python -m benchmark.stamp_recorder``: `launch_server` that writes down SGLang's own time stamps.
+"""``python -m benchmark.harness.stamp_recorder``: `launch_server` that writes down SGLang's own time stamps.
 
 SGLang stamps every request at each queue, and with ``--enable-request-time-stats-logging`` logs the
 durations once it is done; computing and sending of KV are one duration there, and nothing says when

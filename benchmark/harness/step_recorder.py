@@ -1,4 +1,4 @@
-"""``python -m benchmark.step_recorder``: `launch_server` whose scheduler notes what each step took.
+"""``python -m benchmark.harness.step_recorder``: `launch_server` whose scheduler notes what each step took.
 
 For calibrating the simulator. It reads two clocks and changes no decision; it stops, and SGLang's
 own function is back in place, once the file `GATE` in the folder of `FOLDER_VARIABLE` is gone and
