@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Unpacks, installs and, once the parts that are needed are there, runs the benchmark. No network.
-#   bash benchmark/gpu/setup.sh PARTS_FOLDER INTO [arguments of benchmark.gpu.run …]
+#   bash contrib/air_gapped/setup.sh PARTS_FOLDER INTO [arguments of benchmark.gpu.run …]
 set -euo pipefail
 parts=$1 into=$2
 shift 2
