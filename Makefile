@@ -4,7 +4,7 @@ TESTS ?= test
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 RESULTS_ARGS ?=
-CHECKED := python test benchmark scripts
+CHECKED := python test benchmark contrib scripts
 
 .DEFAULT_GOAL := help
 .PHONY: help bootstrap demo results test test-all test-flags test-versions test-front-ends test-load-generators
@@ -17,10 +17,10 @@ bootstrap: ## build or update .venv (the targets below do it by themselves)
 	@bash scripts/bootstrap.sh
 
 demo: bootstrap ## stock SGLang against Kairos on real servers, on this machine (DEMO_ARGS=…)
-	@$(PYTHON) benchmark/demo.py $(DEMO_ARGS)
+	@$(PYTHON) -m benchmark.experiments.demo $(DEMO_ARGS)
 
 results: bootstrap ## every simulated figure: docs/results/simulated.md (RESULTS_ARGS=…)
-	@$(PYTHON) -m benchmark.results_simulated $(RESULTS_ARGS)
+	@$(PYTHON) -m benchmark.experiments.results_simulated $(RESULTS_ARGS)
 
 test: lint ## lint, then unit, simulator, end-to-end and fault tests (TESTS=…, PYTEST_ARGS=…)
 	@bash scripts/pytest.sh -m "not slow" $(TESTS) $(PYTEST_ARGS)

@@ -8,7 +8,7 @@ disturbance:
 
 * scatter S: a lognormal factor of that sigma, independent from step to step, mean 1;
 * spells X: now and then, for a second on average and 30 % of the time, all takes X times as long;
-* whatever T: every step takes T ms on average, scattered with sigma 0.5, whoever is in it: no
+* whatever T: every step takes T ms on average, scattered with sigma 0.5, whoever is in it. No
   batch is shorter than another, and every request that sits out does so for nothing.
 
 Kairos learns from these steps (`sim.calibrate.learnt`). Four systems decide: stock, Kairos with no

@@ -65,7 +65,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     except (NoSuchSglang, PatchError) as error:
         parser.error(str(error))
     asked = ",".join(known) if given.policies is None else given.policies
-    given.policies = arguments.chosen(parser, "policies", asked, known)
+    given.policies = arguments.chosen(parser, "policies", asked, known, "this SGLang has")
     arguments.positive(parser, given, POSITIVE)
     return given
 

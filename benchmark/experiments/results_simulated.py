@@ -51,7 +51,7 @@ Picked = list[tuple["TraceWindow", float]]
 
 
 @dataclass(frozen=True)
-class TraceSource:
+class SampledTrace:
     """Rows to take requests from, and what a user of such a service would be promised.
 
     `slos`: (TTFT tiers in ms, TPOT in ms). `tight_tpots_ms`: targets that load the decode side.
@@ -74,7 +74,7 @@ class TraceSource:
 class TraceWindow:
     """One trace window, SLO setting and shape; what the rates of a sweep have in common."""
 
-    source: TraceSource
+    source: SampledTrace
     rows: tuple[traces.Request, ...]
     ttft_ms: tuple[float, ...]
     tpot_ms: float
@@ -236,7 +236,7 @@ def _rounded(rate: float) -> float:
     return float(f"{rate:.3g}")
 
 
-def sources(given: argparse.Namespace) -> list[TraceSource]:
+def sources(given: argparse.Namespace) -> list[SampledTrace]:
     """Returns the traces there are, and made ones."""
     quick = given.quick
     flat, tiers = ((2000.0,), 100.0), ((1000.0, 5000.0, 30000.0), 100.0)
@@ -245,7 +245,7 @@ def sources(given: argparse.Namespace) -> list[TraceSource]:
     if not paths:
         beside = (Path("../shared/traces") / name for name in DEFAULT_TRACES)
         paths = [path for path in beside if path.is_file()]
-    found: list[TraceSource] = []
+    found: list[SampledTrace] = []
     for path in paths:
         rows = traces.read_trace(path)
         count = 300 if quick else 1000
@@ -255,7 +255,7 @@ def sources(given: argparse.Namespace) -> list[TraceSource]:
             tight = (20.0, 25.0)
         else:
             slos, tight = (flat, tiers, strict), (15.0, 25.0)
-        found.append(TraceSource(path.stem, rows, count, slos, tight, f"--trace {path}"))
+        found.append(SampledTrace(path.stem, rows, count, slos, tight, f"--trace {path}"))
     for tail, shape in (
         ("lighter", {"median_input": 2000.0, "sigma_input": 0.6, "max_input": 32_000}),
         ("heavier", {"median_input": 2000.0, "sigma_input": 1.6, "max_input": 120_000}),
@@ -265,14 +265,14 @@ def sources(given: argparse.Namespace) -> list[TraceSource]:
         made = traces.long_tail(count, 1.0, 0, **shape)
         flags = " ".join(f"--{k.replace('_', '-')} {v:g}" for k, v in shape.items())
         found.append(
-            TraceSource(
+            SampledTrace(
                 f"made, {tail} tail", made, count, (flat,), (), f"--generate {count} {flags}"
             )
         )
     return found
 
 
-def windows_of(source: TraceSource) -> list[TraceWindow]:
+def windows_of(source: SampledTrace) -> list[TraceWindow]:
     """Returns every SLO setting at 1P1D; the first two at 2P2D with twice the requests."""
     small = source.window(0, source.requests)
     made = [TraceWindow(source, small, ttft, tpot, 1, 1) for ttft, tpot in source.slos]
@@ -345,7 +345,7 @@ def _compact(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def measure(pool: SimulationPool, found: Sequence[TraceSource]) -> SimulatedResults:
+def measure(pool: SimulationPool, found: Sequence[SampledTrace]) -> SimulatedResults:
     """Returns all parts of the page."""
     windows = [window for source in found for window in windows_of(source)]
     half = half_rates(pool, HALF, [(window, 0.5 * window.offered()) for window in windows])
@@ -419,7 +419,7 @@ def ablations(pool: SimulationPool, half: Picked) -> dict[str, dict[str, Run]]:
     return made
 
 
-def decode_side(pool: SimulationPool, found: Sequence[TraceSource]) -> list[RateSweep]:
+def decode_side(pool: SimulationPool, found: Sequence[SampledTrace]) -> list[RateSweep]:
     """Returns stock packing against Kairos' where the decode server is what is short.
 
     The prefill side is Kairos' in both, so that only the decode side differs; fcfs is stock on

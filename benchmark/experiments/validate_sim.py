@@ -8,8 +8,8 @@ simulator: `sglang_kairos.sim.calibrate.calibrate`. Then the recorder takes itse
 trace, of another seed, is judged: its measured attainment against that of the simulator, which has
 seen nothing of it but the trace.
 
-*Drift* is how much longer prefill took in the judged replay than in the one calibrated on, by
-SGLang's own busy counter and for the work in each trace. What the machine changed in between is not
+*Drift* is how much longer prefill took in the judged replay than in the one calibrated on. SGLang's
+own busy counter measures it, for the work in each trace. What the machine changed in between is not
 the simulator's error. So the table also tells what it predicts with prefill steps scaled by that
 one number.
 """

@@ -59,14 +59,18 @@ def flag(name: str) -> str:
 
 
 def chosen(
-    parser: argparse.ArgumentParser, name: str, text: str, known: Collection[str]
+    parser: argparse.ArgumentParser,
+    name: str,
+    text: str,
+    known: Collection[str],
+    whose: str = "known",
 ) -> list[str]:
     """Returns the names of a list with commas; ends in `parser.error` for one that is not known."""
     names = [word.strip() for word in text.split(",") if word.strip()]
     unknown = [word for word in names if word not in known]
     if unknown or not names:
         bad = ", ".join(map(repr, unknown)) or "none given"
-        parser.error(f"{flag(name)}: {bad}; known: {', '.join(known)}")
+        parser.error(f"{flag(name)}: {bad}; {whose}: {', '.join(known)}")
     return names
 
 

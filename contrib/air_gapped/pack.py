@@ -29,7 +29,16 @@ from packaging.utils import canonicalize_name
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-TREE = ("python", "benchmark", "contrib", "patches", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
+TREE = (
+    "python",
+    "benchmark",
+    "contrib",
+    "patches",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "NOTICE",
+)
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (39, 35, 34, 31, 28, 27, 24, 17, 12, 5)]
 PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64"]
 MOST_MIB = 56.0
