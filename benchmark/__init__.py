@@ -6,7 +6,7 @@ Names from before the split, such as ``python -m benchmark.prefill_cpu``, work f
 import sys
 from pathlib import Path
 
-_ROOMS = ("experiments", "micro")
+_ROOMS = ("experiments", "micro", "harness")
 __path__ += [str(Path(__file__).with_name(room)) for room in _ROOMS]
 
 for _word in sys.orig_argv[1:3]:

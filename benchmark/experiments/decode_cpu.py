@@ -21,7 +21,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -103,6 +103,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return given
 
 
+class DecodeLoad(NamedTuple):
+    """A TPOT target in ms, and a share of the capacity at it."""
+
+    tpot_ms: float
+    share: float
+
+    def __str__(self) -> str:
+        return f"{self.share:g} TPOT {self.tpot_ms:g} ms"
+
+
 class DecodeCpu(Experiment):
     """A fresh cluster per trial; a load is a TPOT target in ms and a share of its capacity."""
 
@@ -116,7 +126,8 @@ class DecodeCpu(Experiment):
         self.seen: dict[int, float] = {}
 
     def loads(self) -> Sequence[Any]:
-        return [(tpot, load) for tpot in self.given.tpots_ms for load in self.given.loads]
+        given = self.given
+        return [DecodeLoad(tpot, load) for tpot in given.tpots_ms for load in given.loads]
 
     def run(self) -> None:
         if not self.given.capacity:

@@ -15,23 +15,29 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmark.experiments import results_page
 from benchmark.experiments.results_page import GoodputRates, RateSweep, SimulatedResults
+from benchmark.experiments.results_traces import (
+    SYSTEM,
+    SampledTrace,
+    TraceWindow,
+    rounded,
+    sources,
+    windows_of,
+)
 from sglang_kairos.loads import traces
 from sglang_kairos.reports.report import Run
 from sglang_kairos.sim.baselines.policies import POLICIES, Policy
 from sglang_kairos.sim.cli.grid import Cell, bound_available, bound_of, run_grid
 from sglang_kairos.sim.cli.pool import Workers, usable_cores
-from sglang_kairos.sim.core.cluster import Setup
 from sglang_kairos.sim.core.predictions import PredictionError
 from sglang_kairos.sim.hardware.times import SYSTEMS
 
-SYSTEM = "minimax-m2.5-h200-tp4"
 UPSTREAM = ("fcfs", "lpm", "hrrn", "shortest-prefill-first", "priority")
 SWEPT = (*UPSTREAM, "edf", "kairos")
 GOODPUT_OF = ("fcfs", "hrrn", "shortest-prefill-first", "kairos")
@@ -44,96 +50,9 @@ GOODPUT, DECODE_HALF = "goodput", "decode: rate where stock meets half of its TP
 # Runs that only looked for a rate: left out of the JSON.
 SEARCHES = frozenset((HALF, HALF_ELSEWHERE, GOODPUT, DECODE_HALF))
 ATTAIN = 0.9
-DEFAULT_TRACES = ("mooncake_conversation.jsonl", "azure_llm_2023_conv.csv")
 
-Picked = list[tuple["TraceWindow", float]]
+Picked = list[tuple[TraceWindow, float]]
 """Windows, each at its rate in requests/s."""
-
-
-@dataclass(frozen=True)
-class SampledTrace:
-    """Rows to take requests from, and what a user of such a service would be promised.
-
-    `slos`: (TTFT tiers in ms, TPOT in ms). `tight_tpots_ms`: targets that load the decode side.
-    """
-
-    name: str
-    rows: Sequence[traces.Request]
-    requests: int
-    slos: tuple[tuple[tuple[float, ...], float], ...]
-    tight_tpots_ms: tuple[float, ...] = ()
-    option: str = ""
-
-    def window(self, start: int, count: int) -> tuple[traces.Request, ...]:
-        """Returns `count` rows from row `start` on, the first at 0 s."""
-        rows = self.rows[start : start + count]
-        return tuple(replace(row, arrival_s=row.arrival_s - rows[0].arrival_s) for row in rows)
-
-
-@dataclass(frozen=True)
-class TraceWindow:
-    """One trace window, SLO setting and shape; what the rates of a sweep have in common."""
-
-    source: SampledTrace
-    rows: tuple[traces.Request, ...]
-    ttft_ms: tuple[float, ...]
-    tpot_ms: float
-    prefill: int
-    decode: int
-    seed: int = 0
-    start: int = 0
-
-    @property
-    def slo(self) -> str:
-        """As the simulator's command line has it."""
-        return f"{'/'.join(f'{ms:g}' for ms in self.ttft_ms)}:{self.tpot_ms:g}"
-
-    @property
-    def title(self) -> str:
-        shape = f"{self.prefill}P{self.decode}D"
-        return f"{self.source.name}, {shape}, TTFT:TPOT {self.slo} ms"
-
-    def command(self, rate: float, policies: Sequence[str]) -> str:
-        """Returns the shell command that simulates it."""
-        limit = f" --limit {len(self.rows)}" if self.source.option.startswith("--trace") else ""
-        return (
-            f"python -m sglang_kairos.sim {self.source.option}{limit}"
-            f" --rate {rate:.4g} --slo {self.slo} --prefill {self.prefill} --decode {self.decode}"
-            f" --times law --seed {self.seed} --policies {','.join(policies)}"
-        )
-
-    def cell(
-        self,
-        rate: float,
-        policy: str | Policy,
-        error: PredictionError | None = None,
-        bound: bool = False,
-        **facts: Any,
-    ) -> Cell:
-        """Returns one simulation of it."""
-        slos, shape = (self.ttft_ms, self.tpot_ms), (self.prefill, self.decode)
-        setup = Setup(SYSTEMS[SYSTEM], *slos, *shape, self.seed, error or PredictionError())
-        asked = {"title": self.title, "asked_rate": rate, "trace": self.source.name}
-        rows = _at_rate(self.rows, rate)
-        return Cell(rows, setup, policy, bound and bound_available(), facts={**asked, **facts})
-
-    def offered(self) -> float:
-        """Returns requests/s that keep the prefill servers about busy: where looking starts."""
-        system = SYSTEMS[SYSTEM]
-        law = system.times.prefill_model()
-        work = law.remaining_s([row.input_tokens for row in self.rows], 0.0, system.chunk_tokens)
-        return self.prefill * len(self.rows) / float(work.sum())
-
-
-_SCALED: dict[tuple[int, float], list[traces.Request]] = {}
-
-
-def _at_rate(rows: tuple[traces.Request, ...], rate: float) -> list[traces.Request]:
-    # One object per rate: bounds are shared between cells with the same rows.
-    key = id(rows), rate
-    if key not in _SCALED:
-        _SCALED[key] = traces.scale_rate(rows, rate)
-    return _SCALED[key]
 
 
 class SimulationPool:
@@ -157,7 +76,7 @@ class SimulationPool:
         """Returns runs of all policies at shares of each window's rate; bounds at that rate."""
         bound = what != "decode"
         cells = [
-            window.cell(_rounded(rate * step), policy, bound=bound and step == 1.0)
+            window.cell(rounded(rate * step), policy, bound=bound and step == 1.0)
             for window, rate in picked
             for step in steps
             for policy in policies
@@ -167,7 +86,7 @@ class SimulationPool:
             RateSweep(
                 window.title,
                 rate,
-                {_rounded(rate * step): [next(runs) for _ in policies] for step in steps},
+                {rounded(rate * step): [next(runs) for _ in policies] for step in steps},
                 window.command(rate, policies),
             )
             for window, rate in picked
@@ -217,7 +136,7 @@ def highest_rates(
         middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
         for i, answer in enumerate(met(range(len(wanted)), middle)):
             low[i], high[i] = (middle[i], high[i]) if answer else (low[i], middle[i])
-    return [_rounded(rate) for rate in low]
+    return [rounded(rate) for rate in low]
 
 
 def half_rates(
@@ -230,56 +149,6 @@ def half_rates(
         if rate == 0:
             pool.say(f"left out, {policy} does not meet half even when idle: {window.title}")
     return [(window, rate) for window, rate in found if rate > 0]
-
-
-def _rounded(rate: float) -> float:
-    return float(f"{rate:.3g}")
-
-
-def sources(given: argparse.Namespace) -> list[SampledTrace]:
-    """Returns the traces there are, and made ones."""
-    quick = given.quick
-    flat, tiers = ((2000.0,), 100.0), ((1000.0, 5000.0, 30000.0), 100.0)
-    strict = ((4000.0,), 50.0)
-    paths = list(given.trace)
-    if not paths:
-        beside = (Path("../shared/traces") / name for name in DEFAULT_TRACES)
-        paths = [path for path in beside if path.is_file()]
-    found: list[SampledTrace] = []
-    for path in paths:
-        rows = traces.read_trace(path)
-        count = 300 if quick else 1000
-        if rows[0].hash_ids is None:
-            count *= 2
-            slos = (((1000.0,), 100.0), ((300.0, 1000.0, 5000.0), 100.0), ((500.0,), 50.0))
-            tight = (20.0, 25.0)
-        else:
-            slos, tight = (flat, tiers, strict), (15.0, 25.0)
-        found.append(SampledTrace(path.stem, rows, count, slos, tight, f"--trace {path}"))
-    for tail, shape in (
-        ("lighter", {"median_input": 2000.0, "sigma_input": 0.6, "max_input": 32_000}),
-        ("heavier", {"median_input": 2000.0, "sigma_input": 1.6, "max_input": 120_000}),
-    ):
-        count = 300 if quick else 1000
-        shape |= {"median_output": 150.0, "sigma_output": 0.8, "max_output": 1000}
-        made = traces.long_tail(count, 1.0, 0, **shape)
-        flags = " ".join(f"--{k.replace('_', '-')} {v:g}" for k, v in shape.items())
-        found.append(
-            SampledTrace(
-                f"made, {tail} tail", made, count, (flat,), (), f"--generate {count} {flags}"
-            )
-        )
-    return found
-
-
-def windows_of(source: SampledTrace) -> list[TraceWindow]:
-    """Returns every SLO setting at 1P1D; the first two at 2P2D with twice the requests."""
-    small = source.window(0, source.requests)
-    made = [TraceWindow(source, small, ttft, tpot, 1, 1) for ttft, tpot in source.slos]
-    if len(source.slos) > 1:
-        large = source.window(0, 2 * source.requests)
-        made += [TraceWindow(source, large, ttft, tpot, 2, 2) for ttft, tpot in source.slos[:2]]
-    return made
 
 
 NO_PARKING = replace(POLICIES["kairos"], name="kairos-no-park", park=False)
@@ -401,7 +270,7 @@ def bounded_rates(pool: SimulationPool, picked: Picked) -> list[float | None]:
         cells = [g.cell(rate, "fcfs") for (g, _), rate in zip(picked, middle, strict=True)]
         for i, share in enumerate(pool.bounds("goodput, clairvoyant", cells)):
             low[i], high[i] = (middle[i], high[i]) if share >= ATTAIN else (low[i], middle[i])
-    return [_rounded(rate) for rate in high]
+    return [rounded(rate) for rate in high]
 
 
 def ablations(pool: SimulationPool, half: Picked) -> dict[str, dict[str, Run]]:

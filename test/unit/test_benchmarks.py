@@ -95,7 +95,7 @@ def test_every_command_of_the_docs_answers_help(
 def test_the_docs_start_every_benchmark() -> None:
     rooms = [ROOT / "benchmark" / room for room in ("experiments", "micro")]
     names = {path.stem for room in rooms for path in room.glob("*.py")}
-    parts = {"__init__", "results_page", "echo_pd"}  # no benchmarks themselves
+    parts = {"__init__", "results_page", "results_traces", "echo_pd"}  # no benchmarks themselves
     assert names - parts == {one.rpartition(".")[2] for one in commands()} & names
     assert f"-m {demo.__name__} " in (ROOT / "Makefile").read_text()
 
