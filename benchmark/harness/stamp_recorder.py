@@ -1,10 +1,11 @@
-"""``python -m benchmark.stamp_recorder``: `launch_server` that writes down SGLang's own time stamps.
+"""``python -m benchmark.harness.stamp_recorder``: `launch_server` that writes down time stamps.
 
-SGLang stamps every request at each queue, and with ``--enable-request-time-stats-logging`` logs the
-durations once it is done; computing and sending of KV are one duration there, and nothing says when
-the request came. So the stamps themselves are written, at that very call: no decision changes. One
-JSON line per request, as `sglang_kairos.reports.stages` reads them, goes to ``<mode>-<pid>.jsonl`` in
-the folder that `FOLDER_VARIABLE` names. Times are seconds of CLOCK_MONOTONIC.
+SGLang stamps every request at each queue. With ``--enable-request-time-stats-logging`` it logs the
+durations once the request is done. Computing and sending of KV are one duration there, and nothing
+says when the request came. So the stamps themselves are written, at that very call: no decision
+changes. One JSON line per request, as `sglang_kairos.reports.stages` reads them, goes to
+``<mode>-<pid>.jsonl`` in the folder that `FOLDER_VARIABLE` names. Times are seconds of
+CLOCK_MONOTONIC.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ FLAG = "--enable-request-time-stats-logging"
 
 
 def install(folder: Path) -> None:
-    """Wrap `Req.log_time_stats` in this process and those forked from it."""
+    """Wraps `Req.log_time_stats` in this process and those forked from it."""
     from sglang.srt.managers.schedule_batch import Req
 
     original = Req.log_time_stats
@@ -38,7 +39,7 @@ def install(folder: Path) -> None:
 
 
 def describe(req: Any) -> dict[str, Any] | None:
-    """What the server knows of a request it is done with; None for unified serving."""
+    """Returns what the server knows of a request it is done with; None for unified serving."""
     stats = req.time_stats
     mode = stats.disagg_mode_str()
     if mode == "prefill":

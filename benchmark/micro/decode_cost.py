@@ -1,6 +1,6 @@
 """What a decode decision costs: selection of the batch, and admission, over the number of requests.
 
-    python -m benchmark.decode_cost [--json FILE]
+    python -m benchmark.micro.decode_cost [--json FILE]
 
 Rows: what, running, waiting, median and 99th percentile in microseconds, and the bound it is held
 to where there is one. CPU time of the policy functions with a step-time model that has learnt;
@@ -9,16 +9,15 @@ to where there is one. CPU time of the policy functions with a step-time model t
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmark.harness.arguments import parser_for
+from benchmark.harness.experiment import write_json
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine.state.running_table import RunningTable
 from sglang_kairos.policy.admission import Occupancy, QueueView, plan_admission
@@ -32,9 +31,8 @@ BOUND_US = {256: 100.0, 2048: 1000.0}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table; returns 1 if a bound is not met."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--json", type=Path, help="write the rows here too")
+    """Prints the table. Returns 1 if a bound is not met."""
+    parser = parser_for("benchmark.micro.decode_cost", __doc__, json=None)
     parser.add_argument("--rounds", type=int, default=300, help="decisions timed per row")
     given = parser.parse_args(argv)
     rows = [row for size in SIZES for row in measure(size, given.rounds)]
@@ -45,12 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"  median {row['median_us']:7.1f} us  p99 {row['p99_us']:7.1f} us{bound}"
         )
     if given.json:
-        given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_json(given.json, rows, indent=1)
     return int(any(row["bound_us"] and row["median_us"] > row["bound_us"] for row in rows))
 
 
 def measure(count: int, rounds: int) -> list[dict[str, Any]]:
-    """One row per decision with `count` running, somewhat more than can be kept on pace."""
+    """Returns one row per decision with `count` running, somewhat more than can be kept on pace."""
     rng = np.random.default_rng(count)
     model = StepTimeModel(4e-3, 5e-5, 1.3e-8)
     context = np.minimum(400 * np.exp(1.3 * rng.standard_normal(count)), 16_000.0)
@@ -119,7 +117,7 @@ def measure(count: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def timed(decide: Callable[[], None], rounds: int) -> list[float]:
-    """CPU microseconds of each of `rounds` calls, after a few to warm up."""
+    """Returns CPU microseconds of each of `rounds` calls, after a few to warm up."""
     times = []
     for index in range(rounds + 10):
         start = time.thread_time()

@@ -1,8 +1,8 @@
-"""``python -m benchmark.step_recorder``: `launch_server` whose scheduler notes what each step took.
+"""``python -m benchmark.harness.step_recorder``: `launch_server` that notes what each step took.
 
-For calibrating the simulator. It reads two clocks and changes no decision; it stops, and SGLang's
-own function is back in place, once the file `GATE` in the folder of `FOLDER_VARIABLE` is gone and
-one more step has run. Writes ``<mode>.jsonl`` there: one step a line (`sim.calibrate.recording`),
+For calibrating the simulator. It reads two clocks and changes no decision. It stops once the file
+`GATE` in the folder of `FOLDER_VARIABLE` is gone and one more step has run. SGLang's own function
+is then back in place. Writes ``<mode>.jsonl`` there: one step a line (`sim.calibrate.recording`),
 times in seconds of CLOCK_MONOTONIC, which all processes of a machine share.
 """
 
@@ -20,7 +20,7 @@ GATE = "recording"
 
 
 def install(folder: Path) -> None:
-    """Wrap `Scheduler.run_batch` in this process and those forked from it."""
+    """Wraps `Scheduler.run_batch` in this process and those forked from it."""
     from sglang.srt.managers.scheduler import Scheduler
 
     original = Scheduler.run_batch
@@ -46,7 +46,7 @@ def install(folder: Path) -> None:
 
 
 def describe(batch: Any) -> dict[str, Any]:
-    """What the step is about to compute, before SGLang moves on."""
+    """Returns what the step is about to compute, before SGLang moves on."""
     mode = batch.forward_mode
     rooms = [req.bootstrap_room for req in batch.reqs]
     if mode.is_decode():

@@ -1,18 +1,17 @@
 """Before and after: one of the micro benchmarks on this tree and on another, in alternating runs.
 
     git worktree add ../before COMMIT
-    python -m benchmark.against ../before policy_overhead --rounds 5
-    python -m benchmark.against ../before decode_cost --rounds 5 -- --rounds 100
-    python -m benchmark.against ../before router_overhead --rounds 3 -- --only kairos --rounds 1
+    python -m benchmark.micro.against ../before policy_overhead --rounds 5
+    python -m benchmark.micro.against ../before decode_cost --rounds 5 -- --rounds 100
+    python -m benchmark.micro.against ../before router_overhead -- --only kairos --rounds 1
 
 Each run is a process of its own with that tree's packages; this Python's site-packages serve both.
-Printed is, for every figure that both report, the median of the rounds on each side, the ratio of the
-medians (below 1: this tree takes less) and the least and the greatest ratio of a pair of runs.
+A line per figure that both report: the median of the rounds on each side, and their ratio. Below 1
+this tree takes less. Then the least and the greatest ratio of a pair of runs.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -23,29 +22,32 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-HERE = Path(__file__).resolve().parents[1]
+from benchmark.harness.arguments import parser_for
+from benchmark.harness.experiment import alternated, write_json
+
+HERE = Path(__file__).resolve().parents[2]
 FLAG = {"policy_overhead": "--json", "decode_cost": "--json", "router_overhead": "--out"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs both trees in turn and prints the table; writes ``--out``."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.against")
+    """Runs both trees in turn, prints the table and writes ``--out``. Returns the exit status."""
+    parser = parser_for("benchmark.micro.against", __doc__)
     parser.add_argument("before", type=Path, help="folder of the other tree")
-    parser.add_argument("benchmark", choices=sorted(FLAG))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("benchmark", choices=sorted(FLAG), help="what to run")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each tree")
     parser.add_argument("--out", type=Path, help="write the figures here too")
     parser.epilog = "arguments after -- go to the benchmark"
     words = list(sys.argv[1:] if argv is None else argv)
     own = words.index("--") if "--" in words else len(words)
     given, rest = parser.parse_args(words[:own]), words[own + 1 :]
-    if not (given.before / "benchmark" / f"{given.benchmark}.py").is_file():
-        parser.error(f"before: {given.before} holds no benchmark/{given.benchmark}.py")
+    if not module_in(given.before, given.benchmark):
+        parser.error(f"before: {given.before} holds no benchmark/micro/{given.benchmark}.py")
     if given.rounds < 1:
         parser.error("--rounds: must be at least 1")
     sides = {"before": given.before.resolve(), "after": HERE}
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    for number in range(given.rounds):
-        for name in list(sides)[:: -1 if number % 2 else 1]:
+    for number, order in enumerate(alternated(list(sides), given.rounds)):
+        for name in order:
             print(f"round {number + 1}: {name}", flush=True)
             report = run(sides[name], given.benchmark, rest)
             rounds[name].append(dict(figures(report)))
@@ -56,18 +58,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f})"
         )
     if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
         facts = {"benchmark": given.benchmark, "rounds": given.rounds, "figures": rows}
-        given.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write_json(given.out, facts, indent=1)
     return 0
 
 
+def module_in(tree: Path, benchmark: str) -> str:
+    """Returns the module's name in that tree, which may be older; empty if there is none."""
+    for room in ("benchmark.micro", "benchmark"):
+        if (tree / room.replace(".", "/") / f"{benchmark}.py").is_file():
+            return f"{room}.{benchmark}"
+    return ""
+
+
 def run(tree: Path, benchmark: str, rest: Sequence[str]) -> Any:
-    """What the benchmark of that tree reports. RuntimeError if it leaves no report."""
+    """Returns what the benchmark of that tree reports. RuntimeError if it leaves no report."""
     env = {**os.environ, "PYTHONPATH": f"{tree / 'python'}{os.pathsep}{tree}"}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", f"benchmark.{benchmark}", FLAG[benchmark], str(report)]
+        command = [sys.executable, "-m", module_in(tree, benchmark), FLAG[benchmark], str(report)]
         done = subprocess.run(
             [*command, *rest], cwd=tree, env=env, capture_output=True, text=True, check=False
         )
@@ -78,7 +87,7 @@ def run(tree: Path, benchmark: str, rest: Sequence[str]) -> Any:
 
 
 def figures(report: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of a report by its path; the rows of a list go by what is text in them."""
+    """Yields every number of a report by its path; the rows of a list go by what is text in them."""
     if isinstance(report, bool) or report is None or isinstance(report, str):
         return
     if isinstance(report, int | float):
@@ -100,7 +109,7 @@ def _row_name(value: Any, place: int) -> str:
 def compare(
     before: Sequence[dict[str, float]], after: Sequence[dict[str, float]]
 ) -> dict[str, dict[str, float]]:
-    """Medians and ratios of each figure that all runs report and that is above 0 in all."""
+    """Returns medians and ratios of each figure that all runs report and that is above 0 in all."""
     rows = {}
     for name in before[0]:
         pairs = [(b.get(name, 0.0), a.get(name, 0.0)) for b, a in zip(before, after, strict=True)]

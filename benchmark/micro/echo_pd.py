@@ -111,7 +111,7 @@ def echo_servers(count: int) -> Iterator[list[str]]:
 
 
 @dataclass
-class Load:
+class ClientLoad:
     """What one run of the client saw. `latencies_s`: from sending to the last byte; `firsts_s`: to
     the first event."""
 
@@ -134,7 +134,7 @@ def _request(port: int, body: dict[str, object]) -> bytes:
 class _Client(asyncio.Protocol):
     """One connection, one request at a time."""
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: ClientLoad) -> None:
         self._load = load
         self._tail = b""
         self._sent_s = self._first_s = 0.0
@@ -170,11 +170,11 @@ class _Client(asyncio.Protocol):
         self._load.firsts_s.append(self._first_s - self._sent_s)
 
 
-def closed_loop(port: int, seconds: float, connections: int) -> Load:
+def closed_loop(port: int, seconds: float, connections: int) -> ClientLoad:
     """Every connection sends its next request when the last one is answered."""
 
-    async def main() -> Load:
-        load, raw = Load(), _request(port, _body())
+    async def main() -> ClientLoad:
+        load, raw = ClientLoad(), _request(port, _body())
         loop = asyncio.get_running_loop()
         clients = [await _connected(loop, load, port) for _ in range(connections)]
         began = time.perf_counter()
@@ -190,11 +190,11 @@ def closed_loop(port: int, seconds: float, connections: int) -> Load:
     return uvloop.run(main())
 
 
-def open_loop(port: int, seconds: float, rate: float, connections: int = 256) -> Load:
+def open_loop(port: int, seconds: float, rate: float, connections: int = 256) -> ClientLoad:
     """Requests leave at their time, one every 1/rate seconds, on connections that are idle."""
 
-    async def main() -> Load:
-        load, raw = Load(), _request(port, _body())
+    async def main() -> ClientLoad:
+        load, raw = ClientLoad(), _request(port, _body())
         loop = asyncio.get_running_loop()
         idle = [await _connected(loop, load, port) for _ in range(connections)]
         running: set[asyncio.Task[None]] = set()
@@ -221,7 +221,7 @@ def open_loop(port: int, seconds: float, rate: float, connections: int = 256) ->
     return uvloop.run(main())
 
 
-async def _connected(loop: asyncio.AbstractEventLoop, load: Load, port: int) -> _Client:
+async def _connected(loop: asyncio.AbstractEventLoop, load: ClientLoad, port: int) -> _Client:
     _, client = await loop.create_connection(lambda: _Client(load), "127.0.0.1", port)
     return client
 

@@ -1,7 +1,7 @@
 """Collects what must travel to an air-gapped GPU machine, in parts of a bounded size.
 
-    python -m benchmark.gpu.pack --list        what would be packed; asks nobody
-    python -m benchmark.gpu.pack               fetch, trim, and write out/gpu-parts/
+    python -m contrib.air_gapped.pack --list   what would be packed; asks nobody
+    python -m contrib.air_gapped.pack          fetch, trim, and write out/gpu-parts/
 
 Wheels come from pip's index for the target's Python; they are cached under ``--cache``. Two are
 trimmed to what serving a dense model on Hopper needs: SGLang's kernel wheel to its sm90 operators,
@@ -29,7 +29,16 @@ from packaging.utils import canonicalize_name
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-TREE = ("python", "benchmark", "patches", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
+TREE = (
+    "python",
+    "benchmark",
+    "contrib",
+    "patches",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "NOTICE",
+)
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (39, 35, 34, 31, 28, 27, 24, 17, 12, 5)]
 PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64"]
 MOST_MIB = 56.0
@@ -49,7 +58,7 @@ class PackError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedWheel:
     """A line of wheels.txt."""
 
     name: str
@@ -59,7 +68,7 @@ class Wanted:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.gpu.pack", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m contrib.air_gapped.pack", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--list", action="store_true", help="only say what would be packed")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu-parts")
@@ -88,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_wanted(path: Path = HERE / "wheels.txt") -> list[Wanted]:
+def read_wanted(path: Path = HERE / "wheels.txt") -> list[WantedWheel]:
     """The lines of wheels.txt; PackError naming a line that is not name==version group."""
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -98,7 +107,7 @@ def read_wanted(path: Path = HERE / "wheels.txt") -> list[Wanted]:
         match = re.fullmatch(r"([\w.-]+)==([\w.]+) (base|transfer)", text)
         if match is None:
             raise PackError(f"{path}:{number}: must be NAME==VERSION base|transfer, got {text!r}")
-        found.append(Wanted(*match.groups()))
+        found.append(WantedWheel(*match.groups()))
     return found
 
 
@@ -108,7 +117,7 @@ def read_present(path: Path = HERE / "present.txt") -> set[str]:
     return {canonicalize_name(name) for line in lines for name in line.split()}
 
 
-def fetch(one: Wanted, given: argparse.Namespace) -> Path:
+def fetch(one: WantedWheel, given: argparse.Namespace) -> Path:
     """The wheel for the target machine, from the cache or pip; trimmed where TRIMMED says so."""
     given.cache.mkdir(parents=True, exist_ok=True)
     wheel = cached(one, given.cache)
@@ -135,7 +144,7 @@ def fetch(one: Wanted, given: argparse.Namespace) -> Path:
     return smaller
 
 
-def cached(one: Wanted, cache: Path) -> Path | None:
+def cached(one: WantedWheel, cache: Path) -> Path | None:
     """Its wheel in the cache folder."""
     name, version = canonicalize_name(one.name), one.version
     for path in cache.glob("*.whl"):
@@ -203,7 +212,7 @@ def requirements(wheel: Path) -> list[str]:
 
 
 def write_parts(
-    wanted: Sequence[Wanted], wheels: Sequence[Path], given: argparse.Namespace
+    wanted: Sequence[WantedWheel], wheels: Sequence[Path], given: argparse.Namespace
 ) -> None:
     """Archives of wheels, the tree in the first, each below the bound; manifest and checksums."""
     given.out.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 """What parking adds to a decode step on the device: kernels and copies, counted, not timed.
 
-    python -m benchmark.decode_device [--json FILE]
+    python -m benchmark.micro.decode_device [--json FILE]
 
 SGLang's own `ScheduleBatch.filter_batch` and `SamplingBatchInfo` and Kairos' `SubsetView` run on
-tensors of torch's meta device; every operation with such a tensor is one that a GPU would be given.
+tensors of torch's meta device. Every operation with such a tensor is one that a GPU would be given.
 Two steps: others are parked than before, and the same are parked again. (When everybody runs, it is
 stock's own batch object: test/unit/test_engine_decode.py.) `index_copy` is two kernels, a copy and a
 scatter.
@@ -11,18 +11,17 @@ scatter.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmark.harness.arguments import parser_for
+from benchmark.harness.experiment import write_json
 from sglang_kairos.cpu import runtime
 from sglang_kairos.engine.state.subset_view import SubsetView
 
@@ -30,7 +29,7 @@ DEVICE = "meta"
 ROWS = 64
 
 
-class Count(TorchDispatchMode):
+class OperationCount(TorchDispatchMode):
     """Counts operations that read or write a tensor on the device, by name."""
 
     def __init__(self) -> None:
@@ -47,21 +46,20 @@ class Count(TorchDispatchMode):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints one line per step."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--json", type=Path, help="write the counts here too")
+    """Prints one line per step. Returns 0."""
+    parser = parser_for("benchmark.micro.decode_device", __doc__, json=None)
     given = parser.parse_args(argv)
     rows = measure()
     for row in rows:
         listed = ", ".join(f"{count} {name}" for name, count in row["operations"].items())
         print(f"{row['step']:<30} {row['added']:>3} more than stock   {listed or 'nothing'}")
     if given.json:
-        given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_json(given.json, rows, indent=1)
     return 0
 
 
 def measure() -> list[dict[str, Any]]:
-    """Rows: step, operations by name (SGLang's three length increments left out), their sum."""
+    """Returns rows: step, operations by name (SGLang's three length increments left out), their sum."""
     batch = running_batch()
     keep = list(range(0, ROWS, 2))
     view: SubsetView
@@ -83,14 +81,14 @@ def measure() -> list[dict[str, Any]]:
 
 
 def counted(act: Any) -> Counter[str]:
-    """Device operations while `act()` runs."""
-    with Count() as count:
+    """Returns device operations while `act()` runs."""
+    with OperationCount() as count:
         act()
     return count.seen
 
 
 def running_batch() -> Any:
-    """ROWS running requests, as SGLang's `filter_batch` sees them."""
+    """Returns ROWS running requests, as SGLang's `filter_batch` sees them."""
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
     runtime.activate()
     from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -105,35 +103,25 @@ def running_batch() -> Any:
             """Nothing of SGLang's: the fields are set one by one."""
 
     batch = Batch()
+    floats = {name: column(torch.float32) for name in ("temperatures", "top_ps", "min_ps")}
+    needs = {f"need_{name}_sampling": True for name in ("top_p", "top_k", "min_p")}
     info = SamplingBatchInfo(
-        temperatures=column(torch.float32),
-        top_ps=column(torch.float32),
+        **floats,
+        **needs,
         top_ks=column(torch.int32),
-        min_ps=column(torch.float32),
         is_all_greedy=False,
         is_any_greedy=False,
-        need_top_p_sampling=True,
-        need_top_k_sampling=True,
-        need_min_p_sampling=False,
         vocab_size=1000,
-        penalizer_orchestrator=SimpleNamespace(filter=lambda rows: None),  # type: ignore[arg-type]
+        penalizer_orchestrator=SimpleNamespace(filter=lambda rows: None),
     )
+    asked = {"return_logprob": False, "grammar": None}
+    req = SimpleNamespace(**asked, return_hidden_states_mode=CaptureHiddenMode.NULL)
     fields = {
-        "reqs": [
-            SimpleNamespace(
-                return_logprob=False,
-                grammar=None,
-                return_hidden_states_mode=CaptureHiddenMode.NULL,
-            )
-            for _ in range(ROWS)
-        ],
+        "reqs": [req] * ROWS,
         "device": DEVICE,
         "model_config": SimpleNamespace(is_encoder_decoder=False),
         "sampling_info": info,
-        "beam_tail": None,
-        "multimodal_inputs": None,
-        "input_ids": None,
-        "spec_info": None,
+        **dict.fromkeys(("beam_tail", "multimodal_inputs", "input_ids", "spec_info")),
         "req_pool_indices": column(),
         "req_pool_indices_cpu": torch.ones(ROWS, dtype=torch.int64),
         "seq_lens": column(),

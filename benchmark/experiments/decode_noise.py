@@ -1,25 +1,27 @@
 """Decoding on a host that is not quiet, simulated: what is the circuit breaker worth?
 
-    python -m benchmark.decode_noise
+    python -m benchmark.experiments.decode_noise
 
-One decode server with the step law of a small model on a CPU, fed KV at once, under a long-tailed
-load (`benchmark.decode_cpu`). Its steps take what the law says times a disturbance:
+One decode server with the step law of a small model on a CPU is fed KV at once, under the
+long-tailed load of `benchmark.experiments.decode_cpu`. Its steps take what the law says times a
+disturbance:
 
 * scatter S: a lognormal factor of that sigma, independent from step to step, mean 1;
 * spells X: now and then, for a second on average and 30 % of the time, all takes X times as long;
-* whatever T: every step takes T ms on average, scattered with sigma 0.5, whoever is in it: no
+* whatever T: every step takes T ms on average, scattered with sigma 0.5, whoever is in it. No
   batch is shorter than another, and every request that sits out does so for nothing.
 
-Kairos learns from these steps (`sim.calibrate.learnt`) and decides with stock, with no breaker,
-with one that opens wherever the mean error is above the limit, and with its own, which then asks
-whether steps follow the predictions (`predict.prediction_error`). Writes JSON under ``--out``.
+Kairos learns from these steps (`sim.calibrate.learnt`). Four systems decide: stock, Kairos with no
+breaker, with one that opens wherever the mean error is above the limit, and with its own. Its own
+then asks whether steps follow the predictions (`predict.prediction_error`). Writes JSON under
+``--out``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +29,10 @@ from random import Random
 from statistics import mean
 from typing import Any
 
-from benchmark import decode_cpu, demo
+from benchmark.experiments import decode_cpu
+from benchmark.harness import arguments, page
+from benchmark.harness.experiment import write_json
+from benchmark.harness.servers import KV_TOKENS
 from sglang_kairos.loads import traces
 from sglang_kairos.policy.decode_planner import DecodePlanner
 from sglang_kairos.predict.latency_model import DecodeLatency, PrefillLatency
@@ -38,21 +43,13 @@ from sglang_kairos.sim.core.cluster import Setup
 from sglang_kairos.sim.core.decode import SimDecodeServer
 from sglang_kairos.sim.hardware.times import LawTimes, System
 
-# benchmark/decode_cpu.py's model on two busy cores: 8.5 ms, 0.55 ms a request, 1.1 us a KV token.
+# decode_cpu's model on two busy cores: 8.5 ms, 0.55 ms a request, 1.1 us a KV token.
 DECODE_LAW = DecodeLatency(8.5e-3, 0.55e-3, 1.1e-6)
 PREFILL_LAW = PrefillLatency(1e-4, 1e-9, 0.0)
 SLOTS = 256
 SPELL_S, BETWEEN_S = 1.0, 2.3
-HOSTS = (
-    "quiet",
-    "scatter 0.3",
-    "scatter 0.5",
-    "scatter 0.8",
-    "spells 2",
-    "spells 4",
-    "whatever 80",
-    "whatever 120",
-)
+HOSTS = ("quiet", "scatter 0.3", "scatter 0.5", "scatter 0.8", "spells 2", "spells 4")
+HOSTS += ("whatever 80", "whatever 120")
 NO_LIMIT = 100.0
 
 Disturb = Callable[[float], float]
@@ -97,7 +94,7 @@ class DisturbedTimes(LawTimes):
 
 
 def disturbance(host: str, rng: Random) -> Disturb:
-    """A step's seconds from those of the law. ValueError for a host that is none."""
+    """Returns a step's seconds from those of the law. Raises ValueError for a host that is none."""
     kind, _, figure = host.partition(" ")
     if host == "quiet":
         return lambda seconds: seconds
@@ -112,7 +109,7 @@ def _scatter(rng: Random, sigma: float) -> float:
 
 
 def _spells(rng: Random, factor: float) -> Disturb:
-    """Slow and normal times in turn, measured in busy seconds."""
+    """Returns slow and normal times in turn, measured in busy seconds."""
     now_s, until_s, slow = 0.0, 0.0, True
 
     def disturb(seconds: float) -> float:
@@ -134,36 +131,38 @@ KINDS: dict[str, Callable[[Random, float], Disturb]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.decode_noise", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the checked command line, with lists as lists."""
+    defaults = {"tpot_ms": 100.0, "ttft_ms": 1000.0, "load_s": 30.0, "seed": 0}
+    defaults["out"] = Path("out/decode_noise")  # type: ignore[assignment]
+    parser = arguments.parser_for("benchmark.experiments.decode_noise", __doc__, **defaults)
     parser.add_argument("--hosts", default=",".join(HOSTS), help="(default: %(default)s)")
     parser.add_argument("--rates", default="7,11", help="requests/s (default: %(default)s)")
-    parser.add_argument("--tpot-ms", type=float, default=100.0)
-    parser.add_argument("--ttft-ms", type=float, default=1000.0)
-    parser.add_argument("--load-s", type=float, default=30.0, help="seconds of arrivals per run")
-    parser.add_argument("--seeds", type=int, default=8, help="runs per row")
-    parser.add_argument("--seed", type=int, default=0, help="the first")
-    parser.add_argument("--out", type=Path, default=Path("out/decode_noise"))
+    parser.add_argument("--seeds", type=int, default=8, help="runs per row, from --seed on")
     given = parser.parse_args(argv)
-    rates = decode_cpu.positive_numbers(parser, "rates", given.rates)
-    hosts = given.hosts.split(",")
+    given.rates = arguments.numbers(parser, "rates", given.rates)
+    given.hosts = given.hosts.split(",")
+    arguments.positive(parser, given, ("tpot_ms", "ttft_ms", "load_s", "seeds"))
     try:
-        for host in hosts:
+        for host in given.hosts:
             disturbance(host, Random(0))
     except ValueError as error:
         parser.error(str(error))
-    rows = [row_of(host, rate, name, given) for host in hosts for rate in rates for name in CASES]
-    given.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(rows, indent=1)
-    (given.out / "rows.json").write_text(text + "\n", encoding="utf-8")
+    return given
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table. Returns the exit status."""
+    given = parse(argv)
+    grid = [(host, rate, case) for host in given.hosts for rate in given.rates for case in CASES]
+    rows = [row_of(*cell, given) for cell in grid]
+    write_json(given.out / "rows.json", rows, indent=1)
     print(markdown(rows))
     return 0
 
 
 def row_of(host: str, rate: float, name: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Means over the seeds, in percent, tokens per second and shares of the decode steps."""
+    """Returns means over the seeds, in percent, tokens per second and shares of the decode steps."""
     runs = [one_run(host, rate, name, given, given.seed + turn) for turn in range(given.seeds)]
     means = {key: round(mean(run[key] for run in runs), 4) for key in runs[0]}
     met = [run["both_met"] for run in runs]
@@ -173,13 +172,13 @@ def row_of(host: str, rate: float, name: str, given: argparse.Namespace) -> dict
 def one_run(
     host: str, rate: float, name: str, given: argparse.Namespace, seed: int
 ) -> dict[str, float]:
-    """One simulated run."""
+    """Runs one simulation."""
     policy, kind = CASES[name]
     lengths = argparse.Namespace(**decode_cpu.BY_MODE["decode"])
     rows = decode_cpu.sample(max(2, round(rate * given.load_s)), seed, lengths)
     system = System(
         DisturbedTimes(host, seed),
-        decode_kv_tokens=demo.KV_TOKENS,
+        decode_kv_tokens=KV_TOKENS,
         max_running=SLOTS,
         kv_bytes=1.0,
         link_latency_s=1e-4,
@@ -197,22 +196,22 @@ def one_run(
     }
 
 
+HEADS = "host|requests/s||TTFT met|TPOT met|both met (range)|tokens/s|run whole by the breaker"
+
+
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """A line per host, rate and case."""
-    lines = [
-        "| host | requests/s | | TTFT met | TPOT met | both met (range) | tokens/s "
-        "| run whole by the breaker |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
+    """Returns a line per host, rate and case."""
+
+    def cells(row: dict[str, Any]) -> list[str]:
         low, high = row["range"]
-        lines.append(
-            f"| {row['host']} | {row['rate']:g} | {row['case']} | {row['ttft_met']:.1f} %"
-            f" | {row['tpot_met']:.1f} % | {row['both_met']:.1f} ({low:.0f}–{high:.0f}) %"
-            f" | {row['tokens_per_s']:.0f} | {100 * row['breaker']:.0f} % of steps |"
-        )
-    return "\n".join(lines)
+        met = f"{row['both_met']:.1f} ({low:.0f}–{high:.0f}) %"
+        shares = [f"{row[name]:.1f} %" for name in ("ttft_met", "tpot_met")]
+        breaker = f"{100 * row['breaker']:.0f} % of steps"
+        words = [row["host"], f"{row['rate']:g}", row["case"]]
+        return [*words, *shares, met, f"{row['tokens_per_s']:.0f}", breaker]
+
+    return page.table(HEADS.split("|"), map(cells, rows))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -2,9 +2,9 @@
 
     python3 install.py PARTS_FOLDER INTO
 
-Checks each part against manifest.json and unpacks it into INTO/wheels; parts may come one at a
-time, and once those of the group `base` are all there, pip installs them into INTO/site and
-INTO/env.sh sets the paths. Sources run from the checkout that this file is in; without one, from the
+Checks each part against manifest.json and unpacks it into INTO/wheels. Parts may come one at a
+time. Once those of the group `base` are all there, pip installs them into INTO/site and INTO/env.sh
+sets the paths. Sources run from the checkout that this file is in; without one, from the
 packed tree, in INTO/tree. Nothing outside INTO is touched. Run again, it does what is left.
 """
 

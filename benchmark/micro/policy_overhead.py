@@ -1,10 +1,10 @@
 """What a prefill decision costs: Kairos through its engine glue, its pure policy, upstream's hrrn.
 
-    python benchmark/policy_overhead.py --json out/policy_overhead.json
+    python -m benchmark.micro.policy_overhead --json out/policy_overhead.json
 
 The same long-tailed queue of 100, 1,000 and 10,000 waiting requests is put to each, in alternation.
-No server, no GPU; SGLang must be installed (its `SchedulePolicy` is imported, with a prefix cache
-that never hits, and SGLang's own `Req` replaced by one with the fields that the code reads).
+No server, no GPU. SGLang must be installed: its `SchedulePolicy` is imported, with a prefix cache
+that never hits. SGLang's own `Req` is replaced by one with the fields that the code reads.
 
 - `glue`: `get_new_batch_prefill` around an upstream that admits nothing: the whole of Kairos' work
 - `glue_arrivals`: the same when a hundredth of the queue has just come, not seen before
@@ -15,20 +15,19 @@ that never hits, and SGLang's own `Req` replaced by one with the fields that the
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from benchmark.harness.arguments import parser_for
+from benchmark.harness.experiment import write_json
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine.hooks import prefill
 from sglang_kairos.engine.state import scheduler_state
@@ -40,7 +39,7 @@ TARGETS_MS = {1_000: 1.0, 10_000: 10.0}
 CHUNK_TOKENS = 512
 
 
-class FakeReq:
+class CostedReq:
     """The fields of SGLang's request that the decisions read."""
 
     def __init__(self, rng: random.Random, index: int, age_s: float) -> None:
@@ -59,8 +58,8 @@ class FakeReq:
         )
 
 
-def fake_scheduler(queue: list[FakeReq]) -> Any:
-    """As much of SGLang's prefill scheduler as the glue looks at."""
+def fake_scheduler(queue: list[CostedReq]) -> Any:
+    """Returns as much of SGLang's prefill scheduler as the glue looks at."""
     return SimpleNamespace(
         waiting_queue=list(queue),
         chunked_req=None,
@@ -81,7 +80,7 @@ def upstream_hrrn() -> tuple[Any, Any]:
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
     from sglang.srt.managers import schedule_policy
 
-    def match(req: FakeReq, cache: Any, token_ids: Any = None) -> None:
+    def match(req: CostedReq, cache: Any, token_ids: Any = None) -> None:
         req.num_matched_prefix_tokens = req.prefix_len = 0
 
     schedule_policy.match_kv_cache = match
@@ -98,9 +97,9 @@ def upstream_hrrn() -> tuple[Any, Any]:
 
 
 def measure(count: int, repeat: int, seed: int) -> dict[str, list[float]]:
-    """Milliseconds of each contender, `repeat` times in alternation, over `count` requests."""
+    """Returns milliseconds of each contender, `repeat` times in alternation, over `count` requests."""
     rng = random.Random(seed)
-    queue = [FakeReq(rng, i, age_s=5.0) for i in range(count)]
+    queue = [CostedReq(rng, i, age_s=5.0) for i in range(count)]
     scheduler = fake_scheduler(queue)
     kairos = scheduler_state.CURRENT = scheduler_state.KairosState(scheduler, KairosConfig())
     kairos.prefill_time = PrefillTimeModel(1e-3, 1e-4, 1e-9)
@@ -144,7 +143,7 @@ def measure(count: int, repeat: int, seed: int) -> dict[str, list[float]]:
         scheduler.waiting_queue = scheduler.waiting_queue[count // 100 :]
         queue = [req for req in queue if req not in gone]
         gone.clear()
-        new = [FakeReq(rng, i, age_s=0.0) for i in range(count // 100)]
+        new = [CostedReq(rng, i, age_s=0.0) for i in range(count // 100)]
         queue += new
         scheduler.waiting_queue += new
         clock("glue_arrivals", glue)
@@ -164,9 +163,8 @@ def measure(count: int, repeat: int, seed: int) -> dict[str, list[float]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints a table; writes ``--json``. Exit status 1 when the glue's median misses a target."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--json", metavar="FILE", help="write the figures here as well")
+    """Prints a table and writes ``--json``. Returns 1 when the glue's median misses a target."""
+    parser = parser_for("benchmark.micro.policy_overhead", __doc__, json=None)
     parser.add_argument("--repeat", type=int, default=31, help="times each is measured")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
@@ -187,9 +185,7 @@ def main(argv: list[str] | None = None) -> int:
             missed |= not met
             print(f"{count:>8} target {TARGETS_MS[count]:g} ms: {'met' if met else 'MISSED'}")
     if args.json:
-        path = Path(args.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(args.json, report)
     return int(missed)
 
 
