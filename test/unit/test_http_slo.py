@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from sglang_kairos.engine.slo_middleware import ServerFacts, SloMiddleware, install
+from sglang_kairos.engine.hooks.slo_middleware import ServerFacts, SloMiddleware, install
 from sglang_kairos.slo.age import AGE_HEADERS, AgeRule
 from sglang_kairos.slo.body import carry, dump, error_body, mentions_slo
 from sglang_kairos.slo.targets import Slo, SloError, SloTable

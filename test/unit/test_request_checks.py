@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from helpers.trees import TESTED_VERSIONS, sglang_folder
 from sglang_kairos.engine.hooks.http import facts_of
-from sglang_kairos.engine.slo_middleware import ServerFacts, SloMiddleware
+from sglang_kairos.engine.hooks.slo_middleware import ServerFacts, SloMiddleware
 from sglang_kairos.router.fleet.fleet import Fleet
 from sglang_kairos.router.fleet.server_info import request_limits
 from sglang_kairos.router.options import RouterOptions

@@ -13,7 +13,7 @@ import orjson
 import pytest
 
 from helpers.fake_prefill import Req, make_state
-from sglang_kairos.engine.slo_middleware import SloMiddleware
+from sglang_kairos.engine.hooks.slo_middleware import SloMiddleware
 from sglang_kairos.router.fleet.fleet import Fleet
 from sglang_kairos.router.options import RouterOptions
 from sglang_kairos.router.request import context
