@@ -1,4 +1,4 @@
-"""``python -m sglang_kairos.cpu install|uninstall|status``."""
+"""Switches the CPU runtime on or off: ``python -m sglang_kairos.cpu install|uninstall|status``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sglang_kairos.cpu import site
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
+    """Runs one command. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m sglang_kairos.cpu",
         description="Let every Python process of this environment run SGLang without a GPU.",

@@ -9,9 +9,9 @@ A pair meets an SLO only if it breaks no earlier promise: accepted requests stay
 This is how long until the same request would have been on time if nothing else came.
 
 Trade-offs. `serve` loses the fewest requests and may let all of them be late. `shed` protects
-accepted requests best. `relegate` sits between: under lasting overload a held request may wait for
-long. The caller counts a promise as met until it has observed the server: a first guess about its
-speed must refuse nobody.
+accepted requests best. `relegate` sits between: it holds a request for at most ``--max-wait`` TTFT
+targets. The caller counts a promise as met until it has observed the server: a first guess about
+its speed must refuse nobody.
 Source: our own design.
 """
 
