@@ -4,7 +4,7 @@ TESTS ?= test
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 RESULTS_ARGS ?=
-CHECKED := python test benchmark scripts
+CHECKED := python test benchmark contrib scripts
 
 .DEFAULT_GOAL := help
 .PHONY: help bootstrap demo results check findings test test-all test-flags test-versions test-front-ends test-load-generators
@@ -17,10 +17,10 @@ bootstrap: ## build or update .venv (the targets below do it by themselves)
 	@bash scripts/bootstrap.sh
 
 demo: bootstrap ## stock SGLang against Kairos on real servers, on this machine (DEMO_ARGS=…)
-	@$(PYTHON) benchmark/demo.py $(DEMO_ARGS)
+	@$(PYTHON) -m benchmark.experiments.demo $(DEMO_ARGS)
 
 results: bootstrap ## every simulated figure: docs/results/simulated.md (RESULTS_ARGS=…)
-	@$(PYTHON) -m benchmark.results_simulated $(RESULTS_ARGS)
+	@$(PYTHON) -m benchmark.experiments.results_simulated $(RESULTS_ARGS)
 
 check: bootstrap ## the inner loop: lint, types, sentences, imports, unit tests that start no process (1.5 min)
 	@bash scripts/check.sh $(PYTEST_ARGS)
