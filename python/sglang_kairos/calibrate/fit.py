@@ -1,4 +1,4 @@
-"""Fits the entry of a ``--kairos-profile`` file to measured steps. Pure numerics.
+"""Fits the entry of a ``--kairos-latency-model`` file to measured steps. Pure numerics.
 
 Rows are as the models take them. Prefill: (prefix tokens, new tokens, seconds). Decode: (batch, KV
 tokens, seconds). The latency models are the predictors' own, fitted by non-negative least squares

@@ -93,11 +93,12 @@ class MeasuredServer:
 
 
 def key_of(server: MeasuredServer, report: Mapping[str, Any], gpu: str = "") -> Key:
-    """Returns the key by which the server looks its profile up. A Kairos server reports it itself.
+    """Returns the key by which the server looks its latency model up. A Kairos server reports it.
 
     `gpu`: name of the GPU, for a server that does not. Raises ProfileFailed if it is missing.
     """
-    told = report.get("profile_key")
+    # Servers of the release before report it by the second name.
+    told = report.get("latency_model_key", report.get("profile_key"))
     if isinstance(told, dict):
         return Key(**told)
     if not gpu:

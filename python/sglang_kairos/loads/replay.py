@@ -23,6 +23,7 @@ import aiohttp
 import numpy as np
 import orjson
 
+from sglang_kairos.commands import parser_of
 from sglang_kairos.loads import traces
 
 T = TypeVar("T")
@@ -382,13 +383,14 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
         return runner.run(coroutine)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Replays a trace against a running server or router and prints its metrics as JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sglang_kairos.loads.replay",
-        description="Replays a trace against a running server, each request at its arrival time.",
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of ``kairos replay``."""
+    parser = parser_of(
+        "replay",
+        description="Send each request of a trace at its time, however slow the answers are, and "
+        "print the run's metrics as JSON.",
     )
-    parser.add_argument("--url", default="http://127.0.0.1:30000", help="server or router")
+    parser.add_argument("--url", default="http://127.0.0.1:30000", help="a server or a router")
     parser.add_argument(
         "--trace", type=Path, help="trace file, see docs/simulator.md (default: a made long tail)"
     )
@@ -407,7 +409,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocab", type=int, default=1000, help="prompts use token ids below this")
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and of a long tail")
     parser.add_argument("--out", type=Path, help="write one JSON line per request here")
-    given = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Replays a trace against a running server or router. Returns the exit status."""
+    given = build_parser().parse_args(argv)
     try:
         if given.trace:
             rows = traces.window(

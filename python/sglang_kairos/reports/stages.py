@@ -5,8 +5,8 @@
          → (decode admission) → running → (out) → first token
 
 The outer two stamps are the client's. The inner ones are SGLang's own request time stats of the
-prefill and the decode server, as `benchmark.stamp_recorder` writes them. All are seconds of one
-clock: ``time.perf_counter`` is one among the processes of a Linux machine.
+prefill and the decode server, as `benchmark.harness.stamp_recorder` writes them. All are seconds of
+one clock: ``time.perf_counter`` is one among the processes of a Linux machine.
 """
 
 from __future__ import annotations
