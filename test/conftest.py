@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from helpers.fake_clock import JumpingLoop
 from helpers.trees import seed
 
 if TYPE_CHECKING:
@@ -95,3 +96,9 @@ def out_dir() -> Path:
     path = ROOT / "out" / "test"
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    """Async tests run on asyncio, in made-up time (`helpers.fake_clock`)."""
+    return "asyncio", {"loop_factory": JumpingLoop}

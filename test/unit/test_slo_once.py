@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -14,6 +13,7 @@ import pytest
 
 from helpers.fake_prefill import Req, make_state
 from sglang_kairos.engine.slo_middleware import SloMiddleware
+from sglang_kairos.router.clock import Clock
 from sglang_kairos.router.fleet.fleet import Fleet
 from sglang_kairos.router.options import RouterOptions
 from sglang_kairos.router.request import context
@@ -58,12 +58,9 @@ class Router:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s, self.table = 100.0, new_table()
         self.options = RouterOptions(prefills=(("http://p", 1),), decodes=("http://d",))
-        self.fleet = Fleet(self.options)
-        monkeypatch.setattr(
-            context, "time", SimpleNamespace(monotonic=lambda: self.now_s, time=lambda: self.now_s)
-        )
+        self.fleet = Fleet(self.options, Clock(lambda: self.now_s, lambda: self.now_s))
 
-    def accept(self, path: str, body: Any, headers: dict[str, str]) -> context.Call:
+    def accept(self, path: str, body: Any, headers: dict[str, str]) -> context.RequestContext:
         lines = [(name.encode(), value.encode()) for name, value in headers.items()]
         scope = {"type": "http", "path": path, "headers": lines}
         raw, came_s = orjson.dumps(body), self.now_s - 0.002

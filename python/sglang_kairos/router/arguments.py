@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from sglang_kairos.router.policy_names import POLICIES
 from sglang_kairos.router.upstream_flags import add_others
 
-# As `fleet.policies.CHOOSERS`; upstream's balancers call three of them by these very names.
-POLICIES = ("kairos", "random", "round_robin", "least_load", "power_of_two", "cache_aware")
+__all__ = ["POLICIES", "build_parser"]
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from sglang_kairos.router.errors import TooManySamples, Unfoldable
 from sglang_kairos.router.fleet.prefix_index import Blocks, blocks_of
 from sglang_kairos.slo.body import COMPLETIONS, GENERATE
 
@@ -67,16 +68,11 @@ _PER_PROMPT = (
 _MEDIA = ("image_data", "video_data", "audio_data")
 
 
+# A prefill answer with log probabilities of a long prompt is kept up to this size. A longer one
+# cannot be joined, and the request ends with an error.
+KEEP_LOGPROBS_BYTES = 32 * 1024 * 1024
 # What the copies of a request's samples may come to: each of its servers parses all of it.
 MOST_UNFOLDED_BYTES = 64 * 2**20
-
-
-class Unfoldable(ValueError):
-    """A request for several samples per prompt that cannot be written as one for one each."""
-
-
-class TooManySamples(ValueError):
-    """What a request's samples come to is more than is passed on."""
 
 
 def unfold_samples(body: dict[str, Any], path: str, size: int) -> str | None:
@@ -226,6 +222,21 @@ def name_requests(body: dict[str, Any], prompt: Prompt, ours: bool) -> list[str]
     rids = [unique_id() for _ in range(prompt.prompts)]
     body["rid"] = rids if prompt.batch else rids[0]
     return rids
+
+
+def wants_merge(path: str, body: dict[str, Any]) -> bool:
+    """Whether the answer holds prompt log probabilities."""
+    if path == COMPLETIONS:
+        return bool(body.get("echo")) and bool(body.get("logprobs"))
+    asked = body.get("return_logprob")
+    return path == GENERATE and (any(asked) if isinstance(asked, list) else bool(asked))
+
+
+def wants_prompts(path: str, body: dict[str, Any]) -> bool:
+    """Of a request that `wants_merge`: whether it asks for more than prefill's first token."""
+    start = body.get("logprob_start_len")
+    starts = start if isinstance(start, list) else [start]
+    return path == COMPLETIONS or any(place not in (None, -1) for place in starts)
 
 
 def _generate_prompt(body: dict[str, Any]) -> tuple[int | None, int, int]:
