@@ -5,7 +5,8 @@ a test may say to the millisecond when something is to happen. Sockets work as e
 ends live on the loop. Threads and other processes do not: they would be left behind.
 
     pytestmark = pytest.mark.anyio       # every async test of the module, in made-up time
-    @pytest.mark.parametrize("anyio_backend", ["asyncio"])       # one test in the world's time
+
+A module whose tests talk to other processes has a fixture `anyio_backend` that returns "asyncio".
 """
 
 from __future__ import annotations

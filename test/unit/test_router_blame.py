@@ -278,7 +278,7 @@ async def test_the_routers_own_shortage_of_descriptors_costs_no_server() -> None
             assert status == 503
             assert "descriptor" in answer["error"]["message"]
         assert all(server.up for server in b.router.fleet.servers)
-        b.router._watch._failed(b.router.fleet.decodes[0], out_of_descriptors())
+        b.router._poller._failed(b.router.fleet.decodes[0], out_of_descriptors())
         assert (await b.client.get("/health")).status == 200
         session.post = whole
         assert (await b.post(GENERATE, BODY))[0] == 200

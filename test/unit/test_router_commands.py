@@ -75,9 +75,9 @@ async def test_a_command_has_as_long_as_a_request_or_as_it_asks_for(
 )
 def test_what_a_command_may_take_follows_its_own_timeout(words: str, patience_s: float) -> None:
     options = RouterOptions((), (), request_timeout_s=30.0)
-    asker = fan_out.Asker(Fleet(options), None, options)  # type: ignore[arg-type]
+    fan = fan_out.FanOut(Fleet(options), None, options)  # type: ignore[arg-type]
     scope = {"type": "http", "query_string": words.encode(), "headers": []}
-    assert asker._patience_s(Request(scope)) == patience_s
+    assert fan._patience_s(Request(scope)) == patience_s
 
 
 async def test_what_all_servers_refuse_alike_is_passed_on_as_it_is() -> None:

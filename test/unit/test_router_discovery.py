@@ -13,8 +13,8 @@ import pytest
 from aiohttp import web
 
 from helpers.fake_pd import bench, until
+from sglang_kairos.router.control import discovery
 from sglang_kairos.router.control.discovery import PORT_ANNOTATION, ApiServer, Discovery, address
-from sglang_kairos.router.fleet import discovery
 from sglang_kairos.router.options import OptionError, Pods
 
 pytestmark = pytest.mark.anyio
@@ -102,7 +102,7 @@ async def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     host, port = runner.addresses[0][:2]
     async with bench() as b:
         for server in b.router.fleet.servers:
-            b.router._watch.drop(server)
+            b.router._poller.drop(server)
             b.router.fleet.remove(server)
         found = Discovery(PODS, b.router._admin, ApiServer(f"http://{host}:{port}", tmp_path))
         yield api, found, b.router.fleet

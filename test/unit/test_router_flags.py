@@ -242,7 +242,7 @@ async def test_probes_that_are_switched_off_take_nobody_out() -> None:
             server = b.router.fleet.decodes[0]
             await until(lambda server=server: server.looked_at)
             server.url = f"http://127.0.0.1:{free_port()}"
-            counts = b.router._watch._answered
+            counts = b.router._poller._answered
             await until(lambda counts=counts, server=server: counts[server] == 0)
             assert server.health.gone is gone
 

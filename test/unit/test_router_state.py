@@ -123,7 +123,7 @@ def test_a_large_fleet_is_sampled_and_a_prefix_found_again() -> None:
     blocks = blocks_of("x" * 4000, 4.0)
     first = fleet.reserve(PlacedRequest(1000, math.inf), (), blocks)
     assert first is not None
-    first.take()
+    first.take().release()
     for _ in range(20):
         again = fleet.reserve(PlacedRequest(1000, math.inf), (), blocks)
         assert again is not None

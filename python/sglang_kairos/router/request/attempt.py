@@ -17,7 +17,6 @@ from sglang_kairos.router.request.body import (
     KEEP_LOGPROBS_BYTES,
     name_requests,
     pair_up,
-    wants_merge,
     wants_prompts,
 )
 from sglang_kairos.router.request.context import RequestContext, RequestRegistry
@@ -55,8 +54,7 @@ class Attempts:
 
         Raises ServerFailed, Rejected, or whatever interrupts `cancellation`.
         """
-        merge = wants_merge(context.path, context.body)
-        choices = context.prompt.prompts * context.prompt.samples
+        merge, choices = context.prompt.logprobs, context.prompt.choices
         hidden = ask_for_counts(
             context.body,
             context.path,
@@ -64,7 +62,7 @@ class Attempts:
             context.stream_options,
             reservation.decode.usage_by_default,
         )
-        upstream = self._upstream(context, reservation, merge)
+        upstream = self._upstream(context, reservation)
         seen = context.seen
         over = answered = not_taken = False
         status = 0
@@ -126,15 +124,14 @@ class Attempts:
             self._let_finish(prefilling, upstream)
         return status
 
-    def _upstream(
-        self, context: RequestContext, reservation: Reservation, merge: bool
-    ) -> UpstreamPair:
+    def _upstream(self, context: RequestContext, reservation: Reservation) -> UpstreamPair:
         """Writes the pair and the attempt's ids into the body; returns what sends it."""
-        prefill, body = reservation.prefill, context.body
-        rids = name_requests(body, context.prompt, context.own_rid)
+        prefill, prompt, body = reservation.prefill, context.prompt, context.body
+        port = prefill.bootstrap_port
+        rids = name_requests(body, prompt, context.own_rid)
+        pair_up(body, prompt.batch, prefill.host, port)
         if context.own_rid:
             self._registry.name(context, rids)
-        pair_up(body, context.prompt.batch, prefill.host, prefill.bootstrap_port)
         return UpstreamPair(
             self._session,
             prefill,
@@ -143,7 +140,7 @@ class Attempts:
             context.payload(self._clock.now_s()),
             context.headers,
             rids,
-            KEEP_LOGPROBS_BYTES if merge else KEEP_BYTES,
+            KEEP_LOGPROBS_BYTES if prompt.logprobs else KEEP_BYTES,
             self._clock,
         )
 

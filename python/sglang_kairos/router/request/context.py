@@ -50,13 +50,14 @@ class RequestContext:
 
     `gone`: servers that could not be reached; `failed`: those of pairs that failed it otherwise.
     `carried`: its SLOs where they lie in the body. `aborted`: somebody asked for its end.
-    `server_ids`: made up for the attempt under way.
+    `own_headers`: what the router adds to every answer. `server_ids`: made up for the attempt under way.
     `relegated`: how to reach it while it waits here for its turn.
     """
 
     path: str
     headers: list[tuple[str, str]]
     request_id: str
+    own_headers: Headers
     body: dict[str, Any]
     prompt: Prompt
     blocks: Blocks
@@ -77,11 +78,6 @@ class RequestContext:
     relegated: Cancellation | None = None
     server_ids: list[str] = field(default_factory=list)
 
-    @property
-    def own_headers(self) -> Headers:
-        """What the router adds to every answer."""
-        return [(REQUEST_ID.encode(), self.request_id.encode("latin-1"))]
-
     def placed(self, fleet: Fleet) -> PlacedRequest:
         """What placement needs to know."""
         prompt = self.prompt
@@ -89,7 +85,7 @@ class RequestContext:
             tokens=prompt.tokens + prompt.text_bytes / fleet.bytes_per_token.value,
             deadline_s=self.deadline_s,
             output_tokens=OUTPUT_SHARE * prompt.output_tokens * prompt.samples,
-            prompts=prompt.prompts * prompt.samples,
+            prompts=prompt.choices,
             handoff_s=fleet.handoff.value,
             tpot_s=self.slo.tpot_ms / 1e3,
             weight=self.slo.weight,
@@ -174,6 +170,7 @@ def accept(
         path=path,
         headers=headers,
         request_id=request_id,
+        own_headers=[(REQUEST_ID.encode(), request_id.encode("latin-1"))],
         body=body,
         prompt=prompt,
         blocks=blocks,

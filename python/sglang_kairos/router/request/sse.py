@@ -196,6 +196,11 @@ class Meter:
             return None
         return max((t for c in choices if (t := c.tpot_s()) is not None), default=None)
 
+    def events(self, events: list[bytes], now_s: float) -> None:
+        """Several at once."""
+        for event in events:
+            self.event(event, now_s)
+
     def event(self, event: bytes, now_s: float) -> None:
         """One event."""
         one_line = event.find(b"\n") == len(event) - 2

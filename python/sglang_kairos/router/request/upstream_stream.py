@@ -275,7 +275,9 @@ class AnswerRelay:
         """Read and measure what comes after the client has left. aiohttp.ClientError, OSError."""
         content = self._head.response.content
         while chunk := await content.readany():
-            self._measure(self._splitter.feed(chunk), self._clock.now_s())
+            events = self._splitter.feed(chunk)
+            if self._seen.meter is not None:
+                self._seen.meter.events(events, self._clock.now_s())
 
     async def end(self) -> None:
         """Tell the client that its answer has ended, if it has not been told."""
@@ -295,12 +297,7 @@ class AnswerRelay:
         if self._seen.meter is not None:
             if self._hidden is Hidden.NOTHING:
                 events = self._splitter.feed(chunk)
-            self._measure(events, now)
-
-    def _measure(self, events: list[bytes], now_s: float) -> None:
-        if self._seen.meter is not None:
-            for event in events:
-                self._seen.meter.event(event, now_s)
+            self._seen.meter.events(events, now)
 
 
 async def break_off(seen: Relayed, send: Send, status: int, message: str, kind: str) -> None:
