@@ -4,9 +4,7 @@ What waits for a timer alone waits (almost) no real time, and how busy the machi
 a test may say to the millisecond when something is to happen. Sockets work as ever, as long as both
 ends live on the loop. Threads and other processes do not: they would be left behind.
 
-    pytestmark = pytest.mark.anyio       # every async test of the module, in made-up time
-
-A module whose tests talk to other processes has a fixture `anyio_backend` that returns "asyncio".
+    pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]       # or of one test
 """
 
 from __future__ import annotations

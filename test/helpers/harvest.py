@@ -104,7 +104,7 @@ def _closure(start: tuple[str, str]) -> set[str]:
         # The state belongs to the seam that makes it.
         if here == ("scheduler_state", "KairosState") and start not in (
             here,
-            ("scheduler_state", "run_event_loop"),
+            ("lifecycle", "run_event_loop"),
         ):
             continue
         seen[here] = _node(here)

@@ -11,9 +11,9 @@ import pytest
 
 from helpers.trees import TESTED_VERSIONS, sglang_folder
 from sglang_kairos.config import KairosConfig
-from sglang_kairos.engine import compat, features, plugin, slo_middleware
+from sglang_kairos.engine import compat, features, plugin
 from sglang_kairos.engine.features import FEATURES, Action, reasons, why_not
-from sglang_kairos.engine.hooks import http
+from sglang_kairos.engine.hooks import http, lifecycle, slo_middleware
 from sglang_kairos.engine.state import scheduler_state
 
 # What a scheduler with each feature shows, for those found at its start.
@@ -94,11 +94,11 @@ def test_a_decode_server_says_at_its_start_what_it_does_without(
     server = bare(**SHOWN["speculative decoding"])
     made = SimpleNamespace(mode="decode", cannot_pause="")
     monkeypatch.setattr(features, "refuse_unsupported", lambda scheduler: None)
-    monkeypatch.setattr(scheduler_state, "active_config", lambda: KairosConfig())
+    monkeypatch.setattr(lifecycle, "active_config", lambda: KairosConfig())
     monkeypatch.setattr(scheduler_state, "KairosState", lambda scheduler, config: made)
     monkeypatch.setattr(scheduler_state, "CURRENT", None)
     with caplog.at_level(logging.WARNING):
-        scheduler_state.run_event_loop(lambda scheduler: None, server)
+        lifecycle.run_event_loop(lambda scheduler: None, server)
     said = [record.message for record in caplog.records]
     assert "Kairos: decode packing is off: speculative decoding is on" in said
     assert any("limit admission: speculative decoding is on" in line for line in said)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from sglang_kairos.engine.hooks import lifecycle
 from sglang_kairos.engine.state import scheduler_state, tp_sync
 
 
@@ -85,16 +86,16 @@ def test_pipeline_parallelism_is_refused_before_the_hand_shake(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runtime(monkeypatch, 2)
-    for seam in (scheduler_state.get_init_info, scheduler_state.run_event_loop):
+    for seam in (lifecycle.get_init_info, lifecycle.run_event_loop):
         with pytest.raises(RuntimeError, match=r"--pp-size > 1.*--kairos off"):
             seam(lambda scheduler: {}, None)
     assert scheduler_state.current() is None
     runtime(monkeypatch, 1)
-    assert "kairos" in scheduler_state.get_init_info(lambda scheduler: {"other": 1}, None)
+    assert "kairos" in lifecycle.get_init_info(lambda scheduler: {"other": 1}, None)
 
 
 def test_the_mode_follows_a_server_that_switches_its_role() -> None:
-    from helpers.fake_prefill import make_scheduler
+    from helpers.fake_scheduler import make_scheduler
     from sglang_kairos.config import KairosConfig
 
     scheduler = make_scheduler([], None)

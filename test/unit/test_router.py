@@ -24,7 +24,7 @@ from helpers.fake_pd import (
 )
 from sglang_kairos.config import KairosConfig
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 
 
 async def test_both_servers_get_one_body_and_the_client_gets_decodes_answer() -> None:

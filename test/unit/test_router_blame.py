@@ -19,7 +19,7 @@ from sglang_kairos.router.fleet import outliers
 from sglang_kairos.router.fleet.health import HealthRules
 from sglang_kairos.router.fleet.outliers import Failures, own_shortage, was_aborted
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 
 BODY = {"text": "x"}
 

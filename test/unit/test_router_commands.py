@@ -17,7 +17,7 @@ from sglang_kairos.router.control.fan_out import ranked, together
 from sglang_kairos.router.fleet.fleet import Fleet
 from sglang_kairos.router.options import RouterOptions
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 
 FLUSH = "/flush_cache"
 

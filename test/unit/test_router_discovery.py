@@ -17,7 +17,7 @@ from sglang_kairos.router.control import discovery
 from sglang_kairos.router.control.discovery import PORT_ANNOTATION, ApiServer, Discovery, address
 from sglang_kairos.router.options import OptionError, Pods
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 
 PODS = Pods("role=prefill", "role=decode", 30000, "llm")
 

@@ -20,7 +20,7 @@ from sglang_kairos.router.control.endpoints import (
     WEBSOCKET,
 )
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 
 ROOT = Path(__file__).parents[2]
 TREES = sorted(ROOT.glob(".venv/sglang-*/sglang")) + sorted(

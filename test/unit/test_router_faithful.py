@@ -11,7 +11,7 @@ from aiohttp import web
 from helpers.fake_pd import COMPLETIONS, GENERATE, Fake, bench, free_port, streaming
 from sglang_kairos.router.request.logprobs import Merger
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 
 STREAM = {"text": "x", "stream": True}
 

@@ -25,7 +25,7 @@ from sglang_kairos.router.fleet.servers import DecodeServer, PrefillServer
 from sglang_kairos.router.options import OptionError, Pods, RouterOptions, parse_options
 from sglang_kairos.router.upstream_flags import NO_EFFECT, REFUSED, VALUES
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 
 PAIR = "--pd-disaggregation --prefill http://127.0.0.1:1 --decode http://127.0.0.1:2 "
 PODS = "--pd-disaggregation --service-discovery --service-discovery-port 30000 "

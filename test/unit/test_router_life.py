@@ -24,7 +24,7 @@ from sglang_kairos.router.cancellation import Cancellation
 from sglang_kairos.router.fleet.health import HealthRules
 from sglang_kairos.router.options import OptionError, parse_options
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 
 STREAM = {"text": "x", "stream": True}
 

@@ -28,7 +28,7 @@ from sglang_kairos.router.request.sse import (
 )
 from sglang_kairos.router.request.upstream_stream import AnswerRelay, DecodeHead
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 
 DONE = b"data: [DONE]\n\n"
 

@@ -46,12 +46,6 @@ def patched(into: Path) -> Path:
     return into
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    """In the world's time: the balancer is a process of its own."""
-    return "asyncio"
-
-
 def launch(tree: Path, *words: str) -> subprocess.Popen[bytes]:
     path = os.pathsep.join((str(tree), str(ROOT / "python")))
     return subprocess.Popen(

@@ -16,7 +16,7 @@ from sglang_kairos.router.options import OptionError, parse_options
 from sglang_kairos.router.request.context import Full, Limits, TooLarge
 from sglang_kairos.router.request.deferred_queue import DeferredQueue
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 
 # 1 ms a token, and 1 ms a step for each request running.
 PREFILL = {"a_s": 0.0, "b_s": 1e-3, "c_s": 0.0}

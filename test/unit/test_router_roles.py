@@ -12,7 +12,7 @@ from aiohttp import web
 from helpers.fake_pd import GENERATE, Bench, Fake, bench, never, until
 from sglang_kairos.router.fleet.server_info import misplaced, roles
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 
 ADMIN = {"admin_api_key": "root"}
 

@@ -26,7 +26,7 @@ from sglang_kairos.router.fleet.servers import FRESH_S, DecodeServer, PrefillSer
 from sglang_kairos.router.options import RouterOptions
 from sglang_kairos.router.request.body import prompt_blocks
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 
 
 def fleet_of(policy: str = "kairos", prefills: int = 3, decodes: int = 2) -> Fleet:

@@ -15,7 +15,7 @@ import pytest
 import sglang_kairos.router
 from helpers.fake_pd import GENERATE, Bench, Fake, bench, streaming
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 
 ROUTER = Path(sglang_kairos.router.__file__).parent
 CHUNK = b'data: {"text": "a", "meta_info": {"completion_tokens": 1}}\n\n'

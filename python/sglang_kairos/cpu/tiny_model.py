@@ -1,6 +1,6 @@
 """Makes a tiny Qwen2 model with random weights, to serve without a GPU or a network.
 
-``python -m sglang_kairos.cpu.tiny_model OUT_DIR`` writes config, tokenizer, chat template and
+``kairos tiny-model OUT_DIR`` writes config, tokenizer, chat template and
 float32 weights, a few megabytes in all. The same arguments give the same bytes.
 
 With default initialisation a random model repeats one token for ever under greedy decoding, and
@@ -24,6 +24,8 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sglang_kairos.commands import DefaultsFormatter, parser_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -289,17 +291,19 @@ def _weights(shape: TinyModel, visible: list[int]) -> Weights:
     return weights
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of ``kairos tiny-model``: a folder, and the model's shape."""
+    parser = parser_of("tiny-model", formatter_class=DefaultsFormatter)
+    parser.add_argument("out_dir", metavar="FOLDER", help="where the model is written")
+    for name, value in asdict(TinyModel()).items():
+        text = name.replace("_", " ")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=text)
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Command line; prints the folder. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sglang_kairos.cpu.tiny_model",
-        description="Make a tiny random Qwen2 model for serving without a GPU.",
-    )
-    parser.add_argument("out_dir")
-    defaults = TinyModel()
-    for name, value in asdict(defaults).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    options = vars(parser.parse_args(argv))
+    """Make the model and print its folder. Returns the exit status."""
+    options = vars(build_parser().parse_args(argv))
     out_dir = options.pop("out_dir")
     try:
         print(make_tiny_model(out_dir, TinyModel(**options)))

@@ -22,8 +22,8 @@ from typing import Any
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import compat
 from sglang_kairos.engine.hooks import http
+from sglang_kairos.engine.hooks.slo_middleware import UNKNOWN, ServerFacts
 from sglang_kairos.engine.seams.callees import Callee
-from sglang_kairos.engine.slo_middleware import UNKNOWN, ServerFacts
 from sglang_kairos.engine.survey import fingerprint
 from sglang_kairos.slo.body import GENERATE
 from sglang_kairos.slo.dynamo import custom_params, native_body

@@ -248,5 +248,5 @@ def way_out(problems: Iterable[str], installed: str) -> str:
         f"against.\n{listed}\n"
         f"Way out: install a supported SGLang ({versions}), or start with --kairos off (KAIROS=off) "
         "for stock scheduling, or --kairos-strict seam (KAIROS_STRICT=seam) to run without exactly "
-        "what depends on the functions named above. `python -m sglang_kairos.versions.doctor` says more."
+        "what depends on the functions named above. `kairos doctor` says more."
     )

@@ -13,6 +13,7 @@ from collections.abc import Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from sglang_kairos.names import with_old_keys
 from sglang_kairos.slo.targets import Slo
 
 TTFT, TPOT, BOTH = "ttft", "tpot", "both"
@@ -135,9 +136,9 @@ class Attainment:
 
     def report(self) -> dict[str, Any]:
         """Plain data for /server_info."""
-        return {
+        report = {
             "requests": dict(self.outcomes),
-            "longest_silence_s": self.longest_silence_s,
+            "max_itl_s": self.longest_silence_s,
             "classes": {
                 name: {
                     "met": dict(tally.met),
@@ -149,6 +150,7 @@ class Attainment:
                 for name, tally in self.classes.items()
             },
         }
+        return with_old_keys("server_info", report)
 
 
 class Recent:

@@ -1,7 +1,7 @@
 """How an SLO sits in an HTTP request body: found, checked, and put where SGLang carries it.
 
-Shared by the router and by the middleware in the server (`engine/slo_middleware.py`), so that both accept
-and refuse the same requests. No SGLang import.
+Shared by the router and by the middleware in the server (`engine/hooks/slo_middleware.py`), so that
+both accept and refuse the same requests. No SGLang import.
 
 SGLang takes ``custom_params`` to its schedulers from ``sampling_params.custom_params`` for
 /generate (`sampling_params` absent, an object, or a list with one object per prompt) and from the

@@ -1,11 +1,12 @@
-"""How an SLO gets from an HTTP request into SGLang: an ASGI middleware in front of its app."""
+"""The start of SGLang's HTTP server: checks its schedulers, puts `slo_middleware` in front of its app."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from sglang_kairos.engine import compat, features, slo_middleware
+from sglang_kairos.engine import compat, features
+from sglang_kairos.engine.hooks import slo_middleware
 from sglang_kairos.engine.installed import MISSING, active_config
 from sglang_kairos.engine.state.metrics import header_counter
 from sglang_kairos.slo.limits import MOST_SAMPLES, RequestLimits

@@ -73,14 +73,14 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.get_init_info",
-        handler="sglang_kairos.engine.state.scheduler_state:get_init_info",
+        handler="sglang_kairos.engine.hooks.lifecycle:get_init_info",
         why="the server must not serve when a scheduler process came up without Kairos",
         how="adds the number of installed seams to the hand-shake; the HTTP server checks it",
         gone_when="SGLang reports loaded plugins in the hand-shake",
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.run_event_loop",
-        handler="sglang_kairos.engine.state.scheduler_state:run_event_loop",
+        handler="sglang_kairos.engine.hooks.lifecycle:run_event_loop",
         why="Kairos' state belongs to one scheduler and must refuse what it does not support",
         how="builds the state, refuses what is not supported, then runs the loop",
         gone_when="SGLang has a start-up hook for scheduler plugins",
@@ -256,7 +256,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         target="sglang.srt.managers.scheduler_components.internal_state:"
         "SchedulerInternalStateController.get_internal_state",
-        handler="sglang_kairos.engine.state.scheduler_state:get_internal_state",
+        handler="sglang_kairos.engine.hooks.lifecycle:get_internal_state",
         why="the router and operators need predictors, errors and counters",
         how="adds a `kairos` entry to /server_info",
         gone_when="never: this is Kairos' own report",
@@ -264,7 +264,7 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.get_internal_state",
-        handler="sglang_kairos.engine.state.scheduler_state:get_internal_state",
+        handler="sglang_kairos.engine.hooks.lifecycle:get_internal_state",
         why="the router and operators need predictors, errors and counters",
         how="adds a `kairos` entry to /server_info",
         gone_when="never: this is Kairos' own report",

@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from sglang_kairos import names
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import features
-from sglang_kairos.engine.installed import INSTALLED, MISSING, VOUCHED_FOR, active_config
+from sglang_kairos.engine.installed import INSTALLED, MISSING, VOUCHED_FOR
 from sglang_kairos.engine.seams import losses
 from sglang_kairos.engine.state.decision_log import DecisionLog
 from sglang_kairos.engine.state.graph_sizes import captured_sizes
@@ -39,7 +40,7 @@ class KairosState:
         self.config = config
         self.scheduler = scheduler
         self.table: SloTable = config.slo_table()
-        self.profile = Profile(scheduler, config.profile)
+        self.profile = Profile(scheduler, config.latency_model)
         self.captured_sizes = captured_sizes(scheduler)
         self.prefill_time, self.step_time = self.profile.start(self.captured_sizes)
         self.steps = LatestSteps()
@@ -180,8 +181,8 @@ class KairosState:
             "seams": dict(INSTALLED),
             "lost": dict(MISSING),
             "vouched_for": list(VOUCHED_FOR),
-            "profile": self.profile.source,
-            "profile_key": dataclasses.asdict(self.profile.key),
+            "latency_model": self.profile.source,
+            "latency_model_key": dataclasses.asdict(self.profile.key),
             "captured_sizes": self.captured_sizes,
             "steps": self.steps.report(),
             "attainment": self.attainment.report(),
@@ -200,7 +201,7 @@ class KairosState:
             report["paused"] = len(self.paused)
             report["paused_tokens"] = sum(map(kv_tokens, self.paused))
             report["cannot_pause"] = self.cannot_pause
-        return report
+        return names.with_old_keys("server_info", report)
 
 
 CURRENT: KairosState | None = None
@@ -211,49 +212,8 @@ def current() -> KairosState | None:
     return CURRENT
 
 
-def run_event_loop(original: Callable[..., Any], scheduler: Any) -> Any:
-    """Seam of Scheduler.run_event_loop: set Kairos up, then serve."""
+def start(scheduler: Any, config: KairosConfig) -> KairosState:
+    """Makes this process' state, which `current` returns from now on."""
     global CURRENT
-    config = losses.without(active_config(), MISSING)
-    features.refuse_unsupported(scheduler)
     CURRENT = KairosState(scheduler, config)
-    logger.info(
-        "Kairos is on: mode=%s, default SLO ttft=%g ms tpot=%g ms, order=%s pause=%s park=%s%s",
-        CURRENT.mode,
-        config.ttft_ms,
-        config.tpot_ms,
-        config.order,
-        config.pause,
-        config.park,
-        "" if config.chaos_seed < 0 else f", CHAOS seed {config.chaos_seed}",
-    )
-    wanted: list[features.Action] = ["pause"] if config.pause else []
-    wanted += ["park", "reserve"] if config.park else []
-    for line in features.lost(CURRENT.mode, scheduler, wanted):
-        logger.warning("Kairos: %s", line)
-    if config.order and getattr(scheduler, "enable_priority_scheduling", False):
-        logger.warning(
-            "Kairos: urgency comes before SGLang's request priorities; use weights of SLO classes"
-        )
-    if CURRENT.mode == "null":
-        logger.info(
-            "Kairos: unified serving: the urgency order applies, pausing and decode packing are off "
-            "(they need --disaggregation-mode prefill|decode)"
-        )
-    return original(scheduler)
-
-
-def get_init_info(original: Callable[..., Any], scheduler: Any) -> Any:
-    """Seam of Scheduler.get_init_info: tell the launcher that this scheduler has Kairos."""
-    features.refuse_unsupported(
-        scheduler
-    )  # before the hand-shake: the server must not come up and die then
-    return {**original(scheduler), "kairos": dict(INSTALLED)}
-
-
-def get_internal_state(original: Callable[..., Any], controller: Any, recv_req: Any) -> Any:
-    """Seam of the /server_info readback: add Kairos' own entry."""
-    output = original(controller, recv_req)
-    if CURRENT is not None:
-        output.internal_state["kairos"] = CURRENT.report()
-    return output
+    return CURRENT
