@@ -18,11 +18,16 @@ from sglang_kairos.config import KairosConfig
 from sglang_kairos.launch_router import main as launch
 from sglang_kairos.policy.placement import PlacedRequest
 from sglang_kairos.router.arguments import POLICIES, build_parser
-from sglang_kairos.router.fleet.health import HealthRules
 from sglang_kairos.router.fleet.policies import CacheRule, policy_of
 from sglang_kairos.router.fleet.prefix_index import Blocks
 from sglang_kairos.router.fleet.servers import DecodeServer, PrefillServer
-from sglang_kairos.router.options import OptionError, Pods, RouterOptions, parse_options
+from sglang_kairos.router.options import (
+    HealthRules,
+    OptionError,
+    Pods,
+    RouterOptions,
+    parse_options,
+)
 from sglang_kairos.router.upstream_flags import NO_EFFECT, REFUSED, VALUES
 
 pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]

@@ -21,8 +21,7 @@ from helpers.fake_pd import (
     until,
 )
 from sglang_kairos.router.cancellation import Cancellation
-from sglang_kairos.router.fleet.health import HealthRules
-from sglang_kairos.router.options import OptionError, parse_options
+from sglang_kairos.router.options import HealthRules, OptionError, parse_options
 
 pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 

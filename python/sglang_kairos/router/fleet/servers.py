@@ -19,7 +19,7 @@ from sglang_kairos.predict.latency_model import GENERIC_PREFILL, PrefillLatency
 from sglang_kairos.router.cancellation import Cancellation
 from sglang_kairos.router.clock import SYSTEM_CLOCK
 from sglang_kairos.router.fleet.estimators import Pace, SpeedEstimate
-from sglang_kairos.router.fleet.health import Health, HealthRules
+from sglang_kairos.router.fleet.health import Health
 from sglang_kairos.router.fleet.prefix_index import BLOCK_TOKENS, MOST_BLOCKS, Blocks, PrefixIndex
 from sglang_kairos.router.fleet.server_info import (
     ENOUGH_SAMPLES,
@@ -33,6 +33,7 @@ from sglang_kairos.router.fleet.server_info import (
     roles,
     settled,
 )
+from sglang_kairos.router.options import HealthRules
 from sglang_kairos.slo.limits import NO_LIMITS, RequestLimits
 
 DEFAULT_BOOTSTRAP_PORT = 8998

@@ -2,7 +2,7 @@
 
 A policy gets the servers that may be picked and says which. `fleet` then predicts what the picked
 pair will do, so that overload is judged and measured alike under every policy. A new one is a file
-here with a class under ``@register("name")``; the flag's choices are what is registered.
+here with a class and a call of `register`; the flag's choices are what is registered.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from sglang_kairos.router.fleet.servers import DecodeServer, PrefillServer
 from sglang_kairos.router.policy_names import POLICIES
 
 T = TypeVar("T")
-P = TypeVar("P", bound="type[RoutingPolicy]")
 Servers = tuple[Sequence[PrefillServer], Sequence[DecodeServer]]
 # A pair, and what the policy has predicted of it, if it has predicted anything to find it.
 Picked = tuple[PrefillServer, DecodeServer, Pair | None]
@@ -73,14 +72,9 @@ class PolicyPerRole(RoutingPolicy):
         return prefill, self._decode.pick(servers, request, blocks)[1], None
 
 
-def register(name: str) -> Callable[[P], P]:
+def register(name: str, policy: type[RoutingPolicy]) -> None:
     """Registers a policy. Raises ValueError if another one has the name."""
-
-    def registered(policy: P) -> P:
-        POLICIES.add(name, policy)
-        return policy
-
-    return registered
+    POLICIES.add(name, policy)
 
 
 def policy_of(prefill: str, decode: str, rng: Random, rule: CacheRule = _RULE) -> RoutingPolicy:

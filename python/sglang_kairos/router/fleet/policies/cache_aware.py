@@ -11,7 +11,6 @@ from sglang_kairos.router.fleet.policies.least_load import LeastLoadPolicy
 from sglang_kairos.router.fleet.prefix_index import Blocks
 
 
-@register("cache_aware")
 class CacheAwarePolicy(LeastLoadPolicy):
     """The decode server is always the least loaded one."""
 
@@ -28,3 +27,6 @@ class CacheAwarePolicy(LeastLoadPolicy):
         if best.prefix.cached_tokens(blocks) >= rule.threshold * max(1.0, request.tokens):
             prefill = best
         return prefill, decode, None
+
+
+register("cache_aware", CacheAwarePolicy)

@@ -7,7 +7,6 @@ from sglang_kairos.router.fleet.policies import Picked, RoutingPolicy, Servers, 
 from sglang_kairos.router.fleet.prefix_index import Blocks
 
 
-@register("kairos")
 class KairosPolicy(RoutingPolicy):
     """Compares all pairs by what they are predicted to do, for this request and those before it."""
 
@@ -25,3 +24,6 @@ class KairosPolicy(RoutingPolicy):
         )
         assert pair is not None, "neither side is empty"
         return prefills[pair.prefill], decodes[pair.decode], pair
+
+
+register("kairos", KairosPolicy)

@@ -7,7 +7,6 @@ from sglang_kairos.router.fleet.policies import Picked, RoutingPolicy, Servers, 
 from sglang_kairos.router.fleet.prefix_index import Blocks
 
 
-@register("least_load")
 class LeastLoadPolicy(RoutingPolicy):
     """The least loaded server of each side; among equals one at random."""
 
@@ -16,3 +15,6 @@ class LeastLoadPolicy(RoutingPolicy):
         prefills, decodes = servers
         prefill = self._least(prefills, lambda server: server.owed)
         return prefill, self._least(decodes, lambda server: server.running), None
+
+
+register("least_load", LeastLoadPolicy)

@@ -8,7 +8,6 @@ from sglang_kairos.router.fleet.policies.least_load import LeastLoadPolicy
 from sglang_kairos.router.fleet.prefix_index import Blocks
 
 
-@register("power_of_two")
 class PowerOfTwoPolicy(LeastLoadPolicy):
     """As `least_load`, among two of each side."""
 
@@ -18,3 +17,6 @@ class PowerOfTwoPolicy(LeastLoadPolicy):
         few = self._rng.sample(list(prefills), min(2, len(prefills)))
         some = self._rng.sample(list(decodes), min(2, len(decodes)))
         return super().pick((few, some), request, blocks)
+
+
+register("power_of_two", PowerOfTwoPolicy)

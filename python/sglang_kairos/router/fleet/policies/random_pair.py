@@ -7,7 +7,6 @@ from sglang_kairos.router.fleet.policies import Picked, RoutingPolicy, Servers, 
 from sglang_kairos.router.fleet.prefix_index import Blocks
 
 
-@register("random")
 class RandomPolicy(RoutingPolicy):
     """Every server of a role is as likely as any other."""
 
@@ -15,3 +14,6 @@ class RandomPolicy(RoutingPolicy):
         """Returns a pair of which nothing is predicted."""
         prefills, decodes = servers
         return self._rng.choice(prefills), self._rng.choice(decodes), None
+
+
+register("random", RandomPolicy)

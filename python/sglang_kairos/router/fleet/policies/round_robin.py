@@ -16,7 +16,6 @@ from sglang_kairos.router.fleet.policies import (
 from sglang_kairos.router.fleet.prefix_index import Blocks
 
 
-@register("round_robin")
 class RoundRobinPolicy(RoutingPolicy):
     """Prefill servers in turn, and every decode server with every prefill server."""
 
@@ -44,3 +43,6 @@ class RoundRobinPerRole(RoundRobinPolicy):
         prefills, decodes = servers
         turn = next(self._turn)
         return prefills[turn % len(prefills)], decodes[turn % len(decodes)], None
+
+
+register("round_robin", RoundRobinPolicy)
