@@ -14,10 +14,9 @@ from urllib.parse import urlsplit
 
 from sglang_kairos.policy.overload import Overload
 from sglang_kairos.router.arguments import OptionError, build_parser
-from sglang_kairos.router.fleet.health import HealthRules
 from sglang_kairos.router.upstream_flags import heed
 
-__all__ = ["OptionError", "Pods", "RouterOptions", "parse_options", "prefill_of", "url_of"]
+__all__ = ["HealthRules", "OptionError", "Pods", "RouterOptions", "parse_options", "prefill_of", "url_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +32,16 @@ class Pods:
     decode: str
     port: int
     namespace: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HealthRules:
+    """Thresholds count consecutive events; times in seconds."""
+
+    probe_failures: int = 3
+    request_failures: int = 5
+    eject_s: float = 5.0
+    longest_eject_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
