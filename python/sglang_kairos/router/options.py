@@ -16,7 +16,15 @@ from sglang_kairos.policy.overload import Overload
 from sglang_kairos.router.arguments import OptionError, build_parser
 from sglang_kairos.router.upstream_flags import heed
 
-__all__ = ["HealthRules", "OptionError", "Pods", "RouterOptions", "parse_options", "prefill_of", "url_of"]
+__all__ = [
+    "HealthRules",
+    "OptionError",
+    "Pods",
+    "RouterOptions",
+    "parse_options",
+    "prefill_of",
+    "url_of",
+]
 
 logger = logging.getLogger(__name__)
 
