@@ -39,7 +39,7 @@ def chosen_again(record: dict[str, Any]) -> StepChoice | None:
         emitted=np.zeros(slack.size),
         tpot_s=tpot,
         last_token_s=-silent,
-        served=np.array(record["served"], bool),
+        sustained=np.array(record["served"], bool),
         context_tokens=context,
         tightest_s=float(tpot.min()),
     )
@@ -48,5 +48,5 @@ def chosen_again(record: dict[str, Any]) -> StepChoice | None:
     )
     planner = DecodePlanner(config, Counter())
     older = 2.0 * record.get("horizon_tokens", HORIZON)
-    planner.stay.output_tokens = record.get("expected_output", older)
+    planner.statistics.output_tokens = record.get("expected_output", older)
     return planner.choose(view, Recorded(record))

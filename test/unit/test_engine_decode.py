@@ -299,7 +299,7 @@ def test_with_memory_to_spare_a_request_is_let_in_before_its_first_token_is_late
     pressing.time_stats.scheduler_recv_time -= 8
     popped, _ = decode.pop_preallocated(upstream_pop, Queue([early, pressing]))
     assert [entry.req for entry in popped] == [pressing]
-    assert kairos.promise(pressing).kept is False
+    assert kairos.promise(pressing).sustained is False
 
 
 @pytest.mark.parametrize("order", [True, False])
@@ -480,10 +480,10 @@ def test_the_table_follows_who_joins_and_leaves(kairos: scheduler_state.KairosSt
     a.done = True
     for req in (a, b, c):
         kairos.promise(req)
-    before = memory_of(kairos).planner.stay.output_tokens
+    before = memory_of(kairos).planner.statistics.output_tokens
     step(kairos, Batch([a, b, c]))
     step(kairos, Batch([b, c]))
-    assert memory_of(kairos).planner.stay.output_tokens < before
+    assert memory_of(kairos).planner.statistics.output_tokens < before
 
 
 def retracted(kairos: scheduler_state.KairosState, batch: Batch) -> tuple[list[str], list[str]]:

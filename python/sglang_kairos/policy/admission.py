@@ -1,4 +1,4 @@
-"""Who gets KV on a decode server, and so may start to prefill: the ones that can be kept on pace.
+"""Who gets KV on a decode server, and so may start to prefill: the ones that can be sustained on pace.
 
 All arrays have shape (n,), one entry per waiting request; times in seconds.
     share_i = the largest of  cost_i / (tpot_i - base),  its part of the KV cache, and of the slots
@@ -7,8 +7,8 @@ All arrays have shape (n,), one entry per waiting request; times in seconds.
 Waiting here costs nothing until the first token is due; running behind one's TPOT costs with every
 token. So whoever would make the steps too long for those running waits. The order is Moore-
 Hodgson's on (work, latest start): as many in time as possible, late ones last, shortest first. In
-that order they are *kept*, admitted to run at their TPOT, while
-    base / min tpot + sum of cost / tpot over the committed and the kept <= TARGET
+that order they are *sustained*, admitted to run at their TPOT, while
+    base / min tpot + sum of cost / tpot over the committed and the sustained <= TARGET
 (`load`). While memory is plentiful, shutting others out saves nothing: who would else miss its
 first token is let in too, to be parked until there is room for it (`packing`). So is, at once, whose
 TPOT target is out of reach: shorter than a step of its own. Where nobody's is within reach, there is
@@ -21,7 +21,7 @@ Two things come before all of that, because a request is lost otherwise, not lat
   short nobody passes it, as in stock. Whose time is up, which may be lost already, goes behind it.
 - *No circular wait between prefill's and decode's memory.* Only requests that are `ready`, that
   could be reserved this moment, are planned. Where prefill computes first and asks then
-  (``prefill_complete``), ready means that its KV waits there; a place kept for somebody who still
+  (``prefill_complete``), ready means that its KV waits there; a place sustained for somebody who still
   needs room on prefill would wait for those very requests. The other such wait, of requests that
   prefill computed before it was asked to, ends on the prefill server (`policy.standstill`).
 Our own design. Constants: chosen in simulation, flat around these values (docs/decode.md).
@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from sglang_kairos.policy.load import Array, StepTime, step_costs, within_reach
 from sglang_kairos.policy.urgency import urgency_order
-from sglang_kairos.predict.request_statistics import BEST, Stay
+from sglang_kairos.predict.request_statistics import BEST, RequestStatistics
 
 TARGET = 0.99
 PLENTY = 0.8
@@ -84,7 +84,7 @@ class QueueView:
 
 @dataclass(frozen=True, slots=True)
 class Occupancy:
-    """A decode server. `context_tokens`, `tpot_s` (m,): of the kept, be they running, in transfer or
+    """A decode server. `context_tokens`, `tpot_s` (m,): of the sustained, be they running, in transfer or
     about to join. `kv_tokens`, `slots`: what it has; `used_tokens`, `used_slots`: by whomever."""
 
     context_tokens: Array
@@ -98,11 +98,11 @@ class Occupancy:
 @dataclass(frozen=True, slots=True)
 class AdmissionPlan:
     """`order`: all indices, first come first. The first `count` may come in now, and the first
-    `kept` of these can be kept on pace. `starving`: who goes first as it has waited too long, -1:
+    `sustained` of these can be sustained on pace. `starving`: who goes first as it has waited too long, -1:
     nobody."""
 
     order: list[int]
-    kept: int
+    sustained: int
     count: int
     starving: int = -1
 
@@ -111,7 +111,7 @@ def plan_admission(
     queue: QueueView,
     server: Occupancy,
     step_s: StepTime,
-    stay: Stay,
+    statistics: RequestStatistics,
     *,
     starving: int = -1,
     clock: Array | None = None,
@@ -138,8 +138,8 @@ def plan_admission(
     free = np.maximum(tpot - base, 0.05 * tpot)
     memory = np.maximum(prompt / server.kv_tokens, 1.0 / server.slots)
     share = np.where(reach, np.maximum(cost / free, memory), memory)
-    work = share * stay.output_tokens * tpot
-    hopeful = due - stay.lead_s(prompt, BEST)
+    work = share * statistics.output_tokens * tpot
+    hopeful = due - statistics.startup_s(prompt, BEST)
     latest_end = np.where(hopeful > 0.0, hopeful + work, -1.0)
     never = queue.never_fits(server.kv_tokens)[here]
     left = np.ones(here.size) if clock is None else clock[here]
@@ -147,8 +147,8 @@ def plan_admission(
     weight = None if queue.weight is None else queue.weight[here]
     first = starves if starving >= 0 else None
     order = np.asarray(urgency_order(work, latest_end, weight, first).order, np.intp)
-    may_be_kept = (reach | starves | pressed) & ~never
-    group = np.where(never, 2, np.where(may_be_kept | (not gated), 0, 1))
+    may_be_sustained = (reach | starves | pressed) & ~never
+    group = np.where(never, 2, np.where(may_be_sustained | (not gated), 0, 1))
     if pressed.any():
         turn = np.where(pressed, _time_left(left), 0.0)
         order = order[np.lexsort((turn[order], np.where(pressed, -1, group)[order]))]
@@ -159,23 +159,23 @@ def plan_admission(
         return AdmissionPlan([*here[order].tolist(), *others], 0, order.size, starving)
 
     load = base / tightest + float((held_cost / held_tpot).sum())
-    loads = np.where(may_be_kept, cost / tpot, np.inf)[order]
-    kept = int(np.count_nonzero(load + loads.cumsum() <= TARGET))
+    loads = np.where(may_be_sustained, cost / tpot, np.inf)[order]
+    sustained = int(np.count_nonzero(load + loads.cumsum() <= TARGET))
     if held.size == 0:
-        kept = max(1, kept)
-    rest = order[kept:]
-    start_by = due[rest] - stay.lead_s(prompt[rest])
+        sustained = max(1, sustained)
+    rest = order[sustained:]
+    start_by = due[rest] - statistics.startup_s(prompt[rest])
     called = (due[rest] > 0.0) & (start_by <= LAST_CALL * queue.ttft_s[here[rest]])
     called |= ~reach[rest] | pressed[rest]
-    tokens = server.used_tokens + prompt[order[:kept]].sum()
+    tokens = server.used_tokens + prompt[order[:sustained]].sum()
     called &= tokens + (called * prompt[rest]).cumsum() <= PLENTY * server.kv_tokens
-    called &= server.used_slots + kept + called.cumsum() <= PLENTY * server.slots
+    called &= server.used_slots + sustained + called.cumsum() <= PLENTY * server.slots
     called |= pressed[rest]
-    final = np.concatenate((order[:kept], rest[called], rest[~called]))
-    count = kept + int(np.count_nonzero(called))
+    final = np.concatenate((order[:sustained], rest[called], rest[~called]))
+    count = sustained + int(np.count_nonzero(called))
     if min_throughput > 0.0:
         count = max(count, _least_count(prompt[final], server, step_s, min_throughput))
-    return AdmissionPlan([*here[final].tolist(), *others], kept, count, starving)
+    return AdmissionPlan([*here[final].tolist(), *others], sustained, count, starving)
 
 
 def deadline_order(queue: QueueView, clock: Array | None = None) -> list[int]:

@@ -41,7 +41,7 @@ class Backlog:
     _works: Sequence[float] = ()
     _weights: Sequence[float] | None = None
     _done: Sequence[float] = ()
-    _room: Sequence[float] = ()
+    _headroom: Sequence[float] = ()
     _late: Sequence[float] = ()
     _late_done: Sequence[float] = field(default=())
 
@@ -58,16 +58,16 @@ class Backlog:
         kept = None if weights is None else list(weights)
         total, late = math.fsum(works), []
         done = list(accumulate(works))
-        room = [d - began_s - e for d, e in zip(due, done, strict=True)]
-        if room and min(room) < 0.0:
+        headroom = [d - began_s - e for d, e in zip(due, done, strict=True)]
+        if headroom and min(headroom) < 0.0:
             mask = moore_hodgson(works, [d - began_s for d in due], kept).tolist()
             late = sorted(w for w, on in zip(works, mask, strict=True) if not on)
             due = [d for d, on in zip(due, mask, strict=True) if on]
             works = [w for w, on in zip(works, mask, strict=True) if on]
             kept = None if kept is None else [w for w, on in zip(kept, mask, strict=True) if on]
             done = list(accumulate(works))
-            room = [d - began_s - e for d, e in zip(due, done, strict=True)]
-        room = list(accumulate(reversed(room), min))[::-1]
+            headroom = [d - began_s - e for d, e in zip(due, done, strict=True)]
+        headroom = list(accumulate(reversed(headroom), min))[::-1]
         return cls(
             began_s=began_s,
             total_s=total,
@@ -76,7 +76,7 @@ class Backlog:
             _works=works,
             _weights=kept,
             _done=done,
-            _room=room,
+            _headroom=headroom,
             _late=late,
             _late_done=list(accumulate(late)),
         )
@@ -89,9 +89,9 @@ class Backlog:
         """Work of the first `place` on-time jobs."""
         return self._done[place - 1] if place else 0.0
 
-    def room_s(self, place: int) -> float:
+    def headroom_s(self, place: int) -> float:
         """How much all on-time jobs from `place` on can be delayed, as of `began_s`."""
-        return self._room[place] if place < len(self._room) else math.inf
+        return self._headroom[place] if place < len(self._headroom) else math.inf
 
     def late_before_s(self, work_s: float) -> float:
         """Work of the late jobs that go before a late one of that length."""

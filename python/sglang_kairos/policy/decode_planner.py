@@ -31,16 +31,16 @@ from sglang_kairos.policy.admission import (
 from sglang_kairos.policy.packing import (
     MOST_RESERVE,
     StepChoice,
+    allowed_step_s,
     choose_step,
     horizon_of,
-    pace_s,
     reserve_of,
-    room_s,
+    safe_step_s,
 )
 from sglang_kairos.policy.retraction import keep_order
 from sglang_kairos.policy.urgency import LateShare
 from sglang_kairos.predict.prediction_error import PredictError
-from sglang_kairos.predict.request_statistics import Stay
+from sglang_kairos.predict.request_statistics import RequestStatistics
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -71,7 +71,7 @@ class RunningView:
     emitted: Floats
     tpot_s: Floats
     last_token_s: Floats
-    served: Mask
+    sustained: Mask
     context_tokens: NDArray[Any]
     tightest_s: float
     weight: Floats | None = None
@@ -103,7 +103,7 @@ class DecodePlanner:
         self, config: KairosConfig, counters: Counter[str], give_up_s: float = GIVE_UP_S
     ) -> None:
         self.config, self.counters, self.give_up_s = config, counters, give_up_s
-        self.late_share, self.stay = LateShare(config.late_share), Stay()
+        self.late_share, self.statistics = LateShare(config.late_share), RequestStatistics()
         self.breaker: PredictError | None = None
         """Why the breaker is open; None while it is closed."""
 
@@ -126,7 +126,7 @@ class DecodePlanner:
             queue,
             self._occupancy(running, server, reserve_of(error.mape)),
             times.step_s,
-            self.stay,
+            self.statistics,
             starving=self._starving(queue, server.kv_tokens),
             clock=clock,
             min_throughput=self.config.min_throughput,
@@ -153,11 +153,11 @@ class DecodePlanner:
             return None
         full_s = float(times.step_s(count, float(view.context_tokens.sum())))
         horizon = self.horizon_tokens
-        if full_s <= room_s(view.tightest_s, MOST_RESERVE, horizon):
+        if full_s <= safe_step_s(view.tightest_s, MOST_RESERVE, horizon):
             return None  # whatever the error is, which takes time to look up
         error = times.error
         reserve = reserve_of(error.mape)
-        if full_s <= room_s(view.tightest_s, reserve, horizon):
+        if full_s <= safe_step_s(view.tightest_s, reserve, horizon):
             return None
         if not self.trusted(error):
             self.counters["breaker_steps"] += 1
@@ -168,7 +168,7 @@ class DecodePlanner:
             view.context_tokens,
             view.silent_s,
             times.step_s,
-            served=view.served,
+            sustained=view.sustained,
             reserve_tokens=reserve,
             horizon_tokens=horizon,
             min_throughput=self.config.min_throughput,
@@ -189,7 +189,7 @@ class DecodePlanner:
     @property
     def horizon_tokens(self) -> float:
         """In how many tokens leads are to be made up or used."""
-        return horizon_of(self.stay.output_tokens)
+        return horizon_of(self.statistics.output_tokens)
 
     def _starving(self, queue: QueueView, kv_tokens: float) -> int:
         """Index of who goes first because it has waited too long; -1: nobody, or it cannot pay."""
@@ -204,10 +204,11 @@ class DecodePlanner:
         self, running: RunningView, server: Occupancy, reserve_tokens: float
     ) -> Occupancy:
         """Those to be kept on pace count with the pace they need now, no looser than their target."""
-        kept, tpot = running.served, running.tpot_s
-        pace = np.minimum(pace_s(running.lead_s, tpot, reserve_tokens, self.horizon_tokens), tpot)
+        sustained, tpot = running.sustained, running.tpot_s
+        step_s = allowed_step_s(running.lead_s, tpot, reserve_tokens, self.horizon_tokens)
+        allowed = np.minimum(step_s, tpot)
         return replace(
             server,
-            context_tokens=np.append(running.context_tokens[kept], server.context_tokens),
-            tpot_s=np.append(pace[kept], server.tpot_s),
+            context_tokens=np.append(running.context_tokens[sustained], server.context_tokens),
+            tpot_s=np.append(allowed[sustained], server.tpot_s),
         )

@@ -12,14 +12,14 @@ A request LOST tokens or more behind its pace is given up, and so is one whose T
 of its own would miss: it takes what others leave. Where all are given up nobody gains from a short
 step, and everybody runs.
 
-1. If the step of everybody fits everybody's pace, everybody runs: stock behaviour.
-2. Otherwise the *served* set is the largest that can be kept on pace for good: for each of some
+1. If the step of everybody fits everybody's allowed, everybody runs: stock behaviour.
+2. Otherwise the *sustained* set is the largest that can be kept on pace for good: for each of some
    limits L, those with pace >= L, lightest load first while  base / L + sum load <= 1  (fewest
    seconds per token first is optimal for a count, as in the unit-value knapsack); the L that serves
-   the most wins. So nobody who has fallen behind drags all others to his pace. Who was served
+   the most wins. So nobody who has fallen behind drags all others to his pace. Who was sustained
    before counts as INCUMBENT of its load: the set does not flap.
 3. The step is filled up to that limit: who would otherwise be silent for `max_itl_s`, then the
-   served who miss their pace within URGENT steps, then the other served, the recoverable, the given
+   sustained who miss their pace within URGENT steps, then the other sustained, the recoverable, the given
    up; lightest first within each. The rest is parked. Silent ones are fetched one a step, the most
    silent first, early enough that they never come due in a crowd, and with SPARE steps to go: a step
    may take longer than predicted, and its tokens take their time to the client.
@@ -61,15 +61,15 @@ INCUMBENT = 0.5
 
 @dataclass(frozen=True, slots=True)
 class StepChoice:
-    """`run`: indices that take part, ascending; `predicted_s`: their step. `served`: mask (n,) of
-    who is to be kept on pace, for the next choice.
+    """`run`: indices that take part, ascending; `predicted_s`: their step. `sustained`: mask (n,) of
+    who is to be kept on allowed, for the next choice.
 
-    `reason`: "all" run, "packed" (everybody can be kept on pace) or "overload" (somebody not)."""
+    `reason`: "all" run, "packed" (everybody can be kept on allowed) or "overload" (somebody not)."""
 
     run: list[int]
     predicted_s: float
     reason: str
-    served: NDArray[np.bool_]
+    sustained: NDArray[np.bool_]
 
 
 def choose_step(
@@ -80,7 +80,7 @@ def choose_step(
     step_s: StepTime,
     *,
     max_itl_s: float,
-    served: NDArray[np.bool_] | None = None,
+    sustained: NDArray[np.bool_] | None = None,
     reserve_tokens: float = 0.0,
     horizon_tokens: float = HORIZON,
     min_throughput: float = 0.0,
@@ -89,7 +89,7 @@ def choose_step(
 
     `slack_s`: time until the next token is due, (first token + emitted * tpot) - now. `silent_s`:
     time since the last token. `step_s(batch, kv_tokens)`: predicted seconds, monotone, for scalars
-    and arrays. `served`: the last choice's, False for who has joined since (None: nobody was).
+    and arrays. `sustained`: the last choice's, False for who has joined since (None: nobody was).
     `reserve_tokens`: the lead to end with, of `reserve_of`; `horizon_tokens`: of `horizon_of`.
     `min_throughput`: 0 to 1.
     """
@@ -102,7 +102,7 @@ def choose_step(
     lead = slack - tpot
     alive = lead > -LOST * tpot
     living = np.count_nonzero(alive)
-    wanted = _bare_pace_s(lead, tpot, reserve_tokens, horizon_tokens)
+    wanted = _unbounded_step_s(lead, tpot, reserve_tokens, horizon_tokens)
     tightest = wanted if living == n else np.where(alive, wanted, tpot)
     if full <= float(tightest.min()):
         return StepChoice(list(range(n)), full, "all", np.ones(n, bool))
@@ -113,13 +113,13 @@ def choose_step(
     if not living:
         return StepChoice(list(range(n)), full, "overload", np.zeros(n, bool))
 
-    pace = _within_bounds(wanted, tpot)
+    allowed = _within_bounds(wanted, tpot)
     base, cost, _ = step_costs(step_s, context, float(tpot.sum()) / n)
-    load = cost / pace
-    keeps = _served(load, pace, base, None if living == n else alive, served)
-    limit = float(pace[keeps].min())
-    due = _due(silent, cost, keeps, limit, max_itl_s)
-    tier = 4 - alive.astype(np.int8) - keeps - (keeps & (slack < URGENT * limit))
+    load = cost / allowed
+    sustained = _sustained(load, allowed, base, None if living == n else alive, sustained)
+    limit = float(allowed[sustained].min())
+    due = _due(silent, cost, sustained, limit, max_itl_s)
+    tier = 4 - alive.astype(np.int8) - sustained - (sustained & (slack < URGENT * limit))
     if due is not None:
         tier[due] = 0
     order = np.lexsort((cost, tier))
@@ -136,9 +136,9 @@ def choose_step(
         count += int(np.argmax(enough))
     if count > fitting:
         predicted = float(step_s(count, tokens.item(count - 1)))
-    packed = predicted <= limit and np.count_nonzero(keeps) == n
+    packed = predicted <= limit and np.count_nonzero(sustained) == n
     run = np.sort(order[:count]).tolist()
-    return StepChoice(run, predicted, "packed" if packed else "overload", keeps)
+    return StepChoice(run, predicted, "packed" if packed else "overload", sustained)
 
 
 def reserve_of(mean_error: float) -> float:
@@ -151,26 +151,30 @@ def horizon_of(expected_output: float) -> float:
     return min(HORIZON, max(SHORTEST_HORIZON, 0.5 * expected_output))
 
 
-def room_s(tightest_tpot_s: float, reserve_tokens: float, horizon_tokens: float = HORIZON) -> float:
+def safe_step_s(
+    tightest_tpot_s: float, reserve_tokens: float, horizon_tokens: float = HORIZON
+) -> float:
     """A step of everybody that is no longer than this needs no choice, whatever the leads."""
     return tightest_tpot_s * (1.0 - reserve_tokens / horizon_tokens)
 
 
-def pace_s(
+def allowed_step_s(
     lead_s: NDArray[np.float64],
     tpot_s: NDArray[np.float64],
     reserve_tokens: float,
     horizon_tokens: float = HORIZON,
 ) -> NDArray[np.float64]:
     """The longest mean step each may see, (n,)."""
-    return _within_bounds(_bare_pace_s(lead_s, tpot_s, reserve_tokens, horizon_tokens), tpot_s)
+    return _within_bounds(_unbounded_step_s(lead_s, tpot_s, reserve_tokens, horizon_tokens), tpot_s)
 
 
-def _within_bounds(pace_s: NDArray[np.float64], tpot_s: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.minimum(np.maximum(pace_s, FLOOR * tpot_s), CEILING * tpot_s)
+def _within_bounds(
+    allowed_step_s: NDArray[np.float64], tpot_s: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    return np.minimum(np.maximum(allowed_step_s, FLOOR * tpot_s), CEILING * tpot_s)
 
 
-def _bare_pace_s(
+def _unbounded_step_s(
     lead_s: NDArray[np.float64],
     tpot_s: NDArray[np.float64],
     reserve_tokens: float,
@@ -179,9 +183,9 @@ def _bare_pace_s(
     return tpot_s + (lead_s - reserve_tokens * tpot_s) / horizon_tokens
 
 
-def _served(
+def _sustained(
     load: NDArray[np.float64],
-    pace: NDArray[np.float64],
+    allowed: NDArray[np.float64],
     base: float,
     alive: NDArray[np.bool_] | None,
     before: NDArray[np.bool_] | None,
@@ -194,36 +198,36 @@ def _served(
     lightest = key.argsort(kind="stable")
     if alive is not None:
         lightest = lightest[alive[lightest]]
-    paces, loads = pace[lightest], load[lightest]
-    slowest = np.sort(paces)
-    last = paces.size - 1
+    allowed_steps, loads = allowed[lightest], load[lightest]
+    slowest = np.sort(allowed_steps)
+    last = allowed_steps.size - 1
     limits = {float(slowest[at * last // (LIMITS - 1)]) for at in range(LIMITS)}
     lowest, *higher = sorted(limits)
     count = int(loads.cumsum().searchsorted(1.0 - base / lowest, "right"))
     chosen = lightest[:count]
     for limit in higher:
-        members = (paces >= limit).nonzero()[0]
+        members = (allowed_steps >= limit).nonzero()[0]
         if members.size < count:
             break  # nor has any higher limit enough of them
         fitting = int(loads[members].cumsum().searchsorted(1.0 - base / limit, "right"))
         if fitting >= count:
             count, chosen = fitting, lightest[members[:fitting]]
-    keeps = np.zeros(load.size, bool)
-    keeps[chosen if count else lightest[:1]] = True
-    return keeps
+    sustained = np.zeros(load.size, bool)
+    sustained[chosen if count else lightest[:1]] = True
+    return sustained
 
 
 def _due(
     silent: NDArray[np.float64],
     cost: NDArray[np.float64],
-    served: NDArray[np.bool_],
+    sustained: NDArray[np.bool_],
     limit: float,
     max_itl_s: float,
 ) -> NDArray[np.bool_] | None:
     """Who must run now lest somebody is silent for longer than `max_itl_s`: mask (n,); None: nobody."""
     latest_s = max_itl_s - (SPARE - 1.0) * limit
     longest_s, longest_turn_s = float(silent.max()), limit + float(cost.max())
-    queue = np.flatnonzero(~served)
+    queue = np.flatnonzero(~sustained)
     if longest_s + max(1, queue.size) * longest_turn_s < latest_s:
         return None
     turn = limit + cost

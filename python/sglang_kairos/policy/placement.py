@@ -9,12 +9,12 @@ request of n tokens, of which s has h cached, w = seconds of n - h tokens after 
                                                    chunks: the longest prompt
     TTFT     = ahead - progress + blocking + w + hand-off + one decode step
 The server as a whole then has w more to do: at most one request is pushed past its deadline by it
-(Moore and Hodgson), maybe the new one. `kept` is the weight won by accepting minus what is lost.
+(Moore and Hodgson), maybe the new one. `gain` is the weight won by accepting minus what is lost.
 Decode server, after the request has joined: step = a + b running + knees + c tokens (TPOT of
-everybody there); `kept` is 1 if the request's target allows that step, less the residents whose
+everybody there); `gain` is 1 if the request's target allows that step, less the residents whose
 target does not any more. A server whose KV would overflow comes after all that have room.
 
-Most kept wins, then the earliest end (prefill) or the shortest step (decode); the two choices do
+Most gain wins, then the earliest end (prefill) or the shortest step (decode); the two choices do
 not depend on each other. Ties fall to the lower index, or to `rng` when one is given. Above
 LOOK_AT_ALL servers of a role a few are drawn and compared (Mitzenmacher 2001: two nearly suffice).
 """
@@ -79,7 +79,7 @@ class DecodeState(NamedTuple):
 class PlacedRequest(NamedTuple):
     """`tokens` prompt tokens in all `prompts`; `output_tokens` it is expected to grow by.
 
-    `now_s` goes with `deadline_s`; without it nothing counts as late. `margin_s` is kept free
+    `now_s` goes with `deadline_s`; without it nothing counts as late. `margin_s` is gain free
     before the deadline, for what predictions miss.
     """
 
@@ -115,7 +115,7 @@ class PrefillOutlook(NamedTuple):
     """`end_s`: seconds from now to the end of the request's prefill; see the module's text."""
 
     end_s: float
-    kept: float
+    gain: float
     harmless: bool
 
 
@@ -123,7 +123,7 @@ class DecodeOutlook(NamedTuple):
     """`step_s`: seconds of a step with the request in it; see the module's text."""
 
     overflow: bool
-    kept: float
+    gain: float
     step_s: float
 
 
@@ -150,7 +150,7 @@ def prefill_outlook(server: PrefillState, request: PlacedRequest) -> PrefillOutl
     lag = -math.inf
     if backlog.began_s > -math.inf:
         lag = request.now_s + request.handoff_s - backlog.began_s - done
-    if end <= limit and work <= backlog.room_s(place) - lag:
+    if end <= limit and work <= backlog.headroom_s(place) - lag:
         return PrefillOutlook(end, request.weight, True)
     victim = backlog.victim(place, end <= limit, work, request.weight, lag)
     if victim is not None and work <= limit:
@@ -165,11 +165,11 @@ def decode_outlook(server: DecodeState, request: PlacedRequest) -> DecodeOutlook
     """What a step on `server` takes with the request in it, and whose TPOT target that breaks."""
     grown = request.tokens + request.output_tokens
     step = server.step_s(request.prompts, grown)
-    kept = request.weight if step <= request.tpot_s else 0.0
+    gain = request.weight if step <= request.tpot_s else 0.0
     if server.tpots_s and server.tpots_s[0] < step:
         before = server.step_s(0, 0.0)
-        kept -= sum(1.0 for tpot in server.tpots_s if before <= tpot < step)
-    return DecodeOutlook(server.tokens + grown > server.capacity_tokens, kept, step)
+        gain -= sum(1.0 for tpot in server.tpots_s if before <= tpot < step)
+    return DecodeOutlook(server.tokens + grown > server.capacity_tokens, gain, step)
 
 
 def drawn(count: int, rng: Random | None) -> Sequence[int]:
@@ -192,14 +192,14 @@ def choose_pair(
         return None
     ends = {left[i]: prefill_outlook(prefills[left[i]], request) for i in drawn(len(left), rng)}
     steps = {right[i]: decode_outlook(decodes[right[i]], request) for i in drawn(len(right), rng)}
-    loss, soonest = min([(-kept, end_s) for end_s, kept, _ in ends.values()])
-    tied = [i for i, (end_s, kept, _) in ends.items() if kept == -loss and end_s <= soonest + TIE_S]
+    loss, soonest = min([(-gain, end_s) for end_s, gain, _ in ends.values()])
+    tied = [i for i, (end_s, gain, _) in ends.items() if gain == -loss and end_s <= soonest + TIE_S]
     prefill = _pick(tied, rng)
-    full, loss, shortest = min([(over, -kept, step_s) for over, kept, step_s in steps.values()])
+    full, loss, shortest = min([(over, -gain, step_s) for over, gain, step_s in steps.values()])
     tied = [
         i
-        for i, (over, kept, step_s) in steps.items()
-        if over == full and kept == -loss and step_s <= shortest + TIE_S
+        for i, (over, gain, step_s) in steps.items()
+        if over == full and gain == -loss and step_s <= shortest + TIE_S
     ]
     decode = _pick(tied, rng)
     first, second = ends[prefill], steps[decode]
@@ -208,7 +208,7 @@ def choose_pair(
         decode,
         first.end_s + request.handoff_s + second.step_s,
         first.harmless,
-        not second.overflow and second.kept >= request.weight,
+        not second.overflow and second.gain >= request.weight,
         second.step_s,
     )
 

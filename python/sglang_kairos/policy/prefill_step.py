@@ -241,19 +241,19 @@ class _StepClock:
 
     def tokens_in_time(self, index: int) -> int:
         """Tokens of that request which the step may take without making a member late."""
-        count, pace_s = int(self._queue.tokens[index]), self._pace_s(index)
-        if self._latest_s == math.inf or pace_s <= 0:
+        count, per_token_s = int(self._queue.tokens[index]), self._seconds_per_token(index)
+        if self._latest_s == math.inf or per_token_s <= 0:
             return count
-        return int(min(count, max(0.0, (self._latest_s - self._ends_s) / pace_s)))
+        return int(min(count, max(0.0, (self._latest_s - self._ends_s) / per_token_s)))
 
     def add(self, index: int, tokens: int) -> None:
         """The step takes so many tokens of it; one that ends in it, on time so far, is a member."""
-        self._ends_s += tokens * self._pace_s(index)
+        self._ends_s += tokens * self._seconds_per_token(index)
         due_s = float(self._queue.deadline_s[index])
         if tokens == self._queue.tokens[index] and self._ends_s <= due_s:
             self._latest_s = min(self._latest_s, due_s)
 
-    def _pace_s(self, index: int) -> float:
+    def _seconds_per_token(self, index: int) -> float:
         """Seconds a token, the steps' fixed cost left out."""
         count = int(self._queue.tokens[index])
         own = self._queue.work_s[index] - self._queue.fixed_s * -(-count // self._chunk)

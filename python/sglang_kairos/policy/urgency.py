@@ -41,9 +41,9 @@ def moore_hodgson(
     work, deadline = np.asarray(work_s, float), np.asarray(deadline_s, float)
     order = np.argsort(deadline, kind="stable")
     weights = None if weight is None else np.asarray(weight, float)[order]
-    keeps = np.empty(work.size, bool)
-    keeps[order] = _kept(work[order], deadline[order], weights)[0]
-    return keeps
+    on_time = np.empty(work.size, bool)
+    on_time[order] = _on_time(work[order], deadline[order], weights)[0]
+    return on_time
 
 
 def urgency_order(
@@ -69,27 +69,27 @@ def urgency_order(
     if weights is not None:
         alike = weights.size == 0 or weights.min() == weights.max()
         weights = None if alike else weights[order]  # where all are alike, the exact algorithm
-    keeps, by_work = _kept(work[order], deadline[order] - ahead, weights)
-    good, late = order[keeps], order[by_work[~keeps[by_work]]]
+    on_time, by_work = _on_time(work[order], deadline[order] - ahead, weights)
+    good, late = order[on_time], order[by_work[~on_time[by_work]]]
     return UrgencyOrder([*head, *good.tolist(), *late.tolist()], met + good.size)
 
 
-def _kept(
+def _on_time(
     work: NDArray[np.float64], due: NDArray[np.float64], weight: NDArray[np.float64] | None
 ) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
     """`moore_hodgson` of jobs in the order of their deadlines; and if it drops any, all by work."""
-    keeps = work <= due  # a job that cannot make it alone must not push others out
-    ends = np.cumsum(np.where(keeps, work, 0.0))
-    spare = np.where(keeps, due - ends, np.inf)
+    on_time = work <= due  # a job that cannot make it alone must not push others out
+    ends = np.cumsum(np.where(on_time, work, 0.0))
+    spare = np.where(on_time, due - ends, np.inf)
     # What is dropped makes everybody behind earlier, so the next to be late has less to spare than
     # everybody before: only these are looked at.
     least = np.minimum.accumulate(spare)
     tight = np.flatnonzero((spare < 0.0) & np.append(True, spare[1:] < least[:-1]))
-    if tight.size == 0 and keeps.all():
-        return keeps, np.zeros(0, np.intp)
+    if tight.size == 0 and on_time.all():
+        return on_time, np.zeros(0, np.intp)
     by_work = np.argsort(work, kind="stable")
     if tight.size == 0:
-        return keeps, by_work
+        return on_time, by_work
     worth = (
         by_work if weight is None else np.argsort(-weight / np.maximum(work, 1e-12), kind="stable")
     )
@@ -97,7 +97,7 @@ def _kept(
     by_rank = worth[::-1]
     rank = np.empty_like(by_rank)
     rank[by_rank] = np.arange(by_rank.size)
-    jobs = np.flatnonzero(keeps)
+    jobs = np.flatnonzero(on_time)
     ranks, seen = rank[jobs].tolist(), 0
     push, pop = heapq.heappush, heapq.heappop  # a look-up each in a loop of thousands
     heap: list[int] = []
@@ -119,8 +119,8 @@ def _kept(
             worst = by_rank.item(pop(heap))
             saved += work.item(worst)
             dropped.append(worst)
-    keeps[dropped] = False
-    return keeps, by_work
+    on_time[dropped] = False
+    return on_time, by_work
 
 
 class LateShare:

@@ -25,7 +25,7 @@ from sglang_kairos.sim.hardware.times import System
 # SGLang's CLIP_MAX_NEW_TOKEN: longer outputs are planned for as if this long.
 CLIP_TOKENS = 4096
 # Rows of the running batch's table.
-CONTEXT, EMITTED, LEFT, FIRST_S, TPOT_S, LAST_S, SERVED = range(7)
+CONTEXT, EMITTED, LEFT, FIRST_S, TPOT_S, LAST_S, SUSTAINED = range(7)
 _TOKEN = np.array([[1.0], [1.0], [-1.0]])
 
 
@@ -74,7 +74,7 @@ class SimDecodeServer:
         """A reserved request's KV has arrived."""
         self.in_flight -= 1
         if req in self._coming:
-            self.planner.stay.started(req.prompt, self._clock.now_s - self._coming.pop(req))
+            self.planner.statistics.started(req.prompt, self._clock.now_s - self._coming.pop(req))
         self.ready.append(req)
         self._wake()
 
@@ -127,7 +127,7 @@ class SimDecodeServer:
                 req = self.running[index]
                 self._leave(req, index)
                 req.finish(now)
-                self.planner.stay.ended(req.output)
+                self.planner.statistics.ended(req.output)
                 self._finished(req)
             self._drop(left > 0.0)
         self._step()
@@ -151,7 +151,7 @@ class SimDecodeServer:
     def _reserve(self) -> None:
         if not self.asking:
             return
-        kept = most = len(self.asking)
+        sustained = most = len(self.asking)
         starving: SimRequest | None = None
         if self._policy.gate:
             plan = self.planner.admit(
@@ -162,7 +162,7 @@ class SimDecodeServer:
             )
             starving = self.asking[plan.starving] if plan.starving >= 0 else None
             self.asking = [self.asking[index] for index in plan.order]
-            kept, most = plan.kept, plan.count
+            sustained, most = plan.sustained, plan.count
         else:
             self._sort(self.asking)
         room, keep = self._allocatable(), self._system.reserved_tokens
@@ -180,7 +180,7 @@ class SimDecodeServer:
             self.in_flight += 1
             if self._policy.gate:
                 self._coming[req] = self._clock.now_s
-                if place >= kept:
+                if place >= sustained:
                     self._unkept.add(req)
                 self.planner.let_in(req.prompt, req is starving)
             self._reserved(req)
@@ -207,7 +207,7 @@ class SimDecodeServer:
             table[EMITTED],
             table[TPOT_S],
             table[LAST_S],
-            table[SERVED] > 0.0,
+            table[SUSTAINED] > 0.0,
             table[CONTEXT],
             self._tightest_s,
         )
@@ -307,5 +307,5 @@ class SimDecodeServer:
         choice = self.planner.choose(self._running(), self._predictor.decode_times())
         if choice is None:
             return None
-        self._table[SERVED, :count] = choice.served
+        self._table[SUSTAINED, :count] = choice.sustained
         return None if len(choice.run) == count else choice.run
