@@ -1,30 +1,41 @@
-"""Who gets KV on a decode server, and so may start to prefill: the ones that can be sustained on pace.
+"""Which waiting requests a decode server reserves KV for, so that all it admits meet their TPOT.
 
-All arrays have shape (n,), one entry per waiting request; times in seconds.
-    share_i = the largest of  cost_i / (tpot_i - base),  its part of the KV cache, and of the slots
-    work_i  = share_i * expected output tokens * tpot_i       how long the server would be his alone
+Why choose it: waiting for KV costs nothing until the first token is due. Running behind the TPOT
+target costs with every token. So a request that would make steps too long for those running waits.
 
-Waiting here costs nothing until the first token is due; running behind one's TPOT costs with every
-token. So whoever would make the steps too long for those running waits. The order is Moore-
-Hodgson's on (work, latest start): as many in time as possible, late ones last, shortest first. In
-that order they are *sustained*, admitted to run at their TPOT, while
-    base / min tpot + sum of cost / tpot over the committed and the sustained <= TARGET
-(`load`). While memory is plentiful, shutting others out saves nothing: who would else miss its
-first token is let in too, to be parked until there is room for it (`packing`). So is, at once, whose
-TPOT target is out of reach: shorter than a step of its own. Where nobody's is within reach, there is
-no gate. And as many are let in as it takes to make `min_throughput` times the tokens per second of
-a server that lets in all it has memory for.
+Formula. All arrays have shape (n,), one entry per waiting request; times are in seconds.
+    share_i = max(cost_i / (tpot_i - base), prompt_i / KV capacity, 1 / slots)
+    work_i  = share_i * expected output tokens * tpot_i     time the server would be its alone
+`cost` and `base` come from `policy.load`. The order is Moore-Hodgson's on (work, latest start): as
+many requests in time as possible, late ones last, shortest first (`policy.urgency`). In that order
+requests are *sustained*, which means admitted to run at their TPOT target, while
+    base / min tpot + sum of cost / tpot over the running and the sustained <= TARGET
 
-Two things come before all of that, because a request is lost otherwise, not late:
-- *The clock.* SGLang gives a request up that waits too long. Whoever has used up half of that time
-  (*pressed*) goes first, least time left first, and is let in whatever the load; where memory is
-  short nobody passes it, as in stock. Whose time is up, which may be lost already, goes behind it.
-- *No circular wait between prefill's and decode's memory.* Only requests that are `ready`, that
-  could be reserved this moment, are planned. Where prefill computes first and asks then
-  (``prefill_complete``), ready means that its KV waits there; a place sustained for somebody who still
-  needs room on prefill would wait for those very requests. The other such wait, of requests that
-  prefill computed before it was asked to, ends on the prefill server (`policy.standstill`).
-Our own design. Constants: chosen in simulation, flat around these values (docs/decode.md).
+Exceptions to that gate:
+- Last call. While less than PLENTY of the memory is in use, shutting others out saves nothing. A
+  request that would else miss its first token is admitted and may be parked (`policy.packing`).
+- Out of reach. A request whose TPOT target is shorter than a step of its own is admitted likewise,
+  at once. When no target is within reach, there is no gate.
+- Throughput. Enough requests are admitted for `min_throughput` times the tokens per second that
+  admitting everybody who fits would make.
+
+Two rules come first, because breaking them loses a request instead of making it late:
+- Time-out. SGLang gives up a request that waits too long. A request that has used half of that time
+  (*pressed*) goes first, least time left first, whatever the load. Where memory is short, nobody
+  passes it, as in stock SGLang. A request whose time is up may be lost already and goes behind the
+  other pressed ones.
+- No circular wait between the KV of prefill and of decode. Only requests that are `ready`, which
+  can be reserved at this moment, are planned. With ``prefill_complete`` prefill computes first and
+  asks then: ready means that the computed KV waits there. A place held for a request that still
+  needs KV on prefill would wait for those very requests. `policy.standstill` ends the other
+  circular wait, of requests that prefill computed before decode had reserved for them.
+
+Starvation: the host names one request that has waited too long (`starving`), and it goes first.
+`LateShare` bounds how often. Trade-off: under lasting overload, requests with heavy contexts wait
+longest, since the number in time is what is maximised.
+
+Source: our own design. The constants were chosen in simulation; results are flat around them
+(docs/decode.md).
 """
 
 from __future__ import annotations
@@ -46,12 +57,13 @@ PRESSED = 0.5
 
 @dataclass(frozen=True, slots=True)
 class QueueView:
-    """Who waits, for KV or for a slot. Columns (n,), seconds of any one clock, tokens.
+    """The requests that wait for KV or for a slot: columns of shape (n,), in tokens and seconds.
 
-    `clock_s`: when SGLang's time-out of it began, `now_s` if it has not; None: it has none here.
-    `weight`: of its SLO class, None where all are equal. `ready`: who can be reserved now, None for
-    all. `growth_tokens`: that must be free beside its prompt before an empty server takes it, None
-    for none.
+    All times are of one clock of the caller's choice. `clock_s`: when SGLang's time-out of each
+    began, `now_s` where it has not begun; None where there is none. `weight`: that of the SLO
+    class, None when all are equal. `ready`: which requests can be reserved now, None for all.
+    `growth_tokens`: tokens that must be free beside the prompt before an empty server takes it,
+    None for none.
     """
 
     now_s: float
@@ -66,26 +78,30 @@ class QueueView:
 
     @property
     def due_s(self) -> Array:
-        """Time left until the first token is due, (n,)."""
+        """Seconds left until the first token is due, (n,)."""
         return self.arrival_s + self.ttft_s - self.now_s
 
     @property
     def places(self) -> NDArray[np.intp]:
-        """Indices of who is ready."""
+        """Indices of the requests that are ready."""
         if self.ready is None:
             return np.arange(len(self.prompt_tokens))
         return np.flatnonzero(self.ready)
 
     def never_fits(self, kv_tokens: float) -> NDArray[np.bool_]:
-        """Whom a server of this size can never take, (n,)."""
+        """Mask (n,) of the requests that a server with `kv_tokens` of KV can never take."""
         growth = 0.0 if self.growth_tokens is None else self.growth_tokens
         return self.prompt_tokens + growth > kv_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Occupancy:
-    """A decode server. `context_tokens`, `tpot_s` (m,): of the sustained, be they running, in transfer or
-    about to join. `kv_tokens`, `slots`: what it has; `used_tokens`, `used_slots`: by whomever."""
+    """What a decode server holds and how much it could hold.
+
+    `context_tokens`, `tpot_s` (m,): of the sustained requests that run, are in transfer or are
+    about to join. `kv_tokens`, `slots`: capacity. `used_tokens`, `used_slots`: in use by any
+    request.
+    """
 
     context_tokens: Array
     tpot_s: Array
@@ -97,9 +113,12 @@ class Occupancy:
 
 @dataclass(frozen=True, slots=True)
 class AdmissionPlan:
-    """`order`: all indices, first come first. The first `count` may come in now, and the first
-    `sustained` of these can be sustained on pace. `starving`: who goes first as it has waited too long, -1:
-    nobody."""
+    """The order in which to admit, and how many.
+
+    `order`: all indices, first to admit first. The first `count` may be admitted now; the first
+    `sustained` of these can be held to their TPOT target. `starving`: index of the request that
+    goes first because it has waited too long, -1 for none.
+    """
 
     order: list[int]
     sustained: int
@@ -117,11 +136,12 @@ def plan_admission(
     clock: Array | None = None,
     min_throughput: float = 0.0,
 ) -> AdmissionPlan:
-    """Order of the queue and how many of it may come in; somebody if the server keeps nobody.
+    """Returns the order of the queue and how many to admit; at least one if the server is empty.
 
-    Those who are not ready stand behind all others, as they came, and are not counted. `starving`:
-    one that is entitled to go first. `clock` (n,): the part of SGLang's time-out that is left, 1 to
-    0; None where nobody's matters. `min_throughput`: 0 to 1.
+    Requests that are not ready stand behind all others, as they came, and are not counted.
+    `starving`: index of a request that is entitled to go first, -1 for none. `clock` (n,): the part
+    of SGLang's time-out that is left, from 1 to 0; None where there is no time-out.
+    `min_throughput`: a fraction from 0 to 1.
     """
     here = queue.places
     if here.size == 0:
@@ -179,9 +199,9 @@ def plan_admission(
 
 
 def deadline_order(queue: QueueView, clock: Array | None = None) -> list[int]:
-    """All indices where there is no gate: pressed ones by their clock, then by deadline, late last.
+    """Returns all indices for when there is no gate: pressed by time left, the others by deadline.
 
-    Those late already go shortest prompt first. Ties fall to the lower index.
+    Requests that are late already go last, shortest prompt first. Ties fall to the lower index.
     """
     due = queue.due_s
     late = due <= 0.0
@@ -194,12 +214,12 @@ def deadline_order(queue: QueueView, clock: Array | None = None) -> list[int]:
 
 
 def _time_left(clock: Array) -> Array:
-    """What pressed ones are ordered by: whose time is up may be lost already, and goes behind."""
+    """The sort key of pressed requests: one whose time is up may be lost already, and goes last."""
     return np.where(clock > 0.0, clock, 1.0)
 
 
 def _least_count(prompt: Array, server: Occupancy, step_s: StepTime, min_throughput: float) -> int:
-    """How many must come in, in this order, for that share of the tokens/s with all that fit."""
+    """Returns how many to admit, in this order, to reach `min_throughput`."""
     batch = server.used_slots + np.arange(prompt.size + 1)
     tokens = server.used_tokens + np.append(0.0, np.cumsum(prompt))
     fit = np.flatnonzero((batch <= server.slots) & (tokens <= server.kv_tokens))

@@ -1,13 +1,13 @@
-"""What a prefill server owes, arranged so that one more request is judged in O(log n).
+"""The work that a prefill server owes, arranged so that one more request is judged in O(log n).
 
-`policy.urgency` runs the on-time set by deadline, then the late ones shortest first. For n jobs
-(deadline d_j, work p_j), counted from `began_s`, when the server began the first of them plus what
-follows prefill (the hand-off):
-    done_j = p_1 + … + p_j over the on-time set by deadline
-    room_j = min over i >= j of (d_i - began_s - done_i)
-A new job of work w between j - 1 and j leaves everybody on time exactly if w <= room_j and it makes
-its own deadline. If not, Moore and Hodgson drop one job: of those up to the first that is late, the
-one with the least weight per second, which may be the new one.
+`policy.urgency` runs the on-time set by deadline, then the late jobs shortest first. Job j has
+deadline d_j and work p_j, in seconds. Times count from `began_s`: when the server began the first
+job, plus the hand-off that follows prefill.
+    done_j     = p_1 + … + p_j over the on-time set by deadline
+    headroom_j = min over i >= j of (d_i - began_s - done_i)
+A new job of work w between j - 1 and j leaves everybody on time exactly if w <= headroom_j and it
+meets its own deadline. If not, Moore and Hodgson's algorithm (1968) drops one job. Of the jobs up
+to the first that is late, it drops the one with the least weight per second, maybe the new one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sglang_kairos.policy.urgency import moore_hodgson
 
 
 class Victim(NamedTuple):
-    """The job that one more request would push past its deadline."""
+    """The job that one more request would push past its deadline: place, seconds, weight."""
 
     place: int
     work_s: float
@@ -32,7 +32,10 @@ class Victim(NamedTuple):
 
 @dataclass(slots=True)  # not frozen, which would make it three times as dear to make
 class Backlog:
-    """Make it with `of`, change nothing. Without `began_s` nobody counts as late. Seconds."""
+    """A prefill server's jobs. Make it with `of`; it is never changed after that. Times in seconds.
+
+    Without `began_s` no job counts as late.
+    """
 
     began_s: float = -math.inf
     total_s: float = 0.0
@@ -53,7 +56,10 @@ class Backlog:
         began_s: float = -math.inf,
         weights: Sequence[float] | None = None,
     ) -> Backlog:
-        """From jobs by ascending deadline; the lists are not kept. O(n), O(n log n) if any is late."""
+        """Returns the backlog of these jobs, given by ascending deadline; the lists are copied.
+
+        O(n), or O(n log n) if any job is late.
+        """
         due, works = list(deadlines_s), list(works_s)
         kept = None if weights is None else list(weights)
         total, late = math.fsum(works), []
@@ -82,29 +88,29 @@ class Backlog:
         )
 
     def place(self, deadline_s: float) -> int:
-        """How many on-time jobs go before one that is due then."""
+        """Returns how many on-time jobs go before a job with that deadline."""
         return bisect_right(self._due, deadline_s)
 
     def before_s(self, place: int) -> float:
-        """Work of the first `place` on-time jobs."""
+        """Returns the seconds of work in the first `place` on-time jobs."""
         return self._done[place - 1] if place else 0.0
 
     def headroom_s(self, place: int) -> float:
-        """How much all on-time jobs from `place` on can be delayed, as of `began_s`."""
+        """Returns by how many seconds all on-time jobs from `place` on can be delayed."""
         return self._headroom[place] if place < len(self._headroom) else math.inf
 
     def late_before_s(self, work_s: float) -> float:
-        """Work of the late jobs that go before a late one of that length."""
+        """Returns the seconds of late jobs that go before a late job of `work_s`."""
         at = bisect_right(self._late, work_s)
         return self._late_done[at - 1] if at else 0.0
 
     def victim(
         self, place: int, makes_it: bool, work_s: float, weight: float, lag_s: float
     ) -> Victim | None:
-        """Whom a new job at `place` pushes out when not all fit; None if it is the new one itself.
+        """Returns the job that a new one at `place` pushes out; None if it is the new one.
 
-        `makes_it`: the new one meets its own deadline. `lag_s`: how much later than planned
-        everything is by now.
+        For when not all fit. `makes_it`: the new job meets its own deadline. `lag_s`: how many
+        seconds later than planned the server is by now.
         """
         end = place
         if makes_it:

@@ -1,13 +1,17 @@
-"""What a decode server does next, from what it sees: the one place of the rules, for two hosts.
+"""Decides what a decode server does next. SGLang's scheduler and the simulator both host it.
 
-A host, SGLang's scheduler or the simulated server, describes the moment in columns (the views),
-carries the answer out, and tells who was let in, started and ended. Three questions:
-    admit     whose KV to reserve, in which order (`policy.admission`)
-    choose    who takes part in the next step (`policy.packing`)
-    retract   whose KV to give up when the next step's does not fit (`policy.retraction`)
-The rules that need more than one moment live here: who starves and whether the late share pays for
-it, whose time-out runs down, the lead to aim at and how fast, how long requests usually stay, and
-the circuit breaker: where steps do not follow the predictions, nobody sits out or is held back.
+A host describes the moment in columns (the views) and carries the answer out. It reports which
+requests were let in, started and ended. The planner answers three questions:
+    admit     which requests to reserve KV for, in which order (`policy.admission`)
+    choose    which running requests take part in the next step (`policy.packing`)
+    retract   which request to drop when the next step's KV does not fit (`policy.retraction`)
+
+Rules that need more than one moment live here:
+- which request starves, and whether the late share pays for it;
+- whose time-out runs down;
+- the lead to aim at, and within how many tokens;
+- how long requests usually stay;
+- the circuit breaker: where steps do not follow the predictions, nobody is parked or held back.
 """
 
 from __future__ import annotations
@@ -49,7 +53,7 @@ GIVE_UP_S = 300.0  # SGLang's default of its time-outs
 
 
 class StepPredictor(Protocol):
-    """How long decode steps take, as predicted, and how wrong the latest predictions were."""
+    """Predicted durations of decode steps, and how wrong the latest predictions were."""
 
     def step_s(self, batch: Any, kv_tokens: Any, /) -> Any: ...
 
@@ -59,11 +63,11 @@ class StepPredictor(Protocol):
 
 @dataclass(slots=True)  # one a step: freezing it would cost a microsecond
 class RunningView:
-    """Who decodes. Columns (n,), seconds of any one clock, KV tokens.
+    """The running requests: columns of shape (n,), in KV tokens and seconds of any one clock.
 
-    `emitted`: output tokens that are out or in flight. `served`: whether it was to be kept on pace
-    when it was let in, or at the latest choice since. `tightest_s`: the least of `tpot_s`, 0 for
-    n = 0. `weight`: of its SLO class, None where all are equal.
+    `emitted`: output tokens that are out or in flight. `sustained`: whether the request was to be
+    held to its TPOT target at admission, or at the latest choice since. `tightest_s`: the least of
+    `tpot_s`, 0 for n = 0. `weight`: that of the SLO class, None when all are equal.
     """
 
     now_s: float
@@ -78,25 +82,26 @@ class RunningView:
 
     @property
     def slack_s(self) -> Floats:
-        """Time until the next token is due, (n,)."""
+        """Seconds until the next token is due, (n,)."""
         return self.first_token_s + self.emitted * self.tpot_s - self.now_s
 
     @property
     def silent_s(self) -> Floats:
-        """Time since the last token, (n,)."""
+        """Seconds since the last token, (n,)."""
         return self.now_s - self.last_token_s
 
     @property
     def lead_s(self) -> Floats:
-        """How early the last token came, (n,)."""
+        """Seconds by which the last token came early, (n,); negative if the request is behind."""
         return self.first_token_s + (self.emitted - 1.0) * self.tpot_s - self.now_s
 
 
 class DecodePlanner:
-    """The rules of one decode server; see the module's text.
+    """The rules of one decode server; see the module's docstring.
 
-    `counters`: steps by what was decided, steps with the breaker open, and how many were let in
-    because their time-out ran down. `give_up_s`: how long SGLang lets a request wait for its KV.
+    `counters` counts steps by decision (``steps_…``), steps with the breaker open
+    (``breaker_steps``), and requests let in because their time-out ran down (``pressed``).
+    `give_up_s`: how many seconds SGLang lets a request wait for its KV.
     """
 
     def __init__(
@@ -110,10 +115,10 @@ class DecodePlanner:
     def admit(
         self, queue: QueueView, running: RunningView, server: Occupancy, times: StepPredictor
     ) -> AdmissionPlan:
-        """The order of the queue, how many of it come in, who of them starves. For n > 0.
+        """Returns the order of the queue, how many to admit, which one starves. Needs n > 0.
 
-        `server` has those to be kept who have KV and do not run yet; who runs is added here.
-        All come in, by deadline, while the breaker is open.
+        `server` has the sustained requests that hold KV and do not run yet; those running are added
+        here. While the breaker is open, all are admitted by deadline.
         """
         error = times.error
         if not self.trusted(error):
@@ -133,21 +138,21 @@ class DecodePlanner:
         )
 
     def order(self, queue: QueueView) -> list[int]:
-        """All who wait, by deadline, where nobody is held back."""
+        """Returns all waiting requests by deadline, for when nobody is held back."""
         return deadline_order(queue, self.clock_left(queue))
 
     def let_in(self, prompt_tokens: int, starving: bool) -> None:
-        """KV was reserved for one, `starving` if the plan said so: the late share earns and pays."""
+        """Records that KV was reserved; a `starving` request is paid from the late share."""
         self.late_share.ran(prompt_tokens, prompt_tokens if starving else 0)
 
     def clock_left(self, queue: QueueView) -> Floats | None:
-        """The part of SGLang's time-out that each has left, 1 to 0, (n,); None: there is none."""
+        """Returns the part of SGLang's time-out left to each, 1 to 0, (n,); None: no time-out."""
         if queue.clock_s is None:
             return None
         return np.clip(1.0 - (queue.now_s - queue.clock_s) / self.give_up_s, 0.0, 1.0)
 
     def choose(self, view: RunningView, times: StepPredictor) -> StepChoice | None:
-        """Who takes part in the next step; None: everybody, and nobody had to choose."""
+        """Returns who takes part in the next step; None: everybody, without a choice."""
         count = len(view.tpot_s)
         if count < 2:
             return None
@@ -178,21 +183,21 @@ class DecodePlanner:
         return choice
 
     def retract(self, view: RunningView) -> list[int]:
-        """All who run, most worth keeping first."""
+        """Returns all running requests, the one most worth keeping first."""
         return keep_order(view.lead_s, view.tpot_s, view.context_tokens, view.weight)
 
     def trusted(self, error: PredictError) -> bool:
-        """The circuit breaker: whether to decide by predictions that are so wrong."""
+        """Returns whether predictions with this error are good enough: the circuit breaker."""
         self.breaker = None if error.trusted(self.config.max_step_error) else error
         return self.breaker is None
 
     @property
     def horizon_tokens(self) -> float:
-        """In how many tokens leads are to be made up or used."""
+        """The number of tokens within which a lead is to be made up or used."""
         return horizon_of(self.statistics.output_tokens)
 
     def _starving(self, queue: QueueView, kv_tokens: float) -> int:
-        """Index of who goes first because it has waited too long; -1: nobody, or it cannot pay."""
+        """Index of the request that has waited too long and goes first; -1 for none."""
         arrival = np.where(queue.never_fits(kv_tokens), np.inf, queue.arrival_s)
         if queue.ready is not None:
             arrival = np.where(queue.ready, arrival, np.inf)
@@ -203,7 +208,7 @@ class DecodePlanner:
     def _occupancy(
         self, running: RunningView, server: Occupancy, reserve_tokens: float
     ) -> Occupancy:
-        """Those to be kept on pace count with the pace they need now, no looser than their target."""
+        """Adds the sustained running requests, each with the step that it needs now."""
         sustained, tpot = running.sustained, running.tpot_s
         step_s = allowed_step_s(running.lead_s, tpot, reserve_tokens, self.horizon_tokens)
         allowed = np.minimum(step_s, tpot)

@@ -1,17 +1,17 @@
-"""What each running decode costs: the law of a step, made linear around the operating point.
+"""What each running request adds to a decode step: the latency model, linear near the next batch.
 
-    step(batch) = base + sum_i cost_i                seconds; cost_i of request i, base of nobody
-    cost_i = each + token * context_i
+    step(batch) = base + sum_i cost_i        seconds; `cost_i` of request i, `base` of no request
+    cost_i = each + token * context_i        context in KV tokens
 
-The operating point is the batch that will run: the largest one, of requests of the mean context, whose
-step is within the limit. There `each` is the slope over the upper half of the batch, `token` that over
-the upper half of its KV tokens. Elsewhere the line is not worth much: in a mixture of experts the
-first few requests of a batch cost far more than the next few (each wakes more experts), so that
-averaged from 1 on the base comes out several times too small; and of a crowd far beyond the limit
-the slope is flatter and the base larger than whatever can be kept on pace will see.
+The operating point is the largest batch of mean-context requests whose step is within the limit.
+There `each` is the slope over the upper half of the batch, and `token` the slope over the upper
+half of its KV tokens. Elsewhere the line is worth little. In a mixture of experts the first few
+requests of a batch cost far more than the next, since each wakes more experts. A line averaged from
+one request on would have a base several times too small. For a crowd far beyond the limit the slope
+is flatter and the base larger than any sustained request will see.
 
-A request that needs a token every `tpot_i` needs the share  cost_i / tpot_i  of the time, and
-somebody's `tpot` goes to the base: all can be kept on pace iff
+A request that needs a token every `tpot_i` seconds needs the share  cost_i / tpot_i  of the time.
+All can be held to their targets exactly if
     base / min tpot + sum_i cost_i / tpot_i <= 1
 """
 
@@ -31,10 +31,11 @@ StepTime = Callable[[Any, Any], Any]
 def step_costs(
     step_s: StepTime, context_tokens: Array, limit_s: float, more_tokens: Array | None = None
 ) -> tuple[float, Array, Array]:
-    """`base` (seconds), `cost` (n,) of requests with these contexts, and (m,) of `more` to come.
+    """Returns `base` (seconds), `cost` (n,) of these contexts, and `cost` (m,) of `more_tokens`.
 
-    `step_s(batch, kv_tokens)`: predicted seconds, monotone, of scalars. `limit_s`: the step aimed
-    at. The operating point has two requests at least: one alone does not tell what a second adds.
+    `step_s(batch, kv_tokens)`: predicted seconds, monotone, for scalars. `limit_s`: the longest
+    step aimed at. The operating point has at least two requests: one does not tell what a second
+    adds.
     """
     known, in_all = context_tokens.size, float(context_tokens.sum())
     if more_tokens is not None:
@@ -62,7 +63,10 @@ def step_costs(
 def within_reach(
     step_s: StepTime, context_tokens: Array, tpot_s: Array
 ) -> NDArray[np.bool_] | None:
-    """Whose TPOT target a step of its own would meet: mask (n,), n > 0; None for everybody's."""
+    """Returns the mask (n,) of requests that would meet their TPOT target alone; None if all would.
+
+    Needs n > 0. `step_s(batch, kv_tokens)` takes scalars and arrays.
+    """
     if float(step_s(1, float(context_tokens.max()))) <= float(tpot_s.min()):
         return None
     alone: Array = step_s(np.ones(context_tokens.size, np.int64), context_tokens)
@@ -75,12 +79,12 @@ def largest_fitting(
     fits: tuple[int, float],
     fails: tuple[int, float],
 ) -> tuple[int, float]:
-    """The largest size with `seconds_of(size) <= limit_s`, and these; `seconds_of` is monotone.
+    """Returns the largest size with `seconds_of(size) <= limit_s`, and its seconds.
 
-    `fits`, `fails`: a size that fits (or is the answer for want of a smaller one) and one that does
-    not, each with its seconds. Every question costs microseconds, so where the answer lies on the
-    line between what is known is asked first, and what remains is halved every third time, lest a
-    bent line makes it slow.
+    `seconds_of` must be monotone. `fits`: a size that fits, or the answer for want of a smaller
+    one; `fails`: one that does not; each with its seconds. Each call costs microseconds. So the
+    search tries a straight line between the known points first. Every third time it halves the
+    range, lest a bent line makes it slow.
     """
     (low, low_s), (high, high_s) = fits, fails
     turn = 0

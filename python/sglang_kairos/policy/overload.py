@@ -1,14 +1,14 @@
-"""What to do with a request whose SLO no pair of servers can keep.
+"""What to do with a request whose SLO no pair of servers can meet.
 
     serve     place it anyway, where it costs the others least
-    relegate  let it wait until it is in nobody's way; served late, but served
-    shed      refuse it at once, and say when to come back
+    relegate  let it wait until it is in nobody's way; it is served late, but served
+    shed      refuse it at once with 429, and say when to come back
 
-A pair that would keep this request's SLO by breaking an earlier promise does not count: what was
-accepted stays on time. A first guess about a server's speed is no reason to turn anybody away: who
-asks says that a promise is kept as long as nothing has been observed.
+A pair that would meet this SLO by breaking an earlier promise does not count: what was accepted
+stays on time. A first guess about a server's speed is no reason to refuse a request. So the caller
+reports a target as met as long as nothing has been observed of the server.
 
-Retry-After is how long until the same request would have been on time, if nothing else came:
+Retry-After is how long until the same request would have been on time if nothing else came:
 predicted TTFT - TTFT target, in whole seconds.
 """
 
@@ -22,7 +22,7 @@ LONGEST_RETRY_S = 60
 
 
 class Overload(StrEnum):
-    """The choices, by the names used in flags."""
+    """The three choices, by the names that flags use."""
 
     SERVE = "serve"
     RELEGATE = "relegate"
@@ -30,7 +30,7 @@ class Overload(StrEnum):
 
 
 class OverloadOutcome(NamedTuple):
-    """What was predicted for a request on the best pair. Seconds."""
+    """The prediction for a request on the best pair; seconds."""
 
     ttft_s: float
     keeps_ttft: bool
@@ -38,12 +38,12 @@ class OverloadOutcome(NamedTuple):
 
 
 def verdict(policy: Overload, outcome: OverloadOutcome) -> Overload:
-    """SERVE now, RELEGATE or SHED."""
+    """Returns SERVE if both targets are met, else what `policy` says."""
     return Overload.SERVE if outcome.keeps_ttft and outcome.keeps_tpot else policy
 
 
 def retry_after_s(ttft_s: float, target_s: float) -> int:
-    """Whole seconds for Retry-After, 1 to LONGEST_RETRY_S."""
+    """Returns the whole seconds for Retry-After, from 1 to LONGEST_RETRY_S."""
     wait = ttft_s - target_s
     if not math.isfinite(wait):
         return LONGEST_RETRY_S

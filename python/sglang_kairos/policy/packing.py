@@ -1,41 +1,48 @@
-"""Which running decodes take part in the next step: as many requests on their TPOT as possible.
+"""Chooses which running requests take part in a decode step, so that most meet their TPOT target.
 
-All arrays have shape (n,), one entry per running request; times in seconds, context in KV tokens.
-    lead_i  = slack_i - tpot_i       how early the last token came; the final TPOT is met iff it
-                                     is >= 0 when the last token comes
-    pace_i  = tpot_i + (lead_i - reserve tpot_i) / horizon, within FLOOR..CEILING of tpot_i
-                                     longest mean step with which the lead comes down to `reserve`
-                                     tokens in `horizon` ones: shorter for who is behind, longer for
-                                     who is ahead
-    cost_i  = what i adds to the step (`load`);   load_i = cost_i / pace_i
-A request LOST tokens or more behind its pace is given up, and so is one whose TPOT target even a step
-of its own would miss: it takes what others leave. Where all are given up nobody gains from a short
-step, and everybody runs.
+Why choose it: a step is as slow as its batch is heavy, and everybody in it waits for everybody
+else. When a step of all is too long for some targets, parking a few saves the others. A parked
+request keeps its KV and sits the step out.
 
-1. If the step of everybody fits everybody's allowed, everybody runs: stock behaviour.
-2. Otherwise the *sustained* set is the largest that can be kept on pace for good: for each of some
-   limits L, those with pace >= L, lightest load first while  base / L + sum load <= 1  (fewest
-   seconds per token first is optimal for a count, as in the unit-value knapsack); the L that serves
-   the most wins. So nobody who has fallen behind drags all others to his pace. Who was sustained
-   before counts as INCUMBENT of its load: the set does not flap.
-3. The step is filled up to that limit: who would otherwise be silent for `max_itl_s`, then the
-   sustained who miss their pace within URGENT steps, then the other sustained, the recoverable, the given
-   up; lightest first within each. The rest is parked. Silent ones are fetched one a step, the most
-   silent first, early enough that they never come due in a crowd, and with SPARE steps to go: a step
-   may take longer than predicted, and its tokens take their time to the client.
+Formula. All arrays have shape (n,), one entry per running request; times are in seconds, context in
+KV tokens.
+    lead_i    = slack_i - tpot_i
+                how early the last token came; the TPOT target is met in the end if it is >= 0
+                when the last token comes
+    allowed_i = tpot_i + (lead_i - reserve tpot_i) / horizon, within FLOOR..CEILING of tpot_i
+                the longest mean step that brings the lead to `reserve` tokens within `horizon`
+                tokens: shorter for a request that is behind, longer for one that is ahead
+    load_i    = cost_i / allowed_i        `cost_i` is what i adds to the step (`policy.load`)
 
-4. Where that would make fewer than `min_throughput` times the tokens per second that the step of
-   everybody makes, the step is filled further, in the same order, until it does not.
+Rules: 1. If a step of everybody is within everybody's allowed step, everybody runs. That is stock
+SGLang. 2. Otherwise the *sustained* set is the largest that can be held to its targets for good.
+For each
+   of some limits L, requests with allowed >= L are taken lightest load first, while
+   base / L + sum load <= 1. Lightest first is optimal for a count (unit-value knapsack). The L
+   that sustains the most wins, so no request that has fallen behind slows all others down. A
+   request sustained before counts with INCUMBENT of its load, so that the set does not flap.
+3. The step is filled up to that limit; the rest is parked. First come requests that would else be
+   silent for longer than `max_itl_s`. Then come the sustained that miss their target within
+   URGENT steps, the other sustained, the recoverable and the given up; lightest first within each.
+4. If that makes less than `min_throughput` of the tokens per second of everybody's step, the step
+   is filled further, in the same order.
 
-Where the fixed part of a step is large, a step a little shorter means far fewer requests (25 ms of
-which 17 are fixed: 1 % is 3 % of the batch). So there is no margin on a step: whoever falls behind is
-noticed by its lead. But where steps scatter around their predictions, who aims at a lead of nothing
-ends late every other time: the worse the predictions, the larger the `reserve_tokens` aimed at.
-It must be there when a request ends, so the `horizon_tokens` are half of what requests usually
-have, HORIZON at most.
+A request is *given up* when it is LOST tokens or more behind, or when even a step of its own would
+miss its target. It takes what others leave. Where all are given up, nobody gains from a short step,
+and everybody runs.
 
-Our own design; no claim that any paper's formula looks like it. Constants: tuned in simulation and
-flat around these values (docs/decode.md).
+Starvation: `max_itl_s` bounds the silence of a parked request. Silent requests are fetched one a
+step, the most silent first, and early, so that they never fall due in a crowd. SPARE steps are kept
+in hand: a step may take longer than predicted, and its tokens travel to the client.
+
+Trade-offs. There is no margin on the step itself. Where its fixed part is large, a slightly shorter
+step means far fewer requests: of 25 ms with 17 ms fixed, 1 % less is 3 % of the batch. A request
+that falls behind shows in its lead instead. Where steps scatter around their predictions, aiming at
+a lead of zero ends late every other time. So the reserve grows with the error (`reserve_of`). It
+must be there when a request ends, so the horizon is half of the usual output.
+
+Source: our own design; no claim that any paper's formula looks like it. The constants were tuned in
+simulation; results are flat around them (docs/decode.md).
 """
 
 from __future__ import annotations
@@ -61,10 +68,12 @@ INCUMBENT = 0.5
 
 @dataclass(frozen=True, slots=True)
 class StepChoice:
-    """`run`: indices that take part, ascending; `predicted_s`: their step. `sustained`: mask (n,) of
-    who is to be kept on allowed, for the next choice.
+    """Who runs in the next step.
 
-    `reason`: "all" run, "packed" (everybody can be kept on allowed) or "overload" (somebody not)."""
+    `run`: indices that take part, ascending; the step is predicted to take `predicted_s` seconds.
+    `reason`: "all" run, "packed" (all can be held to their targets) or "overload" (some cannot).
+    `sustained`: mask (n,) of the requests to be held to their targets; pass it to the next choice.
+    """
 
     run: list[int]
     predicted_s: float
@@ -85,13 +94,13 @@ def choose_step(
     horizon_tokens: float = HORIZON,
     min_throughput: float = 0.0,
 ) -> StepChoice:
-    """The requests to run now; never empty for n > 0.
+    """Returns the requests to run now, at least one for n > 0.
 
-    `slack_s`: time until the next token is due, (first token + emitted * tpot) - now. `silent_s`:
-    time since the last token. `step_s(batch, kv_tokens)`: predicted seconds, monotone, for scalars
-    and arrays. `sustained`: the last choice's, False for who has joined since (None: nobody was).
-    `reserve_tokens`: the lead to end with, of `reserve_of`; `horizon_tokens`: of `horizon_of`.
-    `min_throughput`: 0 to 1.
+    `slack_s`: seconds until the next token is due, (first token + emitted * tpot) - now.
+    `silent_s`: seconds since the last token. `step_s(batch, kv_tokens)`: predicted seconds,
+    monotone, for scalars and arrays. `sustained`: that of the last choice, False for requests that
+    joined since; None if there was none. `reserve_tokens`: the lead to end with (`reserve_of`).
+    `horizon_tokens`: see `horizon_of`. `min_throughput`: a fraction from 0 to 1.
     """
     slack, tpot = np.asarray(slack_s, float), np.asarray(tpot_s, float)
     context, silent = np.asarray(context_tokens, float), np.asarray(silent_s, float)
@@ -142,19 +151,19 @@ def choose_step(
 
 
 def reserve_of(mean_error: float) -> float:
-    """The lead to aim at, in tokens, where steps are predicted with this mean relative error."""
+    """Returns the lead to aim at, in tokens, for this mean relative error of step predictions."""
     return min(MOST_RESERVE, RESERVE_PER_ERROR * mean_error)
 
 
 def horizon_of(expected_output: float) -> float:
-    """Tokens in which a lead is to be made up or used, where requests have so many on average."""
+    """Returns within how many tokens to make up or use a lead, for this mean output length."""
     return min(HORIZON, max(SHORTEST_HORIZON, 0.5 * expected_output))
 
 
 def safe_step_s(
     tightest_tpot_s: float, reserve_tokens: float, horizon_tokens: float = HORIZON
 ) -> float:
-    """A step of everybody that is no longer than this needs no choice, whatever the leads."""
+    """Returns the step, in seconds, up to which everybody may run, whatever the leads."""
     return tightest_tpot_s * (1.0 - reserve_tokens / horizon_tokens)
 
 
@@ -164,7 +173,7 @@ def allowed_step_s(
     reserve_tokens: float,
     horizon_tokens: float = HORIZON,
 ) -> NDArray[np.float64]:
-    """The longest mean step each may see, (n,)."""
+    """Returns the longest mean step that each request may see, in seconds, (n,)."""
     return _within_bounds(_unbounded_step_s(lead_s, tpot_s, reserve_tokens, horizon_tokens), tpot_s)
 
 
@@ -190,9 +199,9 @@ def _sustained(
     alive: NDArray[np.bool_] | None,
     before: NDArray[np.bool_] | None,
 ) -> NDArray[np.bool_]:
-    """The largest set that can be kept on pace: mask (n,); somebody, as somebody is alive.
+    """Returns the mask (n,) of the largest set that can be held to its targets; never empty.
 
-    `alive`: who may be in it, None for all.
+    `alive`: who may be in it, None for all. `before`: the set of the last choice.
     """
     key = load if before is None else np.where(before, INCUMBENT * load, load)
     lightest = key.argsort(kind="stable")
@@ -208,7 +217,7 @@ def _sustained(
     for limit in higher:
         members = (allowed_steps >= limit).nonzero()[0]
         if members.size < count:
-            break  # nor has any higher limit enough of them
+            break  # no higher limit has enough members either
         fitting = int(loads[members].cumsum().searchsorted(1.0 - base / limit, "right"))
         if fitting >= count:
             count, chosen = fitting, lightest[members[:fitting]]
@@ -224,7 +233,7 @@ def _due(
     limit: float,
     max_itl_s: float,
 ) -> NDArray[np.bool_] | None:
-    """Who must run now lest somebody is silent for longer than `max_itl_s`: mask (n,); None: nobody."""
+    """Returns the mask (n,) of who must run now to keep every silence short; None for nobody."""
     latest_s = max_itl_s - (SPARE - 1.0) * limit
     longest_s, longest_turn_s = float(silent.max()), limit + float(cost.max())
     queue = np.flatnonzero(~sustained)

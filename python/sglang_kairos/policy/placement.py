@@ -1,22 +1,31 @@
-"""Which prefill and which decode server get a request: keep most promises, then be earliest.
+"""Chooses the prefill and the decode server of a request: keep most promises, then be earliest.
 
-Seconds everywhere; deadlines and `now_s` on one clock of the caller's choice.
+Why choose it: the shortest queue is not the earliest first token. Prompts differ in length, in what
+a server has cached, and in their deadlines. All times are seconds; deadlines and `now_s` are on one
+clock of the caller's choice.
 
-Prefill server s does what it owes in `policy.backlog`'s order (a stock server: as it came). For a
-request of n tokens, of which s has h cached, w = seconds of n - h tokens after h:
-    ahead    = on-time work due before it + work nobody told us the deadline of
+Prefill. A server does what it owes in the order of `policy.backlog`; a stock server as it came. For
+a request of n tokens, h of them cached, `w` is the predicted time for n - h tokens after h.
+    ahead    = on-time work due before it + work of unknown deadlines
     blocking = min(one chunk, work due later)      a running chunk cannot be taken back; without
                                                    chunks: the longest prompt
     TTFT     = ahead - progress + blocking + w + hand-off + one decode step
-The server as a whole then has w more to do: at most one request is pushed past its deadline by it
-(Moore and Hodgson), maybe the new one. `gain` is the weight won by accepting minus what is lost.
-Decode server, after the request has joined: step = a + b running + knees + c tokens (TPOT of
-everybody there); `gain` is 1 if the request's target allows that step, less the residents whose
-target does not any more. A server whose KV would overflow comes after all that have room.
+The server as a whole then has w more to do. That pushes at most one request past its deadline
+(Moore and Hodgson, 1968), maybe the new one. `gain` is the weight won by accepting it, less the
+weight lost.
 
-Most gain wins, then the earliest end (prefill) or the shortest step (decode); the two choices do
-not depend on each other. Ties fall to the lower index, or to `rng` when one is given. Above
-LOOK_AT_ALL servers of a role a few are drawn and compared (Mitzenmacher 2001: two nearly suffice).
+Decode. Once the request has joined:
+    step = a + b running + knees + c tokens        seconds; it is the TPOT of everybody there
+`gain` is the request's weight if its target allows that step. Each resident whose target no longer
+does takes 1 off. A server whose KV would overflow comes after all that have space.
+
+The largest gain wins, then the earliest end (prefill) or the shortest step (decode). The two
+choices do not depend on each other. Ties fall to the lower index, or to `rng` when it is given.
+Above LOOK_AT_ALL servers of a role, a few are drawn and compared. Mitzenmacher (2001) shows that
+two choices nearly suffice.
+
+Starvation cannot happen here: every request is placed at once. Trade-off: predictions must be
+right; where a server has reported no latency model, GENERIC_PREFILL and UNTOLD_DECODE stand in.
 """
 
 from __future__ import annotations
@@ -31,20 +40,20 @@ from sglang_kairos.predict.latency_model import GENERIC_PREFILL, DecodeLatency, 
 
 # Predictions closer than this are one: they are not that good, and a tie can be spread.
 TIE_S = 1e-4
-# Of a decode server that has not told its law: steep enough for one request more to be no tie.
+# For a decode server that reported no latency model: steep enough that one request more is no tie.
 UNTOLD_DECODE = DecodeLatency(3.5e-3, 0.22e-3, 0.65e-6)
 LOOK_AT_ALL = 32  # of one role; 64 servers in all
 DRAWN = 8
-# Of the tokens that a request may make, how many it is expected to.
+# The part of its `max_tokens` that a request is expected to make.
 OUTPUT_SHARE = 0.5
 
 
 class PrefillState(NamedTuple):
-    """A prefill server and what it owes: `deadlines_s` ascending, `works_s` beside it.
+    """A prefill server and what it owes: `deadlines_s` ascending, `works_s` beside it, in seconds.
 
-    `progress_s`: done already of that; `extra_s`: work besides, of unknown deadlines;
-    `cached_tokens`: of the request's prompt, expected in its prefix cache. `backlog` spares
-    building it from the two lists. `chunk_tokens` <= 0: prompts are not chunked.
+    `progress_s`: seconds of that work already done. `extra_s`: further work, of unknown deadlines.
+    `cached_tokens`: of the request's prompt, expected in the server's prefix cache. `backlog`:
+    spares building one from the two lists. `chunk_tokens` <= 0: prompts are not chunked.
     """
 
     law: PrefillLatency = GENERIC_PREFILL
@@ -60,9 +69,9 @@ class PrefillState(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-    """A decode server: requests and KV tokens it holds or has been promised, and its KV size.
+    """A decode server: requests and KV tokens that it holds or was promised, and its KV capacity.
 
-    `tpots_s`: TPOT targets of the requests known there, ascending.
+    `tpots_s`: TPOT targets of the requests known there, in seconds, ascending.
     """
 
     law: DecodeLatency = UNTOLD_DECODE
@@ -72,15 +81,15 @@ class DecodeState(NamedTuple):
     tpots_s: Sequence[float] = ()
 
     def step_s(self, more_requests: int, more_tokens: float) -> float:
-        """Seconds of a step once that much more has joined."""
+        """Returns the seconds of a step once that many requests and tokens have joined."""
         return self.law.step_s(self.running + more_requests, self.tokens + more_tokens)
 
 
 class PlacedRequest(NamedTuple):
-    """`tokens` prompt tokens in all `prompts`; `output_tokens` it is expected to grow by.
+    """A request to place: `prompts` of `tokens` tokens in all, expected to grow by `output_tokens`.
 
-    `now_s` goes with `deadline_s`; without it nothing counts as late. `margin_s` is gain free
-    before the deadline, for what predictions miss.
+    `now_s` belongs to `deadline_s`; without it nothing counts as late. `margin_s`: seconds kept
+    free before the deadline, for what predictions miss.
     """
 
     tokens: float
@@ -97,10 +106,10 @@ class PlacedRequest(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Indices of the chosen servers, and the seconds from now to the first token.
+    """The chosen servers, by index, and the predicted seconds from now to the first token.
 
-    `keeps_ttft`: the request is on time and pushes nobody else past a deadline. `keeps_tpot`: the
-    same for TPOT, and there is room in the KV. `tpot_s`: the step it is predicted to see.
+    `keeps_ttft`: the request is on time and pushes no other past its deadline. `keeps_tpot`: the
+    same for TPOT, and its KV fits. `tpot_s`: the decode step that it is predicted to see.
     """
 
     prefill: int
@@ -112,7 +121,11 @@ class Pair(NamedTuple):
 
 
 class PrefillOutlook(NamedTuple):
-    """`end_s`: seconds from now to the end of the request's prefill; see the module's text."""
+    """A prefill server with the request: seconds from now to the end of its prefill, and the gain.
+
+    `gain`: see the module's docstring. `harmless`: the request is on time and delays no other too
+    far.
+    """
 
     end_s: float
     gain: float
@@ -120,7 +133,7 @@ class PrefillOutlook(NamedTuple):
 
 
 class DecodeOutlook(NamedTuple):
-    """`step_s`: seconds of a step with the request in it; see the module's text."""
+    """A decode server with the request in it: whether KV overflows, gain, seconds of a step."""
 
     overflow: bool
     gain: float
@@ -128,7 +141,7 @@ class DecodeOutlook(NamedTuple):
 
 
 def prefill_outlook(server: PrefillState, request: PlacedRequest) -> PrefillOutlook:
-    """What `server` would make of the request, and the request of what the server owes."""
+    """Returns when `server` would finish this request, and what that does to the others it owes."""
     law, chunk = server.law, server.chunk_tokens
     _, work = law.prompt_s(request.tokens, server.cached_tokens, chunk)
     limit = request.deadline_s - request.now_s - request.handoff_s - request.margin_s
@@ -162,7 +175,7 @@ def prefill_outlook(server: PrefillState, request: PlacedRequest) -> PrefillOutl
 
 
 def decode_outlook(server: DecodeState, request: PlacedRequest) -> DecodeOutlook:
-    """What a step on `server` takes with the request in it, and whose TPOT target that breaks."""
+    """Returns the step of `server` with the request in it, and whether that breaks TPOT targets."""
     grown = request.tokens + request.output_tokens
     step = server.step_s(request.prompts, grown)
     gain = request.weight if step <= request.tpot_s else 0.0
@@ -173,7 +186,7 @@ def decode_outlook(server: DecodeState, request: PlacedRequest) -> DecodeOutlook
 
 
 def drawn(count: int, rng: Random | None) -> Sequence[int]:
-    """Indices worth a look among `count` servers: all, or a few at random when there are many."""
+    """Returns the indices to look at among `count` servers: all, or a few at random of many."""
     if count <= LOOK_AT_ALL:
         return range(count)
     return (rng or Random(0)).sample(range(count), DRAWN)
@@ -185,7 +198,7 @@ def choose_pair(
     request: PlacedRequest,
     rng: Random | None = None,
 ) -> Pair | None:
-    """The pair that keeps most promises, or None when either side has no server left."""
+    """Returns the pair that keeps most promises, or None when either role has no server left."""
     left = [i for i in range(len(prefills)) if i not in request.skip_prefills]
     right = [i for i in range(len(decodes)) if i not in request.skip_decodes]
     if not left or not right:

@@ -1,9 +1,11 @@
-"""What a prefill server does next, from what it sees: the one place of the rules, for two hosts.
+"""Decides what a prefill server does next. SGLang's scheduler and the simulator both host it.
 
-A host, SGLang's scheduler or the simulated server, describes the moment in columns (`PrefillView`),
-carries the plan out, and tells what ran. The rules that need more than one moment live here: who
-starves and whether the late share pays for it, who sat paused for too long, which prompts to look up
-in the prefix cache, margins on predictions.
+A host describes the moment in columns (`PrefillView`), carries the plan out, and reports what ran.
+Rules that need more than one moment live here:
+- which request starves, and whether the late share pays for it;
+- which request was paused for too long;
+- which prompts to look up in the prefix cache;
+- the margin on predictions.
 """
 
 from __future__ import annotations
@@ -31,14 +33,14 @@ NEVER = -(1 << 40)
 
 @dataclass(frozen=True, slots=True)
 class PrefillView:
-    """A prefill server at a scheduling point. Seconds of any one clock, tokens.
+    """A prefill server at a scheduling point: columns of shape (n,), tokens, seconds of any clock.
 
-    Columns, (n,): first those who wait, then the begun, the one in the chunk slot before the paused.
-    `tokens`: prompt tokens left to compute; `prefix`: those before them, computed or expected in the
-    prefix cache. `paused_s`, one per begun: how long it has sat out in all. `in_slot`: whether the
-    first of the begun is in the chunk slot, `pinned`: and must stay there. `free_tokens`: KV, of
-    which `evictable_tokens` belong to cached prefixes. `work_factor` (n,): what predictions of work
-    are multiplied with, by a simulation of wrong ones.
+    Columns list the waiting requests first, then the begun ones: the one in the chunk slot, then
+    the paused. `tokens`: prompt tokens left to compute. `prefix`: tokens before those, computed or
+    expected in the prefix cache. `paused_s`: one entry per begun request, how long it was paused in
+    all. `in_slot`: whether the first begun request is in the chunk slot; `pinned`: whether it must
+    stay there. `free_tokens`: KV tokens, of which `evictable_tokens` belong to cached prefixes.
+    `work_factor` (n,): factor on predicted work, for simulations of wrong predictions.
     """
 
     now_s: float
@@ -59,17 +61,17 @@ class PrefillView:
 
     @property
     def waiting(self) -> int:
-        """How many wait; the others have begun."""
+        """The number of waiting requests; the others have begun."""
         return len(self.tokens) - len(self.paused_s)
 
     @property
     def slot(self) -> int:
-        """Index of the one in the chunk slot, -1: nobody."""
+        """Index of the request in the chunk slot, -1 for none."""
         return self.waiting if self.in_slot else -1
 
 
 class PrefillPlanner:
-    """The rules of one prefill server; see the module's text."""
+    """The rules of one prefill server; see the module's docstring."""
 
     def __init__(self, config: KairosConfig) -> None:
         self.config = config
@@ -77,11 +79,12 @@ class PrefillPlanner:
         self.plans = 0
 
     def to_look_up(self, looked_up_at: Ints) -> list[int]:
-        """Begins a plan. Which waiting ones (indices) to look up in the prefix cache for it.
+        """Begins a plan and returns the waiting requests to look up in the prefix cache, by index.
 
-        `looked_up_at` (n,): the `plans` of the last time, NEVER at first. All of a short queue, else
-        those whose look-up is LOOK_UP_EVERY_PLANS old, the stalest first. Plans are counted, not
-        time, so that all ranks of a server look up the same ones.
+        `looked_up_at` (n,): the value of `plans` at the last look-up, NEVER at first. A short queue
+        is looked up whole. Of a long one, those whose look-up is LOOK_UP_EVERY_PLANS old, the
+        stalest first. Plans are counted instead of time, so that all ranks of a server look up the
+        same ones.
         """
         self.plans += 1
         short = len(looked_up_at) <= LOOK_UPS_PER_PLAN
@@ -92,11 +95,11 @@ class PrefillPlanner:
         return stale.tolist()
 
     def plan(self, view: PrefillView, times: PrefillTimeModel) -> PrefillPlan:
-        """The next step. ValueError if somebody who waits would be lost by it."""
+        """Returns the next step. Raises ValueError if the plan would lose a waiting request."""
         fixed_s = times.law.a_s * (1 + self.config.margin)
         least_tokens = 0
         if view.paused_s:
-            # What a crumb of a chunk costs depends on the prefix it rereads: that of the begun.
+            # A small share of a chunk rereads the whole prefix of the begun one: that sets its price.
             reread = float(view.prefix[view.waiting :].max())
             least_tokens = times.worthwhile_tokens(reread, view.chunk_tokens)
         starving = self._starving(view)
@@ -132,11 +135,11 @@ class PrefillPlanner:
         return urgency_order(self._work_s(view, times), _due_s(view), view.weight).order
 
     def ran(self, tokens: int, of_starving: int) -> None:
-        """A step of `tokens` was launched, `of_starving` of them for whom a plan called starving."""
+        """Records a step of `tokens`, `of_starving` of them for the request that starved."""
         self.late_share.ran(tokens, of_starving)
 
     def settings(self) -> dict[str, float]:
-        """What a plan depends on beside view and times: a planner of these plans the same."""
+        """Returns what a plan depends on besides view and times: equal settings plan the same."""
         config = self.config
         return {
             "margin": config.margin,
@@ -159,7 +162,7 @@ class PrefillPlanner:
         return int(past[np.argmin(view.arrival_s[past])])
 
     def _overdue(self, view: PrefillView) -> int:
-        """The first begun one that was paused for `max_pause_ms` in all and runs to its end now."""
+        """Index of the first begun request paused for more than `max_pause_ms` in all; else -1."""
         limit_s = self.config.max_pause_ms / 1e3
         begun = enumerate(view.paused_s, start=view.waiting)
         return next((index for index, paused_s in begun if paused_s > limit_s), -1)
@@ -168,7 +171,7 @@ class PrefillPlanner:
 class ChaosPrefillPlanner(PrefillPlanner):
     """Random but legal plans from a seed, to prove that no plan can change a token.
 
-    Never switched on by anything but ``--kairos-chaos-seed``.
+    Only ``--kairos-chaos-seed`` switches it on.
     """
 
     def __init__(self, config: KairosConfig) -> None:
@@ -176,10 +179,10 @@ class ChaosPrefillPlanner(PrefillPlanner):
         self._random = Random(config.chaos_seed)
 
     def plan(self, view: PrefillView, times: PrefillTimeModel) -> PrefillPlan:
-        """Any order, slot and chunk share within the limits that `plan_prefill` keeps.
+        """Returns any order, slot and chunk share within all limits of `plan_prefill` but one.
 
-        All but one: who fits a step is offered whatever KV that takes. The seam of `add_one_req`
-        must be enough to keep the KV that begun prefills need.
+        A request that fits the step is offered whatever KV it takes. The seam of `add_one_req`
+        alone must keep the KV that begun prefills need.
         """
         if view.pinned:
             return super().plan(view, times)
@@ -205,12 +208,12 @@ class ChaosPrefillPlanner(PrefillPlanner):
 
 
 def prefill_planner(config: KairosConfig) -> PrefillPlanner:
-    """The planner that these settings ask for."""
+    """Returns the planner that these settings ask for."""
     return ChaosPrefillPlanner(config) if config.chaos_seed >= 0 else PrefillPlanner(config)
 
 
 def names_all(plan: PrefillPlan, waiting: int) -> bool:
-    """Whether every waiting index is either ordered or held back, once."""
+    """Returns whether every waiting index is either ordered or held back, exactly once."""
     named = [*plan.order, *plan.hold]
     # So many different ones below `waiting` add up to this only if none is negative.
     whole = len(named) == len(set(named)) == waiting
@@ -220,5 +223,5 @@ def names_all(plan: PrefillPlan, waiting: int) -> bool:
 
 
 def _due_s(view: PrefillView) -> Floats:
-    """Time left until each first token is due, (n,)."""
+    """Seconds left until each first token is due, (n,)."""
     return view.arrival_s + view.ttft_s - view.now_s

@@ -1,16 +1,17 @@
-"""Which requests a prefill step computes: the urgency order, walked with the step's token budget.
+"""Chooses what one prefill step computes: the urgency order, walked with the step's token budget.
 
-A request that fits whole is admitted. One that does not fit starts as a new chunked prefill with
-what is left, if nobody else stays in the chunk slot beyond this step. If it may not start, the most
-urgent begun prefill runs in its place, as only that unblocks it.
-
-Begun prefills. All but the one in the chunk slot sit paused; at most `max_paused` may. A begun one
-takes all that is left of the step or nothing: less than the least share is not worth rereading its
-prefix for. Beside begun ones nobody is admitted who would leave them too little KV for their rest
-(`policy.reserve`), nor anybody behind him.
-
-Deadlines. Whoever is in a step has its first token when the step ends. So a step is full once what
-comes next would end it after the deadline of a member that would make it without.
+The rule:
+- A request that fits whole is admitted.
+- One that does not fit starts as a new chunked prefill with the budget that is left. It may not if
+  another stays in the chunk slot beyond this step. Then the most urgent begun prefill runs in its
+  place, since only that frees the slot.
+- Of the begun prefills, one is in the chunk slot; at most `max_paused` others sit paused. A begun
+  one takes all that is left of the step or nothing. Less than `least_tokens` is not worth rereading
+  its prefix for.
+- No request is admitted that would leave begun ones too little KV for their rest
+  (`policy.reserve`), nor any request behind it.
+- All in a step get their first token when the step ends. So the step is full when the next request
+  would end it after the deadline of a member that is on time without it.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ SHARED = 0.5
 
 @dataclass(frozen=True, slots=True)
 class PrefillQueue:
-    """Everything with prefill work left, one entry per request in each array.
+    """All requests with prefill work left: one entry per request in each array, tokens and seconds.
 
-    `tokens` left to compute (prefix cache excluded), `work_s` the time predicted for them in steps
-    of their own, of which `fixed_s` is what each step costs whatever is in it; `partial` marks
-    half-done chunked prefills, `starving` those entitled to go first now; `cached` tokens of each
-    prompt are in the prefix cache (None: none are; read for those that have not begun).
+    `tokens`: left to compute, prefix cache excluded. `work_s`: the time predicted for them in steps
+    of their own; each step has the fixed cost `fixed_s`. `partial`: half-done chunked prefills.
+    `starving`: those entitled to go first now. `cached`: tokens of each prompt in the prefix cache,
+    None for none; read for requests that have not begun.
     """
 
     work_s: Floats
@@ -51,10 +52,13 @@ class PrefillQueue:
 
 @dataclass(frozen=True, slots=True)
 class PrefillPlan:
-    """One step. `order`: waiting indices to offer, those that run now first. `slot`: the partial in
-    the chunk slot (-1: none runs), `chunk_limit`: tokens it may take (None: no cap). `on_time`: how
-    many are predicted to meet their deadline. `hold`: waiting indices that must not be offered.
-    `starving`: who was put first because it starves (-1: nobody)."""
+    """One prefill step, by indices into the queue.
+
+    `order`: waiting requests to offer, those that run now first. `slot`: the begun request in the
+    chunk slot, -1 for none. `chunk_limit`: tokens it may take, None for no cap. `on_time`: how many
+    requests are predicted to meet their deadline. `hold`: waiting requests that must not be
+    offered. `starving`: the request put first because it starves, -1 for none.
+    """
 
     order: list[int]
     slot: int
@@ -76,14 +80,16 @@ def plan_prefill(
     least_tokens: int = 0,
     evictable_tokens: int = 0,
 ) -> PrefillPlan:
-    """What runs in the next step of at most `chunk_tokens` (>= `page_size`) tokens.
+    """Returns what runs in the next step of at most `chunk_tokens` (>= `page_size`) tokens.
 
-    `current` (-1: none) is in the chunk slot; it cannot be paused when `max_paused` is 0. `forced`
-    (-1: none) is a partial that runs now, uncapped. `least_tokens` (0: an eighth of the chunk) is
-    the least share of a step for a partial. Of `free_tokens` KV tokens `evictable_tokens` are cached.
+    `current`: the request in the chunk slot, -1 for none; it cannot be paused when `max_paused` is
+    0. `forced`: a begun request that runs now, without a cap; -1 for none. `least_tokens`: the
+    least share of a step for a begun request; 0 means an eighth of the chunk. Of `free_tokens` KV
+    tokens, `evictable_tokens` are cached.
 
-    Work in the on-time set counts with half of what sharing steps can save (`_saved_s`), its
-    deadlines half a step's fixed cost earlier, as a request is done only when its step is.
+    Requests share steps, which saves fixed cost. So the on-time set counts work less half of what
+    sharing can save (`_saved_s`). A request is done only when its step is, so its deadline counts
+    half a step's fixed cost earlier.
     """
     urgency = urgency_order(
         np.asarray(queue.work_s, float) - _saved_s(queue, chunk_tokens),
@@ -107,7 +113,7 @@ def plan_prefill(
 
 
 class _StepWalk:
-    """A step that is being filled. `left`: tokens of its budget that nobody has taken."""
+    """A step that is being filled. `left`: tokens of its budget that no request has taken."""
 
     def __init__(
         self,
@@ -128,13 +134,13 @@ class _StepWalk:
         self.begun_left = [self._tokens[index] for index in begun]
         if len(begun) > 1:
             begun = [index for index in order if index in self._begun]
-        # Whom the slot may go to, the most urgent first; without pausing it stays where it is.
+        # Who may get the slot, the most urgent first; without pausing it stays where it is.
         self._may_run = [current] if max_paused == 0 and current >= 0 else begun
         self._must_run = len(begun) > max_paused
         self.left, self.slot = chunk_tokens, -1
         self.chunk_limit: int | None = None
-        self._slot_stays = False  # taken beyond this step, by a begun one or one that begins
-        self._too_little = False  # a begun one found less left than is worth its while
+        self._slot_stays = False  # the slot is taken beyond this step
+        self._too_little = False  # too little was left to be worthwhile for a begun prefill
 
     def walk(self, order: list[int], reserve: Reserve) -> tuple[list[int], list[int]]:
         """Fills the step in this order. Waiting indices: whom to offer, whom to hold back."""
@@ -157,11 +163,11 @@ class _StepWalk:
         rest = order[end:]
         if self._begun:
             rest = [index for index in rest if index not in self._begun]
-        # Of a full step upstream looks at nobody else; else they must not slip in.
+        # Upstream looks at nobody else once the step is full; if it is not, they must not slip in.
         return (offer + rest, hold) if self._full() else (offer, hold + rest)
 
     def _admit(self, index: int, reserve: Reserve) -> bool | None:
-        """Whether one that waits comes in. None: neither it nor anybody behind it."""
+        """Returns whether a waiting request comes in; None: neither it nor any behind it."""
         tokens, cached = self._tokens[index], 0
         if self._cached is not None:
             cached = int(self._cached[index])
@@ -186,7 +192,7 @@ class _StepWalk:
         return True
 
     def run_begun(self, index: int) -> None:
-        """Give a begun prefill the slot and all that is left, if that is worth its while."""
+        """Gives a begun prefill the chunk slot and all tokens left, if that is worthwhile."""
         count, room = self._tokens[index], self._whole_pages(self.left)
         if not self._must_run:
             in_time = self._clock.tokens_in_time(index)
@@ -229,42 +235,42 @@ class _StepWalk:
 
 
 class _StepClock:
-    """When the step would end as it stands, and by when it has to."""
+    """When the step would end as it stands, and by when it must, in seconds."""
 
     def __init__(self, queue: PrefillQueue, chunk_tokens: int) -> None:
         self._queue, self._chunk = queue, chunk_tokens
         self._ends_s, self._latest_s = queue.fixed_s, math.inf
 
     def allows(self, index: int, tokens: int) -> bool:
-        """Whether the step may take so many tokens of that request without making a member late."""
+        """Returns whether the step may take that many tokens of it without making a member late."""
         return self.tokens_in_time(index) >= tokens
 
     def tokens_in_time(self, index: int) -> int:
-        """Tokens of that request which the step may take without making a member late."""
+        """Returns how many tokens of a request the step may take without making a member late."""
         count, per_token_s = int(self._queue.tokens[index]), self._seconds_per_token(index)
         if self._latest_s == math.inf or per_token_s <= 0:
             return count
         return int(min(count, max(0.0, (self._latest_s - self._ends_s) / per_token_s)))
 
     def add(self, index: int, tokens: int) -> None:
-        """The step takes so many tokens of it; one that ends in it, on time so far, is a member."""
+        """Adds tokens of a request. One that ends in this step, on time so far, is a member."""
         self._ends_s += tokens * self._seconds_per_token(index)
         due_s = float(self._queue.deadline_s[index])
         if tokens == self._queue.tokens[index] and self._ends_s <= due_s:
             self._latest_s = min(self._latest_s, due_s)
 
     def _seconds_per_token(self, index: int) -> float:
-        """Seconds a token, the steps' fixed cost left out."""
+        """Seconds per token, the steps' fixed cost left out."""
         count = int(self._queue.tokens[index])
         own = self._queue.work_s[index] - self._queue.fixed_s * -(-count // self._chunk)
         return max(0.0, float(own)) / max(1, count)
 
 
 def _saved_s(queue: PrefillQueue, chunk_tokens: int) -> NDArray[np.float64]:
-    """Seconds by which each request is cheaper than its `work_s` as it shares steps, (n,).
+    """Returns by how many seconds sharing steps makes each request cheaper than its `work_s`, (n,).
 
-    Of a step's fixed cost a request has to bear between all, alone in it, and its share of the
-    tokens, if steps are full: what is saved lies between nothing and the difference.
+    Alone, a request bears the fixed cost of all its steps. In full steps, it bears only its share
+    of the tokens. What it saves lies between nothing and that difference.
     """
     tokens, work = np.asarray(queue.tokens, float), np.asarray(queue.work_s, float)
     spare = np.ceil(tokens / chunk_tokens) - tokens / chunk_tokens

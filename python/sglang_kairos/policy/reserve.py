@@ -1,18 +1,19 @@
-"""Which prefills may begin beside those that have begun: these must always find the KV for their rest.
+"""Chooses which prefills may begin beside begun ones, so that these always find KV for their rest.
 
-A begun prefill (the one in the chunk slot, and the paused) holds KV that nobody can take from it and
-gives it back only when it is done. If others are admitted into what it still needs, nobody can go on:
-SGLang then ends the scheduler with "Out of memory". Stock admits a chunked prefill only when all of it
-fits and, until it is done, nobody who would not fit beside; with several begun ones it takes this rule:
+A begun prefill is one in the chunk slot or paused. It holds KV that nobody can take from it, and
+gives it back only when it is done. If others are admitted into what it still needs, nobody can go
+on: SGLang then ends the scheduler with "Out of memory". Stock SGLang has one begun prefill at a
+time. It admits one only when all of it fits and, until it is done, nobody who would not fit beside
+it. With several begun ones the rule is:
 
-    free − what who comes takes ≥ Σ over the begun of their rest
+    free - what the new one takes >= sum over the begun of their rest
 
-All in KV tokens, each term rounded up to whole pages, and a page more for each, as SGLang reserves.
-Who comes takes what is to be computed of its prompt and, of its cached prefix, what could be evicted
-before: once its reader runs it is locked. Whoever comes in is itself begun until its last chunk.
+All terms are KV tokens, rounded up to whole pages, with one page more for each, as SGLang reserves.
+The new one takes its tokens to compute. It also takes what could be evicted of its cached prefix,
+which is locked once its reader runs. A request that comes in is itself begun until its last chunk.
 
-Why nobody starves or waits for ever: with the rule, each begun prefill can be taken to its end whatever
-order they run in, so memory comes back; with none begun the rule admits everybody, upstream decides.
+Starvation: with the rule, each begun prefill can be taken to its end in any order, so memory comes
+back. With none begun, the rule admits everybody, and upstream decides.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from collections.abc import Sequence
 
 
 def reserved(tokens: int, page_size: int) -> int:
-    """KV tokens set aside for `tokens` of one request: whole pages, and one for the allocator."""
+    """Returns the KV tokens set aside for `tokens` of one request: whole pages and one more."""
     return (-(-tokens // page_size) + 1) * page_size
 
 
 class Reserve:
-    """Free KV as requests are admitted one after the other, the rest of the begun set aside.
+    """Free KV while requests are admitted one after the other, the rest of the begun set aside.
 
     `begun_left`: tokens that each begun prefill has still to compute. `free_tokens`: KV tokens that
     are free or can be evicted, of which `evictable_tokens` belong to cached prefixes.
@@ -45,11 +46,11 @@ class Reserve:
         self._free = free_tokens - sum(reserved(left, page_size) for left in begun_left)
 
     def fits(self, tokens: int, cached: int = 0) -> bool:
-        """Whether one with `tokens` to compute behind `cached` ones may begin now."""
+        """Returns whether a request with `tokens` to compute behind `cached` ones may begin now."""
         return not self._begun or self._takes(tokens, cached) <= self._free
 
     def take(self, tokens: int, cached: int = 0) -> None:
-        """It begins: all that it computes and locks is gone, in this step or a later one."""
+        """Takes the KV of a request that begins: all that it will compute and lock."""
         self._free -= self._takes(tokens, cached)
         self._evictable -= min(cached, self._evictable)
 
@@ -66,10 +67,11 @@ def may_begin(
     evictable_tokens: int = 0,
     page_size: int = 1,
 ) -> list[bool]:
-    """Per waiting request, in their order, whether it may begin beside the begun and those before it.
+    """Returns for each waiting request whether it may begin beside the begun and those before it.
 
-    `tokens`, `cached`: to compute and cached of each; the others as for `Reserve`. The first that may
-    not is the last that is asked: a small one must not take, again and again, what it waits for.
+    `tokens`, `cached`: tokens to compute and cached of each; the others as for `Reserve`. No
+    request behind the first that may not begin is admitted: a small one must not take, again and
+    again, what that one waits for.
     """
     reserve = Reserve(
         begun_left,

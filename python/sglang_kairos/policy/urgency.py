@@ -1,16 +1,24 @@
-"""Which prefill goes next: as many first tokens on time as possible, nobody waiting for ever.
+"""Chooses which prefill goes next: as many first tokens on time as possible, nobody waits for ever.
 
-Times are seconds, deadlines relative to now (negative = passed), all arrays 1-D of one length n.
+Times are in seconds; deadlines are relative to now, negative if passed. Arrays have shape (n,).
 
-On-time set (Moore 1968, the Moore-Hodgson algorithm): walk the jobs by deadline, add up their work,
-and whenever the sum passes a deadline drop the longest job so far. No other set of jobs has more
-members on time. With weights the job with the least weight per second goes first: a heuristic, the
-weighted problem is NP-hard (Karp 1972); equal weights give Moore-Hodgson exactly.
+On-time set (Moore 1968, the Moore-Hodgson algorithm): walk the jobs by deadline and add up their
+work. Whenever the sum passes a deadline, drop the longest job so far. No other set of jobs has more
+members on time. With weights, the job with the least weight per second is dropped. That is a
+heuristic, since the weighted problem is NP-hard (Karp 1972). Equal weights give Moore-Hodgson
+exactly.
 
-Order: starving requests by deadline, then the on-time set by deadline (EDF: feasible if anything
-is; a burst's equal deadlines shortest first, or each step would begin one more and finish none),
-then the late ones shortest first (SPT: least mean delay). Ties fall to the lower index. What of that
-order runs in one step: `prefill_step`.
+Order, ties to the lower index: 1. Starving requests, by deadline. `LateShare` bounds the tokens
+that they may take. 2. The on-time set by deadline (EDF), which meets all deadlines if any order
+does. Equal deadlines
+   of a burst go shortest first, or each step would begin one more and finish none.
+3. The late ones, shortest first (SPT), for the least mean delay.
+
+Why choose it: first come, first served lets one long prompt make all behind it late. Shortest first
+ignores who can still make it. Trade-off: a long prompt that is late waits behind others, until it
+starves and the late share pays for it.
+
+`prefill_step` says what of that order runs in one step.
 """
 
 from __future__ import annotations
@@ -37,7 +45,7 @@ class UrgencyOrder:
 def moore_hodgson(
     work_s: Floats, deadline_s: Floats, weight: Floats | None = None
 ) -> NDArray[np.bool_]:
-    """Mask of the jobs that end on time when run in deadline order and all others dropped."""
+    """Returns the mask (n,) of jobs on time when run by deadline with all others dropped."""
     work, deadline = np.asarray(work_s, float), np.asarray(deadline_s, float)
     order = np.argsort(deadline, kind="stable")
     weights = None if weight is None else np.asarray(weight, float)[order]
@@ -52,7 +60,7 @@ def urgency_order(
     weight: Floats | None = None,
     starving: Mask | None = None,
 ) -> UrgencyOrder:
-    """All indices in the order to run them; see the module's text for the rule."""
+    """Returns all indices in the order to run them; see the module's docstring for the rule."""
     work, deadline = np.asarray(work_s, float), np.asarray(deadline_s, float)
     order = np.argsort(deadline)  # not a stable sort, which takes twice as long
     due = deadline[order]
@@ -77,7 +85,7 @@ def urgency_order(
 def _on_time(
     work: NDArray[np.float64], due: NDArray[np.float64], weight: NDArray[np.float64] | None
 ) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
-    """`moore_hodgson` of jobs in the order of their deadlines; and if it drops any, all by work."""
+    """Returns `moore_hodgson` of jobs sorted by deadline; if it drops any, all indices by work."""
     on_time = work <= due  # a job that cannot make it alone must not push others out
     ends = np.cumsum(np.where(on_time, work, 0.0))
     spare = np.where(on_time, due - ends, np.inf)
@@ -134,19 +142,19 @@ class LateShare:
         self._share, self._burst, self._balance = share, burst_tokens, 0.0
 
     def ran(self, tokens: float, of_starving: float) -> None:
-        """So many were executed, `of_starving` of them for whoever went first because of that."""
+        """Records `tokens` executed, `of_starving` of them for a request that starved."""
         self.earn(tokens)
         if of_starving:
             self.spend(of_starving)
 
     def earn(self, tokens: float) -> None:
-        """`tokens` prefill tokens were executed, whoever's."""
+        """Records `tokens` prefill tokens executed for any request."""
         self._balance = min(self._burst, self._balance + self._share * tokens)
 
     def may_spend(self) -> bool:
-        """Whether a starving request may go first now."""
+        """Returns whether a starving request may go first now."""
         return self._share > 0.0 and self._balance >= 0.0
 
     def spend(self, tokens: float) -> None:
-        """`tokens` were executed for a request that went first because it was starving."""
+        """Records `tokens` executed for a request that went first because it was starving."""
         self._balance -= tokens
