@@ -36,7 +36,7 @@ step, the most silent first, and early, so that they never fall due in a crowd. 
 in hand: a step may take longer than predicted, and its tokens travel to the client.
 
 Trade-offs. There is no margin on the step itself. Where its fixed part is large, a slightly shorter
-step means far fewer requests: of 25 ms with 17 ms fixed, 1 % less is 3 % of the batch. A request
+step means far fewer requests. Of 25 ms with 17 ms fixed, 1 % less is 3 % of the batch. A request
 that falls behind shows in its lead instead. Where steps scatter around their predictions, aiming at
 a lead of zero ends late every other time. So the reserve grows with the error (`reserve_of`). It
 must be there when a request ends, so the horizon is half of the usual output.

@@ -128,9 +128,10 @@ class PrefillPlanner:
         return replace(plan, starving=starving)
 
     def order(self, view: PrefillView, times: PrefillTimeModel) -> list[int]:
-        """All who wait, the most urgent first, where nobody is paused and the host fills the step.
+        """Returns all waiting requests, the most urgent first, for hosts that fill the steps.
 
-        There prefill and decode are one server: no hand-off comes between.
+        This is for a server that does both prefill and decode: nobody is paused, and no hand-off
+        follows.
         """
         return urgency_order(self._work_s(view, times), _due_s(view), view.weight).order
 
@@ -155,7 +156,7 @@ class PrefillPlanner:
         return work if view.work_factor is None else work * view.work_factor
 
     def _starving(self, view: PrefillView) -> int:
-        """Who may go first: the oldest past the starvation bound, while the late share allows."""
+        """Index of the oldest request past the starvation bound if the late share allows; or -1."""
         past = np.flatnonzero(view.arrival_s + self.config.max_wait * view.ttft_s < view.now_s)
         if past.size == 0 or not self.late_share.may_spend():
             return -1

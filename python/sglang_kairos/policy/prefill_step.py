@@ -143,7 +143,7 @@ class _StepWalk:
         self._too_little = False  # too little was left to be worthwhile for a begun prefill
 
     def walk(self, order: list[int], reserve: Reserve) -> tuple[list[int], list[int]]:
-        """Fills the step in this order. Waiting indices: whom to offer, whom to hold back."""
+        """Fills the step in this order. Returns waiting indices: whom to offer, whom to hold."""
         offer: list[int] = []
         hold: list[int] = []
         end = len(order)

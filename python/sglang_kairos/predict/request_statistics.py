@@ -1,6 +1,6 @@
-"""How long a decode server's requests take to start, and how many tokens they stay for.
+"""How long requests take to start on a decode server, and how many tokens they usually make.
 
-lead = a + b prompt_tokens       seconds from the reservation of KV to the first token
+startup = a + b prompt_tokens       seconds from the reservation of KV to the first token
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ USUAL, BEST = 0.9, 0.1  # quantiles
 
 
 class RequestStatistics:
-    """Learns from requests that started and from ones that ended."""
+    """Startup times and output lengths of a decode server, learnt from its requests."""
 
     def __init__(self) -> None:
         self._startup = Rls(FIRST_STARTUP, (1.0, 1e3))
@@ -25,16 +25,16 @@ class RequestStatistics:
         """Mean of the requests that ended lately."""
 
     def started(self, prompt_tokens: int, seconds: float) -> None:
-        """The first token came `seconds` after the KV was reserved."""
+        """Learns from a first token that came `seconds` after its KV was reserved."""
         self._startup.observe((1.0, float(prompt_tokens)), seconds)
 
     def ended(self, output_tokens: int) -> None:
-        """A request had this many tokens in all."""
+        """Learns from a request that made this many tokens in all."""
         self.output_tokens += RATE * (output_tokens - self.output_tokens)
 
     def startup_s(
         self, prompt_tokens: NDArray[np.float64], quantile: float = USUAL
     ) -> NDArray[np.float64]:
-        """Seconds that such a share of the starts stay below."""
+        """Returns the seconds that `quantile` of the starts stay below, (n,)."""
         fixed, per_token = self._startup.theta
         return (fixed + per_token * prompt_tokens) * self._startup.upper_ratio(quantile)
