@@ -4,10 +4,10 @@ TESTS ?= test
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 RESULTS_ARGS ?=
-CHECKED := python test benchmark scripts
+CHECKED := python test benchmark contrib scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap demo results test test-all test-flags test-versions test-front-ends test-load-generators
+.PHONY: help bootstrap demo results check findings test test-all test-flags test-versions test-front-ends test-load-generators
 .PHONY: test-dynamo test-transfers lint format clean distclean
 
 help: ## this list
@@ -17,10 +17,13 @@ bootstrap: ## build or update .venv (the targets below do it by themselves)
 	@bash scripts/bootstrap.sh
 
 demo: bootstrap ## stock SGLang against Kairos on real servers, on this machine (DEMO_ARGS=…)
-	@$(PYTHON) benchmark/demo.py $(DEMO_ARGS)
+	@$(PYTHON) -m benchmark.experiments.demo $(DEMO_ARGS)
 
 results: bootstrap ## every simulated figure: docs/results/simulated.md (RESULTS_ARGS=…)
-	@$(PYTHON) -m benchmark.results_simulated $(RESULTS_ARGS)
+	@$(PYTHON) -m benchmark.experiments.results_simulated $(RESULTS_ARGS)
+
+check: bootstrap ## the inner loop: lint, types, sentences, imports, unit tests that start no process (1.5 min)
+	@bash scripts/check.sh $(PYTEST_ARGS)
 
 test: lint ## lint, then unit, simulator, end-to-end and fault tests (TESTS=…, PYTEST_ARGS=…)
 	@bash scripts/pytest.sh -m "not slow" $(TESTS) $(PYTEST_ARGS)
@@ -48,6 +51,9 @@ test-load-generators: bootstrap ## GuideLLM, aiperf, inference-perf and bench_se
 
 test-transfers: bootstrap ## NIXL, mooncake_tcp, KV checksums, prefill_complete (30 min; KAIROS_TEST_VERSIONS=…)
 	@bash scripts/transfers.sh $(PYTEST_ARGS)
+
+findings: bootstrap ## what we found in other projects, run anew (5 min; downloads packages, not in CI)
+	@bash scripts/findings.sh
 
 lint: bootstrap ## ruff and mypy
 	@$(PYTHON) -m ruff check $(CHECKED)

@@ -14,8 +14,8 @@
 """Named places where a scheduling plugin may step in.
 
 `kairos_seam` marks a function. Without a handler the function runs as if it were
-not marked; `install` gives a seam its handler, which then decides whether, when
-and with what arguments the function runs.
+not marked; `install` gives a seam its handler. The handler then decides whether,
+when and with what arguments the function runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every test may use, and the order the tests run in: cheapest first."""
+"""What every test may use, which tests a run draws, and the order they run in."""
 
 from __future__ import annotations
 
@@ -22,22 +22,61 @@ settings.load_profile("patient")
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("unit", "sim", "e2e", "fault")
 
+# Files of unit/ and fault/ that start processes or wait for real time. `--part timed` runs only them,
+# `--part pure` all but them: the rest of unit/ and sim/ does not mind how slowly it runs.
+TIMED = (
+    *(
+        "cluster",
+        "cluster_ends",
+        "cpu_runtime",
+        "doctor",
+        "gpu_bench",
+        "local_http",
+        "other_sglang",
+    ),
+    *("patch", "port", "relied", "replay", "report", "seams"),
+)
+# Files of e2e/ that take longest, first: two run at a time, and the last should not run alone.
+LONGEST = ("pausing", "identity", "versions", "serving", "gpu_dry_run", "bench_goodput", "profile")
+ROUTER = "test_router"  # so begin the names of the router's tests, which have servers of their own
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--part`: see `TIMED`."""
+    parser.addoption("--part", choices=("pure", "timed"), help="see TIMED in test/conftest.py")
+
+
+def is_timed(path: Path) -> bool:
+    """Whether the tests in this file start processes or wait for real time."""
+    return path.name.startswith(ROUTER) or path.stem.removeprefix("test_") in TIMED
+
 
 def _folder(item: pytest.Item) -> str:
     return next((name for name in FOLDERS if ROOT / "test" / name in item.path.parents), "")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sorts by folder, marks test/e2e as what it is, draws from tests that are `one_of`."""
+    """Draws from tests that are `one_of`, picks the `--part`, marks test/e2e as what it is, sorts."""
     if config.option.markexpr == "not slow":
         left_out = not_drawn(items, seed())
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+    if part := config.option.part:
+        left_out = [item for item in items if is_timed(item.path) != (part == "timed")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
     for item in items:
         if _folder(item) == "e2e":
             item.add_marker("e2e")
-    ranks = {name: place for place, name in enumerate(FOLDERS)}
-    items.sort(key=lambda item: ranks.get(_folder(item), len(FOLDERS)))
+    items.sort(key=_rank)
+
+
+def _rank(item: pytest.Item) -> tuple[int, int]:
+    folder, name = _folder(item), item.path.stem.removeprefix("test_")
+    return (
+        FOLDERS.index(folder) if folder else len(FOLDERS),
+        LONGEST.index(name) if folder == "e2e" and name in LONGEST else len(LONGEST),
+    )
 
 
 def not_drawn(items: Sequence[pytest.Item], seed: int) -> list[pytest.Item]:
@@ -95,3 +134,9 @@ def out_dir() -> Path:
     path = ROOT / "out" / "test"
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Async tests run on asyncio."""
+    return "asyncio"

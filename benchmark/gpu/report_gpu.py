@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import mean
 from typing import Any
 
+from benchmark.harness import page
 from sglang_kairos.reports.report import COLUMNS
 
 SHOWN = ("ttft_attainment", "tpot_attainment", "e2e_attainment", "goodput_rps")
@@ -13,33 +13,31 @@ SHOWN += ("decode_tokens_per_s", "ttft_p99_ms", "tpot_p99_ms", "failed")
 
 
 def markdown(data: Mapping[str, Any]) -> str:
-    """`data` as in report.json. Means over the rounds, with the lowest and highest where there are
-    several."""
+    """Returns means over the rounds, with the lowest and highest where there are several.
+
+    `data`: as in report.json."""
     setup = data["setup"]
     lines = [f"{setup['platform']}; shape {setup['shape']}; load {setup['load']:g}", ""]
-    for part in dict.fromkeys(run["part"] for run in data["runs"]):
-        some = [run for run in data["runs"] if run["part"] == part]
-        heads = [COLUMNS[key][0] for key in SHOWN]
+    heads = ["system", *(COLUMNS[key][0] for key in SHOWN), "predicted off %", "scheduler CPU s"]
+    for part, some in _grouped(data["runs"], "part").items():
         slo = some[0]["slo"]
         lines += [f"### {part}: TTFT {slo['ttft_ms']:g} ms, TPOT {slo['tpot_ms']:.3g} ms", ""]
-        heads += ["predicted off %", "scheduler CPU s"]
-        lines += ["| system | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-        for system in dict.fromkeys(run["policy"] for run in some):
-            rows = [run for run in some if run["policy"] == system]
+        table = []
+        for system, rows in _grouped(some, "policy").items():
             cells = [_cell([row[key] for row in rows], *COLUMNS[key][1:]) for key in SHOWN]
             cells.append(_cell([_error(row) for row in rows], 1, 100.0))
             cells.append(_cell([row["scheduler_cpu_s"] for row in rows], 2, 1.0))
-            lines.append(f"| {system} | " + " | ".join(cells) + " |")
-        lines.append("")
+            table.append([system, *cells])
+        lines += [page.table(heads, table), ""]
     if setup["steady"]:
         lines += ["### Nothing parked: a decode step at a constant batch", ""]
-        lines += ["| system | batch | step ms | scheduler CPU ms per step |", "|---|---|---|---|"]
-        keys = [(row["policy"], row["batch"]) for row in setup["steady"]]
-        for system, batch in dict.fromkeys(keys):
-            rows = [r for r in setup["steady"] if (r["policy"], r["batch"]) == (system, batch)]
-            step = _cell([row["step_ms"] for row in rows], 3, 1.0)
-            cpu = _cell([row["scheduler_cpu_ms_per_step"] for row in rows], 3, 1.0)
-            lines.append(f"| {system} | {batch} | {step} | {cpu} |")
+        keys = ("step_ms", "scheduler_cpu_ms_per_step")
+        table = [
+            [system, str(batch), *(_cell([row[key] for row in rows], 3, 1.0) for key in keys)]
+            for system, of_system in _grouped(setup["steady"], "policy").items()
+            for batch, rows in _grouped(of_system, "batch").items()
+        ]
+        lines.append(page.table(("system", "batch", "step ms", "scheduler CPU ms per step"), table))
         lines.append("")
     for what, found in setup["identity"].items():
         lines.append(f"- identity, {what}: {found['equal']} of {found['requests']} requests equal")
@@ -47,21 +45,21 @@ def markdown(data: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _grouped(rows: Sequence[Mapping[str, Any]], key: str) -> dict[Any, list[Mapping[str, Any]]]:
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups
+
+
 def _error(run: Mapping[str, Any]) -> float | None:
     """Mean relative error of the predictor that the part is about; the decode side's in a pair."""
     for side in ("decode", "prefill"):
-        found = run.get(f"kairos_{side}")
-        if found is not None:
-            error = found[f"{side}_error"]["mape"]
-            return float(error)
+        if f"kairos_{side}" in run:
+            return float(run[f"kairos_{side}"][f"{side}_error"]["mape"])
     return None
 
 
 def _cell(values: Sequence[float | None], digits: int, factor: float) -> str:
     known = [value * factor for value in values if value is not None]
-    if not known:
-        return "–"
-    text = f"{mean(known):.{digits}f}"
-    if len(known) > 1:
-        text += f" ({min(known):.{digits}f}–{max(known):.{digits}f})"
-    return text
+    return page.spread(known, digits) if known else "–"

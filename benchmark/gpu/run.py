@@ -3,8 +3,8 @@
     python -m benchmark.gpu.run --parts decode,prefill,pd        # on a GPU machine, under ten minutes
     python -m benchmark.gpu.run --dry-run                        # the same scripts, CPU, tiny model
 
-The model is an 8B shape with made-up weights. In each part both systems stay up side by side, only
-one of them is loaded at a time, and they take turns, the order reversed from round to round. Decode
+The model is an 8B shape with made-up weights. In each part both systems stay up side by side, and
+only one of them is loaded at a time. They take turns, the order reversed from round to round. Decode
 alone takes made-up KV; prefill alone sends its KV nowhere (bootstrap host 2.2.2.2). Writes
 ``report.json`` (runs as in the demo's) and ``report.md`` under ``--out`` after every step, so a run
 that is cut off leaves what it had. Without a GPU and without --dry-run it says so and ends with 0.
@@ -21,10 +21,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmark import demo
 from benchmark.gpu import parts
 from benchmark.gpu.report_gpu import markdown
+from benchmark.gpu.session import GpuSession
 from benchmark.gpu.shape import SHAPES
+from benchmark.harness import arguments
+from benchmark.harness.servers import narrator
 from sglang_kairos.cluster.run import ClusterError, quiet_zygote
 from sglang_kairos.cpu import runtime as cpu_runtime
 from sglang_kairos.reports import report
@@ -50,22 +52,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         zygote = None
         if given.dry_run:
             zygote = stack.enter_context(quiet_zygote(given.out / "zygote.log"))
-        bench = parts.Bench(given, zygote)
+        session = GpuSession(given, zygote, save)
         for name in given.parts:
-            say = demo.narrator(f"[{name}]")
-            if not given.dry_run and bench.left_s() < LEAST_S[name]:
-                bench.skipped[name] = f"{bench.left_s():.0f} s of the budget left"
-                say(f"skipped: {bench.skipped[name]}")
+            session.say = narrator(f"[{name}]")
+            if not given.dry_run and session.left_s() < LEAST_S[name]:
+                session.skipped[name] = f"{session.left_s():.0f} s of the budget left"
+                session.say(f"skipped: {session.skipped[name]}")
                 continue
             begun = time.monotonic()
             try:
-                parts.RUN[name](bench, say, lambda: save(given, bench))
+                parts.RUN[name](session)
             except (ClusterError, OSError) as error:
                 failures.append(name)
-                bench.skipped[name] = str(error).partition("\n")[0]
+                session.skipped[name] = str(error).partition("\n")[0]
                 print(f"error: {name}: {error}", file=sys.stderr)
-            bench.took_s[name] = round(time.monotonic() - begun, 1)
-            save(given, bench)
+            session.took_s[name] = round(time.monotonic() - begun, 1)
+            save(session)
     print("\n" + (given.out / "report.md").read_text(encoding="utf-8"))
     return 1 if failures else 0
 
@@ -90,38 +92,32 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/gpu"))
     given = parser.parse_args(argv)
-    given.parts = given.parts.split(",") + (["identity"] if given.identity else [])
-    unknown = [name for name in given.parts if name not in PARTS]
-    if unknown:
-        parser.error(f"--parts: {', '.join(unknown)}; known: {', '.join(PARTS)}")
+    given.parts = arguments.chosen(parser, "parts", given.parts, PARTS)
+    given.parts += ["identity"] if given.identity else []
     if given.rounds is None:
         given.rounds = 1 if given.dry_run else 2
     if given.dry_run:
         given.load_s, given.kv_tokens = given.load_s or 2.0, min(given.kv_tokens, 30_000)
     given.load_s = given.load_s or 20.0
-    for name in ("budget_s", "load_s", "load", "rounds", "ttft_ms", "kv_tokens", "pd_layers"):
-        if not getattr(given, name) > 0:
-            parser.error(f"--{name.replace('_', '-')}: must be positive")
+    names = ("budget_s", "load_s", "load", "rounds", "ttft_ms", "kv_tokens", "pd_layers")
+    arguments.positive(parser, given, names)
     return given
 
 
-def save(given: argparse.Namespace, bench: parts.Bench) -> None:
-    """report.json and report.md of what there is."""
+def save(session: GpuSession) -> None:
+    """Writes report.json and report.md of what there is."""
+    given = session.given
+    asked = ("parts", "rounds", "load", "kv_tokens", "ttft_ms", "seed")
     setup = {
-        "platform": bench.platform(),
+        "platform": session.platform(),
         "shape": "tiny" if given.dry_run else given.shape,
-        "parts": given.parts,
-        "rounds": given.rounds,
-        "load": given.load,
-        "kv_tokens": given.kv_tokens,
-        "ttft_ms": given.ttft_ms,
-        "seed": given.seed,
-        "skipped": bench.skipped,
-        "took_s": bench.took_s,
-        "steady": bench.steady,
-        "identity": bench.identity,
+        **{name: getattr(given, name) for name in asked},
+        "skipped": session.skipped,
+        "took_s": session.took_s,
+        "steady": session.steady,
+        "identity": session.identity,
     }
-    report.write_json(given.out / "report.json", bench.runs, setup)
+    report.write_json(given.out / "report.json", session.runs, setup)
     data: dict[str, Any] = json.loads((given.out / "report.json").read_text(encoding="utf-8"))
     (given.out / "report.md").write_text(markdown(data), encoding="utf-8")
 

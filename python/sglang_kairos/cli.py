@@ -1,39 +1,40 @@
-"""``kairos TOOL …``: every tool by its short name; ``python -m`` with its module does the same."""
+"""``kairos COMMAND …``: everything that Kairos can do, by name. ``python -m sglang_kairos`` is the same.
+
+A command's module is imported when it runs, and no other: `kairos report` needs no SGLang.
+"""
 
 from __future__ import annotations
 
 import importlib
+import runpy
 import sys
 from collections.abc import Sequence
 
-# Name, module with a `main(argv)`, what it is for.
-TOOLS = {
-    "report": ("sglang_kairos.reports.report", "table of runs, from a load generator's files"),
-    "replay": ("sglang_kairos.loads.replay", "send a trace to a server or router, and measure"),
-    "doctor": ("sglang_kairos.versions.doctor", "would Kairos start on this SGLang?"),
-    "patch": ("sglang_kairos.versions.patch", "the seams as patches: list, check, apply, revert"),
-    "calibrate": ("sglang_kairos.calibrate.cli", "measure a server's steps"),
-    "sim": ("sglang_kairos.sim.__main__", "simulate a cluster; plan its size"),
-}
+from sglang_kairos.commands import COMMANDS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool that the first word names with the words after it; its exit code."""
+    """Run the command that the first word names with the words after it. Returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        print(_usage())
+        print(usage())
         return 0 if words else 2
-    if words[0] not in TOOLS:
-        print(f"error: {words[0]}: no such tool\n{_usage()}", file=sys.stderr)
+    if words[0] not in COMMANDS:
+        print(f"error: {words[0]}: no such command\n{usage()}", file=sys.stderr)
         return 2
-    module = importlib.import_module(TOOLS[words[0]][0])
-    ended: int | None = module.main(words[1:])
+    command, given = COMMANDS[words[0]], [*COMMANDS[words[0]].first, *words[1:]]
+    if command.as_main:
+        sys.argv[1:] = given
+        runpy.run_module(command.module, run_name="__main__", alter_sys=True)
+        return 0
+    ended: int | None = importlib.import_module(command.module).main(given)
     return ended or 0
 
 
-def _usage() -> str:
-    lines = [f"  {name:8} {text}" for name, (_, text) in TOOLS.items()]
-    return "\n".join(["usage: kairos TOOL …  (kairos TOOL --help says more)", *lines])
+def usage() -> str:
+    """One line for each command."""
+    lines = [f"  {name:11} {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: kairos COMMAND …  (kairos COMMAND --help says more)", *lines])
 
 
 if __name__ == "__main__":

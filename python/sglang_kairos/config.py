@@ -8,17 +8,30 @@ is how scheduler children, started with ``spawn``, receive it under any launcher
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import json
 import math
 import os
-import tomllib
+from argparse import ArgumentTypeError
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from sglang_kairos.names import new_names
+from sglang_kairos.settings import (
+    FILE_ENV,
+    ConfigError,
+    Number,
+    OneOf,
+    SettingsParser,
+    add_file_flag,
+    file_named,
+    read_mapping,
+    settings_in,
+    shown,
+    switch,
+    text,
+    variable,
+)
 from sglang_kairos.slo.age import AGE_HEADERS, START_HEADERS, AgeRule
 from sglang_kairos.slo.targets import (
     LIMITS_MS,
@@ -29,11 +42,7 @@ from sglang_kairos.slo.targets import (
     parse_priorities,
 )
 
-FILE_FLAG, FILE_ENV = "--kairos-config", "KAIROS_CONFIG"
-
-
-class ConfigError(ValueError):
-    """A setting out of range; the text names the flag, the accepted range and the value."""
+__all__ = ["ConfigError", "KairosConfig", "add_flags", "env_of", "flag_of"]
 
 
 def _setting(
@@ -43,11 +52,16 @@ def _setting(
     flag: str = "",
     low: float = -math.inf,
     high: float = math.inf,
-    words: Mapping[str, str] | None = None,
+    words: OneOf | None = None,
 ) -> Any:
+    kind: Any = words or text
+    if isinstance(default, bool):
+        kind = switch
+    elif isinstance(default, int | float):
+        kind = Number(low, high, whole=isinstance(default, int))
     return dataclasses.field(
         default=default,
-        metadata={"help": help_text, "flag": flag, "low": low, "high": high, "words": words},
+        metadata={"help": help_text, "flag": flag, "low": low, "high": high, "kind": kind},
     )
 
 
@@ -93,7 +107,7 @@ class KairosConfig:
         "on",
         "when a touched SGLang function is missing or unknown: on refuses to start, seam runs without "
         "exactly what it gives, and says so (off: the same, its old name)",
-        words={"on": "on", "seam": "seam", "off": "seam"},
+        words=OneOf(("on", "seam"), (("off", "seam"),)),
     )
     dynamo: bool = _setting(
         True,
@@ -155,7 +169,10 @@ class KairosConfig:
         low=-1,
         high=2**31,
     )
-    profile: str = _setting("", "file that keeps what was learnt about step times across restarts")
+    latency_model: str = _setting(
+        "",
+        "file of step times, as `kairos calibrate` writes it; keeps what is learnt across restarts",
+    )
     decision_log: str = _setting(
         "",
         "append every scheduling decision to a JSONL file of this name, one per process "
@@ -164,22 +181,15 @@ class KairosConfig:
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            value, flag = getattr(self, item.name), flag_of(item)
-            if isinstance(item.default, bool):
-                if not isinstance(value, bool):
-                    raise ConfigError(f"{flag}: must be on or off, got {value!r}")
-            elif isinstance(item.default, int | float):
-                low, high = item.metadata["low"], item.metadata["high"]
-                whole = isinstance(item.default, int)
-                wrong_kind = isinstance(value, bool) or not isinstance(value, int | float)
-                if wrong_kind or (whole and not isinstance(value, int)) or not low <= value <= high:
-                    kind = "a whole number " if whole else ""
-                    wanted = f"must be {kind}between {low:g} and {high:g}"
-                    raise ConfigError(f"{flag}: {wanted}, got {_shown(value)}")
-            elif not isinstance(value, str):
-                raise ConfigError(f"{flag}: must be text, got {value!r}")
-            elif (words := item.metadata["words"]) and value not in words.values():
-                raise ConfigError(f"{flag}: must be {_any_of(words)}, got {value!r}")
+            value, kind = getattr(self, item.name), item.metadata["kind"]
+            try:
+                kind(value)
+                if isinstance(kind, OneOf) and value not in kind.words:
+                    raise kind.refuse(value)
+                if isinstance(value, str) and not isinstance(item.default, str):
+                    raise ArgumentTypeError(f"must not be text, got {shown(value)}")
+            except ArgumentTypeError as error:
+                raise ConfigError(f"{flag_of(item)}: {error}") from None
 
     def slo_table(self) -> SloTable:
         """Default SLO, classes and the rest of `SloTable`; reads the files. ConfigError if unusable."""
@@ -188,7 +198,7 @@ class KairosConfig:
         flag, named = "--kairos-slo-classes", self.slo_classes
         try:
             if named:
-                classes = parse_classes(_read_mapping(named), default)
+                classes = parse_classes(read_mapping(named), default)
                 table = dataclasses.replace(table, classes=classes)
             flag, named = "--kairos-priority-classes", self.priority_classes
             if named:
@@ -211,7 +221,9 @@ class KairosConfig:
         """Write every setting into `env`, so that child processes read the same configuration."""
         for item in dataclasses.fields(self):
             env[env_of(item)] = _to_text(getattr(self, item.name))
-        env.pop(FILE_ENV, None)
+        for name in (FILE_ENV, *new_names("environment")):
+            if not name.startswith("KAIROS_ROUTER_"):
+                env.pop(name, None)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> KairosConfig:
@@ -227,30 +239,17 @@ class KairosConfig:
         Raises ConfigError for a bad value, an unreadable file or an unknown ``--kairos…`` flag.
         """
         env = os.environ if env is None else env
-        parser = _Parser(add_help=False, allow_abbrev=False)
+        parser = SettingsParser(add_help=False)
         add_flags(parser)
-        given, rest = parser.parse_known_args(list(argv))
+        path = file_named(argv, env)
+        given, rest = parser.load(argv, env, settings_in(path), path)
         unknown = [word for word in rest if word.startswith("--kairos")]
         if unknown:
             known = ", ".join(flag_of(item) for item in dataclasses.fields(cls))
             raise ConfigError(f"{unknown[0]}: no such flag; known: {known}")
-        path = given.kairos_config or env.get(FILE_ENV, "")
-        from_file = _read_settings(path) if path else {}
-        values: dict[str, Any] = {}
-        for item in dataclasses.fields(cls):
-            text = getattr(given, item.name)
-            if text is None:
-                text = env.get(env_of(item))
-            if text is not None:
-                values[item.name] = _from_text(item, text)
-            elif item.name in from_file:
-                values[item.name] = from_file[item.name]
-        return cls(**values), rest
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise ConfigError(message)
+        return cls(
+            **{item.name: getattr(given, item.name) for item in dataclasses.fields(cls)}
+        ), rest
 
 
 def flag_of(item: dataclasses.Field[Any]) -> str:
@@ -260,44 +259,31 @@ def flag_of(item: dataclasses.Field[Any]) -> str:
 
 def env_of(item: dataclasses.Field[Any]) -> str:
     """``KAIROS_MAX_WAIT`` for `max_wait`; ``KAIROS`` for the switch."""
-    return flag_of(item)[2:].replace("-", "_").upper()
+    return variable("kairos-", flag_of(item))
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add Kairos' flag group to a parser (values stay text: `KairosConfig.load` checks them)."""
+    """Add Kairos' flag group to a parser."""
     group = parser.add_argument_group(
         "Kairos", "SLO-aware scheduling; every flag also as KAIROS_… variable"
     )
-    group.add_argument(
-        FILE_FLAG, default=None, metavar="FILE", help="JSON or TOML file of these settings"
-    )
+    add_file_flag(group)
     for item in dataclasses.fields(KairosConfig):
-        shown = "" if item.default == "" else f" (default: {_to_text(item.default)})"
+        shown_default = "" if item.default == "" else f" (default: {_to_text(item.default)})"
         group.add_argument(
             flag_of(item),
             dest=item.name,
-            default=None,
+            default=item.default,
+            type=item.metadata["kind"],
             metavar=_metavar(item),
-            help=item.metadata["help"].replace("%", "%%") + shown,
+            help=item.metadata["help"].replace("%", "%%") + shown_default,
         )
 
 
 def _metavar(item: dataclasses.Field[Any]) -> str:
-    if words := item.metadata["words"]:
-        return "|".join(dict.fromkeys(words.values()))
+    if isinstance(kind := item.metadata["kind"], OneOf):
+        return "|".join(kind.words)
     return "on|off" if isinstance(item.default, bool) else item.name.upper()
-
-
-def _any_of(words: Mapping[str, str]) -> str:
-    return " or ".join(dict.fromkeys(words.values()))
-
-
-def _shown(value: Any) -> str:
-    """A refused value for an error text, cut short."""
-    if isinstance(value, int) and abs(value) > 10**18:
-        return "a number too large"
-    shown = repr(value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def _to_text(value: Any) -> str:
@@ -306,71 +292,17 @@ def _to_text(value: Any) -> str:
     return f"{value:.17g}" if isinstance(value, float) else str(value)
 
 
-_SWITCH = dict.fromkeys(("on", "true", "1", "yes"), True)
-_SWITCH |= dict.fromkeys(("off", "false", "0", "no"), False)
-
-
-def _from_text(item: dataclasses.Field[Any], text: str) -> Any:
-    word = text.strip().lower()
-    if isinstance(item.default, bool):
-        if word in _SWITCH:
-            return _SWITCH[word]
-        raise ConfigError(f"{flag_of(item)}: must be on or off, got {text!r}")
-    if words := item.metadata["words"]:
-        if word in _SWITCH:
-            word = _to_text(_SWITCH[word])
-        if word in words:
-            return words[word]
-        raise ConfigError(f"{flag_of(item)}: must be {_any_of(words)}, got {text!r}")
-    if isinstance(item.default, int | float):
-        kind = type(item.default)
-        try:
-            return kind(text)
-        except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise ConfigError(f"{flag_of(item)}: must be {what}, got {text!r}") from None
-    return text
-
-
 def _priorities(text: str) -> Any:
     """What ``--kairos-priority-classes`` says: a file's content, or ``0=batch,10=chat`` itself."""
     if text.endswith((".json", ".toml")):
-        return _read_mapping(text)
+        return read_mapping(text)
     pairs = [word.partition("=") for word in text.split(",")]
     if any(not priority.strip() or not name.strip() for priority, _, name in pairs):
         raise ConfigError(
             "--kairos-priority-classes: must be PRIORITY=CLASS,… or a .json or .toml file, "
-            f"got {_shown(text)}"
+            f"got {shown(text)}"
         )
     names = [priority.strip() for priority, _, _ in pairs]
     if len(set(names)) < len(names):
-        raise ConfigError(f"--kairos-priority-classes: a priority is there twice in {_shown(text)}")
+        raise ConfigError(f"--kairos-priority-classes: a priority is there twice in {shown(text)}")
     return {priority.strip(): name.strip() for priority, _, name in pairs}
-
-
-def _read_mapping(path: str) -> Any:
-    try:
-        data = Path(path).read_bytes()
-        return tomllib.loads(data.decode()) if path.endswith(".toml") else json.loads(data)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON or TOML: {error}") from None
-
-
-def _read_settings(path: str) -> dict[str, Any]:
-    raw = _read_mapping(path)
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: must be an object of setting -> value")
-    items = {item.name: item for item in dataclasses.fields(KairosConfig)}
-    settings: dict[str, Any] = {}
-    for key, value in raw.items():
-        name = key.replace("-", "_").removeprefix("kairos_")
-        name = "enabled" if name == "kairos" else name
-        if name not in items:
-            raise ConfigError(f"{path}: unknown setting {key!r}; known: {', '.join(items)}")
-        if isinstance(value, bool) and items[name].metadata["words"]:
-            value = _to_text(value)
-        settings[name] = _from_text(items[name], value) if isinstance(value, str) else value
-        if isinstance(items[name].default, float) and type(settings[name]) is int:
-            with contextlib.suppress(OverflowError):  # out of any range: refused as it stands
-                settings[name] = float(settings[name])
-    return settings

@@ -1,4 +1,4 @@
-"""``python -m sglang_kairos.launch_pd``: a prefill/decode cluster on this machine."""
+"""``kairos pd``, also ``python -m sglang_kairos.launch_pd``: a PD cluster on this machine."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from types import FrameType
 
 from sglang_kairos import processes
 from sglang_kairos.cluster.run import ROUTERS, Cluster, ClusterError, ClusterSpec, quiet_zygote
+from sglang_kairos.commands import parser_of
 from sglang_kairos.config import ConfigError, KairosConfig, add_flags
 from sglang_kairos.cpu import runtime as cpu_runtime
 from sglang_kairos.other_sglang import NoSuchSglang, use
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ARGS_FLAGS = ("--prefill-args", "--decode-args", "--router-args")
-EPILOG = """\
-Every flag that is not listed here goes to all prefill and decode servers, e.g.
-  python -m sglang_kairos.launch_pd --model-path MODEL --prefill 2 --decode 1 --tp 2 \\
-      --prefill-args "--chunked-prefill-size 4096" --decode-args "--max-running-requests 256"
+DESCRIPTION = """\
+Start prefill servers, decode servers and a router on this machine.
+Every flag that is not listed here goes to all prefill and decode servers.
 Without a GPU and without --model-path a tiny random model is served.
 """
 
@@ -77,16 +77,9 @@ def _run(spec: ClusterSpec, options: argparse.Namespace) -> int:
             return 0
 
 
-def parse(argv: Sequence[str]) -> tuple[ClusterSpec, argparse.Namespace]:
-    """The spec that a command line asks for, and the options that are not part of it."""
-    config, words = KairosConfig.load(argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m sglang_kairos.launch_pd",
-        description="Start prefill servers, decode servers and a router on this machine.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def build_parser() -> argparse.ArgumentParser:
+    """The cluster's flags and Kairos' own."""
+    parser = parser_of("pd", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill servers (1)")
     parser.add_argument("--decode", type=int, default=1, metavar="M", help="decode servers (1)")
     parser.add_argument("--model-path", "--model", default="", help="model to serve")
@@ -114,7 +107,13 @@ def parse(argv: Sequence[str]) -> tuple[ClusterSpec, argparse.Namespace]:
     parser.add_argument("--quiet", action="store_true", help="do not show the parts' log lines")
     parser.add_argument("--ready-timeout", type=float, default=600.0, metavar="SECONDS")
     add_flags(parser)
-    given, rest = parser.parse_known_args(_joined(words))
+    return parser
+
+
+def parse(argv: Sequence[str]) -> tuple[ClusterSpec, argparse.Namespace]:
+    """The spec that a command line asks for, and the options that are not part of it."""
+    config, words = KairosConfig.load(argv)
+    given, rest = build_parser().parse_known_args(_joined(words))
     if given.sglang:
         use(given.sglang)
     env: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""``python -m sglang_kairos.launch_server``: SGLang's server with Kairos on.
+"""``kairos serve``, also ``python -m sglang_kairos.launch_server``: SGLang's server with Kairos on.
 
 Takes every flag of ``sglang.launch_server`` unchanged, and Kairos' own (``--help`` shows both).
 On a machine without a GPU it adds the flags that SGLang needs there, with one it prefers FlashInfer
@@ -13,12 +13,18 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from sglang_kairos.commands import parser_of
 from sglang_kairos.config import ConfigError, KairosConfig, add_flags
 from sglang_kairos.cpu import runtime
 from sglang_kairos.cpu.flags import with_server_flags
 from sglang_kairos.engine.installed import check_loadable
 from sglang_kairos.gpu_flags import with_gpu_flags
 from sglang_kairos.other_sglang import NoSuchSglang, importable_version
+
+DESCRIPTION = """\
+Start SGLang's server with Kairos on. It takes every flag of sglang.launch_server unchanged.
+Without a GPU it adds the flags that SGLang needs there; with one it prefers FlashInfer.
+"""
 
 # Children started with ``spawn`` re-import this module before SGLang: they need the runtime first.
 runtime.activate_if_wanted()
@@ -47,27 +53,25 @@ def prepare(argv: Sequence[str]) -> list[str]:
     return with_gpu_flags(rest, flashinfer=find_spec("flashinfer") is not None)
 
 
-def print_help() -> None:
-    """Kairos' flags, then SGLang's."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sglang_kairos.launch_server", description=__doc__, add_help=False
-    )
+def build_parser() -> argparse.ArgumentParser:
+    """Kairos' flags, then SGLang's, for ``--help``. Imports SGLang."""
+    parser = parser_of("serve", description=DESCRIPTION, add_help=False)
     add_flags(parser)
     from sglang.srt.server_args import ServerArgs
 
     ServerArgs.add_cli_args(parser)
-    parser.print_help()
+    return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Start one server; returns the process' exit status."""
     if "--help" in argv or "-h" in argv:
-        print_help()
+        build_parser().print_help()
         return 0
     try:
         arguments = prepare(argv)
     except ConfigError as error:
-        print(f"kairos: {error}", file=sys.stderr)
+        print(f"kairos serve: {error}", file=sys.stderr)
         return 2
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins

@@ -1,6 +1,6 @@
 """Other SGLangs than the installed one: each in a folder that goes first on the Python path.
 
-    python -m sglang_kairos.other_sglang 0.5.19
+    kairos sglang 0.5.19
 
 puts one beside the installed one: ``.venv/sglang-0.5.19``, with what that version does not share with
 the rest of the environment. Setting ``PYTHONPATH`` to that folder is all there is to it: every process
@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sglang_kairos.commands import parser_of
 from sglang_kairos.versions import patch
 
 # What runs beside the packages of requirements/constraints-cpu.txt, though it pins others, needs
@@ -48,7 +49,7 @@ def folder_of(where: str, prefix: Path | None = None) -> Path:
     known = f"versions beside the installed one: {', '.join(there) or 'none'}"
     raise NoSuchSglang(
         f"--sglang {where}: no folder with an SGLang in it, and {named} is not there; {known} "
-        f"(`python -m sglang_kairos.other_sglang {version}` installs one)"
+        f"(`kairos sglang {version}` installs one)"
     )
 
 
@@ -123,15 +124,17 @@ def _install(packages: Sequence[str], folder: Path, shared: Path | None = None) 
         target.rename(folder)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line. Returns 0, or 1 where a version cannot be had."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sglang_kairos.other_sglang",
-        description="Install SGLang versions beside the one in this environment.",
-    )
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of ``kairos sglang``."""
+    parser = parser_of("sglang")
     parser.add_argument("versions", nargs="*", metavar="VERSION", help="such as 0.5.19")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Install each version named. Returns 0, or 1 where a version cannot be had."""
     try:
-        for version in parser.parse_args(argv).versions:
+        for version in build_parser().parse_args(argv).versions:
             print(f"SGLang {version}: {fetch(version)}")
     except NoSuchSglang as error:
         print(f"error: {error}", file=sys.stderr)

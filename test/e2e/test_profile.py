@@ -72,7 +72,7 @@ def test_a_pair_is_profiled_into_one_file_that_servers_start_from(
     with Cluster(spec) as cluster:
         prefill = profiled(cluster.prefill_urls[0], out, behind_a_prefix)
         decode = profiled(cluster.decode_urls[0], out, at_batch_8)
-        key = Key(**kairos_of(cluster.decode_urls[0])["profile_key"])
+        key = Key(**kairos_of(cluster.decode_urls[0])["latency_model_key"])
         assert not trouble_in(cluster.logs)
     assert prefill["source"] == decode["source"] == "the server's own steps"
     assert not prefill["decode"] and not decode["prefill"]
@@ -87,12 +87,12 @@ def test_a_pair_is_profiled_into_one_file_that_servers_start_from(
 
     port = PortBook().take().http
     argv = ["--model-path", tiny_model, "--host", "127.0.0.1", "--port", str(port)]
-    argv = with_server_flags([*argv, "--kairos-profile", str(out)], fast_start=True)
+    argv = with_server_flags([*argv, "--kairos-latency-model", str(out)], fast_start=True)
     server = zygote.start("sglang_kairos.launch_server", argv, log=logs / "unified.log")
     try:
         url = f"http://127.0.0.1:{port}"
         wait_for(url, server)
-        assert kairos_of(url)["profile"] == "file"
+        assert kairos_of(url)["latency_model"] == "file"
         unified = profiled(url, tmp_path / "unified.json", of_both)
     finally:
         server.stop()

@@ -33,7 +33,10 @@ def cluster(zygote: Zygote, out_dir: Path) -> Iterator[Cluster]:
             *("--request-timeout-secs", str(ENDS_WITHIN_S), "--seed", "1"),
             *("--protect-last-server", "off"),  # the request is not to blame for a kill
         ],
-        env={"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"},
+        env={
+            "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
+            "SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE": "2",  # SGLang's default
+        },
         log_dir=out_dir / "kill",
         zygote=zygote,
         stop_grace_s=0.0,  # SGLang looks for a SIGTERM every five seconds

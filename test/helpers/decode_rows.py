@@ -39,7 +39,7 @@ def chosen_again(record: dict[str, Any]) -> StepChoice | None:
         emitted=np.zeros(slack.size),
         tpot_s=tpot,
         last_token_s=-silent,
-        sustained=np.array(record["served"], bool),
+        served=np.array(record["served"], bool),
         context_tokens=context,
         tightest_s=float(tpot.min()),
     )

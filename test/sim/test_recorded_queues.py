@@ -1,7 +1,8 @@
 """The planners decide on recorded queues as the real servers did that recorded them.
 
 `data/decisions.jsonl.gz`: decisions of Kairos on real SGLang servers, one JSON object a line, made by
-`python -m benchmark.record_decisions`. Each holds the queue as the engine saw it and what it decided.
+`python -m benchmark.experiments.record_decisions`.
+Each holds the queue as the engine saw it and what it decided.
 Here the planners get the same queue again, and have to decide the same.
 """
 

@@ -10,8 +10,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from benchmark import step_recorder, validate_sim
-from benchmark.validate_sim import BEGIN, END, Turn
+from benchmark.experiments import validate_sim
+from benchmark.experiments.validate_sim import JudgedTurn
+from benchmark.harness import page as pages
+from benchmark.harness import step_recorder
+from benchmark.harness.page import BEGIN, END
 
 from sglang_kairos.loads.replay import OK, Outcome, Result
 from sglang_kairos.predict.latency_model import DecodeLatency, PrefillLatency
@@ -41,7 +44,7 @@ def result(ttfts_ms: list[float], tpot_ms: float = 40.0) -> Result:
     )
 
 
-TURN = Turn(
+TURN = JudgedTurn(
     "fcfs",
     CALIBRATION,
     1.1,
@@ -80,7 +83,7 @@ def test_figures_drop_in_between_the_marks_and_nowhere_else(tmp_path: Path) -> N
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     for text in ("new", "newer"):
-        validate_sim.drop_in(page, text)
+        pages.drop_in(page, text)
         assert page.read_text() == f"before\n{BEGIN}\n{text}\n{END}\nafter\n"
 
 

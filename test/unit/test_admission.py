@@ -140,7 +140,7 @@ K = 1000.0
     ],
 )  # fmt: skip
 def test_plan(name: str, got: AdmissionPlan, order: list[int], kept: int, count: int) -> None:
-    assert (got.order, got.sustained, got.count) == (order, kept, count), name
+    assert (got.order, got.kept, got.count) == (order, kept, count), name
 
 
 queues = st.lists(
@@ -156,22 +156,22 @@ def test_every_plan_is_sound(rows: Any, kept: int, used: float, slots: float) ->
     there = server(kept, used=used, slots=slots)
     got = plan(prompt, due, there, tpot)
     assert sorted(got.order) == list(range(len(rows)))
-    assert 0 <= got.sustained <= got.count <= len(rows)
+    assert 0 <= got.kept <= got.count <= len(rows)
     assert got.count or kept, "an empty server must not stand idle"
     reach = [step_s(1, p) <= t for p, _, t in rows]
     if not kept and not any(reach):
-        assert (got.sustained, got.count) == (0, len(rows)), "held back for targets nobody can meet"
+        assert (got.kept, got.count) == (0, len(rows)), "held back for targets nobody can meet"
         return
-    assert got.sustained or kept, "somebody can be kept, and nobody is"
-    assert all(reach[i] for i in got.order[: got.sustained]), "kept although out of reach"
-    chosen = [rows[i] for i in got.order[: got.sustained]]
+    assert got.kept or kept, "somebody can be kept, and nobody is"
+    assert all(reach[i] for i in got.order[: got.kept]), "kept although out of reach"
+    chosen = [rows[i] for i in got.order[: got.kept]]
     load = sum(2e-3 / 0.05 for _ in range(kept)) + sum((1e-3 + 1e-6 * p) / t for p, _, t in chosen)
     within = [t for t, near in zip(tpot, reach, strict=True) if near]
     tightest = min([*within, *([0.05] if kept else [])])
     if kept > 1 and chosen:
         assert 10e-3 / tightest + load <= TARGET + 1e-6, "steps too long for somebody kept"
-    more = [rows[i] for i in got.order[got.sustained : got.count]]
-    late = [i for i in got.order[got.sustained : got.count] if reach[i] and rows[i][1] <= 0]
+    more = [rows[i] for i in got.order[got.kept : got.count]]
+    late = [i for i in got.order[got.kept : got.count] if reach[i] and rows[i][1] <= 0]
     assert not late, "let in beyond the load although late anyway"
     if more:
         tokens = there.used_tokens + sum(p for p, *_ in (*chosen, *more))
@@ -211,7 +211,7 @@ def test_who_is_not_ready_changes_nothing_for_who_is(
     got = plan(prompt, due, there, tpot, ready=ready)
     here = [i for i in range(len(rows)) if ready[i]]
     alone = plan([prompt[i] for i in here], [due[i] for i in here], there, [tpot[i] for i in here])
-    assert (got.sustained, got.count) == (alone.sustained, alone.count)
+    assert (got.kept, got.count) == (alone.kept, alone.count)
     assert got.order[: len(here)] == [here[i] for i in alone.order]
     assert got.count or kept or not here, "an empty server must not stand idle"
 
@@ -234,7 +234,7 @@ def test_without_a_gate_the_clock_comes_before_the_deadline(rows: Any, clock: li
 @given(queues, st.integers(2, 30), st.integers(1, 10))
 def test_more_load_never_keeps_more(rows: Any, kept: int, added: int) -> None:
     prompt, due, tpot = (list(column) for column in zip(*rows, strict=True))
-    few, many = (plan(prompt, due, server(n), tpot).sustained for n in (kept, kept + added))
+    few, many = (plan(prompt, due, server(n), tpot).kept for n in (kept, kept + added))
     # The order depends on the load only through shares that are alike: the same queue, less room.
     assert many <= few
 
@@ -254,7 +254,7 @@ def test_costs_add_up_to_the_step_and_the_base_is_that_of_a_full_batch() -> None
 @pytest.mark.parametrize("there", [0, 1])
 def test_next_to_nobody_a_crowd_still_counts_one_by_one(there: int) -> None:
     got = plan([K] * 60, 1.0, server(there))
-    assert got.sustained == 19 - there, "all came in: a burst would put everybody behind"
+    assert got.kept == 19 - there, "all came in: a burst would put everybody behind"
 
 
 def test_stay_learns_the_lead_and_the_length() -> None:

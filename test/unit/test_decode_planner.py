@@ -137,7 +137,7 @@ def test_with_the_breaker_open_everybody_runs_and_comes_in_by_deadline(
     assert planned.choose(crowd, Times(error)) is None, name
     assert planned.counters == {"breaker_steps": 1} and planned.breaker == error
     plan = admit(planned, queue([0.5, 1.0, 30.0]), crowd, error=error)
-    assert (plan.order, plan.sustained, plan.count, plan.starving) == ([1, 0, 2], 3, 3, -1)
+    assert (plan.order, plan.kept, plan.count, plan.starving) == ([1, 0, 2], 3, 3, -1)
     choice = planned.choose(crowd, Times())
     assert choice is not None and len(choice.run) < FULL and planned.breaker is None
     assert admit(planned, queue([0.5, 1.0]), crowd).count == 0, "the gate is closed again"
@@ -175,12 +175,10 @@ def test_one_ahead_of_its_pace_makes_no_more_room_than_its_target_and_one_behind
     """20 of 1,000 tokens fill a TPOT of 50 ms."""
     for lead, room in ((0.0, True), (9.0, True), (-0.9, False)):
         plan = admit(planner(), queue([0.0] * 9, ttft=60.0), running([1000] * 18, lead=lead))
-        assert (plan.sustained == 1) if room else (plan.sustained == 0), lead
+        assert (plan.kept == 1) if room else (plan.kept == 0), lead
     unkept = running([1000] * 18, lead=-0.9, served=False)
-    assert admit(planner(), queue([0.0] * 9, ttft=60.0), unkept).sustained > 1, (
-        "not to be kept: no load"
-    )
-    assert admit(planner(), queue([0.0] * 9, ttft=60.0), running([]), coming=18).sustained == 1
+    assert admit(planner(), queue([0.0] * 9, ttft=60.0), unkept).kept > 1, "not to be kept: no load"
+    assert admit(planner(), queue([0.0] * 9, ttft=60.0), running([]), coming=18).kept == 1
 
 
 def test_retraction_takes_who_is_given_up_then_who_has_the_longest_lead() -> None:
@@ -213,14 +211,14 @@ def test_the_short_way_leads_where_the_long_one_does(rows: Any, mape: float, out
     got = planned.choose(view, Times(error))
     wanted = choose_step(
         view.slack_s, view.tpot_s, view.context_tokens, view.silent_s, Times().step_s,
-        sustained=view.sustained, reserve_tokens=reserve_of(mape), horizon_tokens=horizon_of(output),
+        served=view.served, reserve_tokens=reserve_of(mape), horizon_tokens=horizon_of(output),
         max_itl_s=2.0,
     )  # fmt: skip
     if got is None:
         assert wanted.reason == "all"
     else:
         assert (got.run, got.reason) == (wanted.run, wanted.reason)
-        assert got.sustained.tolist() == wanted.sustained.tolist()
+        assert got.served.tolist() == wanted.served.tolist()
 
 
 def test_where_all_have_room_nobody_asks_how_wrong_predictions_are() -> None:
@@ -236,13 +234,13 @@ def test_random_decisions_are_legal(rows: Any, seed: int, ready: int) -> None:
     choice = chaos.choose(view, Times(None))
     if choice is not None:
         assert choice.run and choice.run == sorted(set(choice.run)) and choice.run[-1] < count
-        assert np.flatnonzero(choice.sustained).tolist() == choice.run
+        assert np.flatnonzero(choice.served).tolist() == choice.run
     assert sorted(chaos.retract(view)) == list(range(count))
     mask = np.arange(count) < ready
     plan = admit(chaos, queue([1.0] * count, ready=mask), view)
     assert sorted(plan.order) == list(range(count))
     here = int(mask.sum())
-    assert 0 <= plan.sustained <= plan.count <= here and bool(plan.count) == bool(here)
+    assert 0 <= plan.kept <= plan.count <= here and bool(plan.count) == bool(here)
     assert mask[plan.order[:here]].all(), "a place for one that cannot be reserved"
 
 

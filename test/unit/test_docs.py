@@ -91,9 +91,9 @@ def sglang_files() -> frozenset[str]:
 @functools.cache
 def sources() -> str:
     """All Python of this tree but the tests, and the recipes."""
-    folders = ("python", "benchmark", "scripts", "patches")
+    folders = ("python", "benchmark", "contrib", "scripts", "patches")
     texts = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    texts += [*(ROOT / "scripts").glob("*.sh"), ROOT / "Makefile", *ROOT.glob("benchmark/**/*.sh")]
+    texts += [*(ROOT / "scripts").glob("*.sh"), ROOT / "Makefile", *ROOT.glob("contrib/**/*.sh")]
     return "\n".join(path.read_text("utf-8") for path in texts)
 
 
@@ -139,13 +139,13 @@ def test_every_function_that_is_named_by_its_module_is_there(page: Path) -> None
 @each_page
 def test_every_module_that_is_run_is_there(page: Path) -> None:
     text = text_of(page)
-    modules = set(re.findall(r"-m,? ((?:sglang_kairos|benchmark)(?:\.\w+)*)", text))
+    modules = set(re.findall(r"-m,? ((?:sglang_kairos|benchmark|contrib)(?:\.\w+)*)", text))
     modules |= set(
-        re.findall(r"`((?:sglang_kairos|benchmark)(?:\.[a-z]\w*)+)(?:\.[A-Z]\w*)?`", text)
+        re.findall(r"`((?:sglang_kairos|benchmark|contrib)(?:\.[a-z]\w*)+)(?:\.[A-Z]\w*)?`", text)
     )
     missing = []
     for module in modules:
-        base = (ROOT if module.startswith("benchmark") else ROOT / "python") / Path(
+        base = (ROOT if module.startswith(("benchmark", "contrib")) else ROOT / "python") / Path(
             *module.split(".")
         )
         if not base.with_suffix(".py").exists() and not (base / "__init__.py").exists():

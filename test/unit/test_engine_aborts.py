@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from helpers.fake_prefill import make_state, pause
+from helpers.fake_scheduler import Req, Scheduler, make_state, pause
 from helpers.trees import TESTED_VERSIONS
 from helpers.upstream import upstream_function
 from sglang_kairos.engine.hooks import pausing
@@ -22,20 +22,16 @@ PLACES = {
 }
 
 
-class Aborted:
+class Aborted(Req):
     """A request in one of the scheduler's places; `ended` is what upstream told of its end."""
 
     def __init__(self, rid: str, ended: set[str]) -> None:
-        self.rid = rid
+        super().__init__(rid, pending=True)
         self._ended = ended
         self.disagg_kv_sender = self.kv_receiver = SimpleNamespace(
             abort=self.abort, kv_mgr=SimpleNamespace(enable_deferred_decode_kv_release=False)
         )
-        self.req, self.grammar, self.host_staged = self, None, False
-        self.finished_reason: Any = None
-        self.pending_bootstrap = True
-        self.sampling_params = SimpleNamespace(custom_params=None)
-        self.time_stats = SimpleNamespace(scheduler_recv_time=0.0)
+        self.req, self.host_staged = self, False
         self.mamba_pool_idx = self.kv_cache_cpu = None
         self.kv = SimpleNamespace(req_pool_idx=0, holds_kv=False, holds_mamba=False)
 
@@ -82,8 +78,8 @@ def upstream(version: str, name: str, file: str = "managers/scheduler.py") -> An
     return upstream_function(version, file, name, names)
 
 
-class Scheduler(SimpleNamespace):
-    """As much of SGLang's as its abort_request touches, with one request per id in every place."""
+class Aborting(Scheduler):
+    """What abort_request touches beside that, with one request per id in every place."""
 
     def __init__(self, version: str, mode: str, ids: list[str], workers: int | None) -> None:
         self.ended: set[str] = set()
@@ -99,8 +95,8 @@ class Scheduler(SimpleNamespace):
         grammar.abort_requests = lambda recv_req: aborts(grammar, recv_req)
         nothing = lambda *args, **kwargs: None  # noqa: E731
         super().__init__(
+            mode,
             made=made,
-            chunked_req=None,
             mm_receiver=None,
             dllm_config=None,
             enable_hicache_storage=False,
@@ -147,7 +143,7 @@ def aborted(
     """The ids of those in `place` that end when `asked` is aborted; nobody else is anywhere."""
     kairos = make_state()
     monkeypatch.setattr(scheduler_state, "CURRENT", kairos)
-    scheduler = Scheduler(version, mode, ids, workers)
+    scheduler = Aborting(version, mode, ids, workers)
     reqs = scheduler.made[place]
     for name, others in scheduler.made.items():
         if name != place:
@@ -221,7 +217,7 @@ def test_of_one_tokenizer_an_id_that_has_left_is_no_batch() -> None:
 
 def test_upstreams_own_comparison_would_have_ended_both(monkeypatch: pytest.MonkeyPatch) -> None:
     for version in TESTED_VERSIONS:
-        scheduler = Scheduler(version, "prefill", ["job-1", "job-10"], 1)
+        scheduler = Aborting(version, "prefill", ["job-1", "job-10"], 1)
         request = SimpleNamespace(
             rid="job-1", abort_all=False, abort_message=None, finished_reason=None
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from helpers.fake_prefill import Req, make_scheduler, make_state
+from helpers.fake_scheduler import Req, make_scheduler, make_state
 from sglang_kairos.engine.hooks import attainment, pausing
 from sglang_kairos.engine.hooks import decode as engine_decode
 from sglang_kairos.engine.state import scheduler_state

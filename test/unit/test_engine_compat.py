@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from helpers.fake_prefill import Req, built, make_scheduler, make_state
+from helpers.fake_scheduler import Req, built, make_scheduler, make_state, old_layout
 from helpers.trees import sglang_folder
 from sglang_kairos.engine import compat
 from sglang_kairos.engine.hooks import prefill, step_timing
@@ -21,12 +21,15 @@ NEW, OLD = "0.5.23", "0.5.16"
 
 
 def new_req(prefix: int, end: int | None) -> Any:
-    return SimpleNamespace(prefix_len=prefix, extend_end=end, beam_group=None)
+    made = Req("r")
+    made.prefix_len, made.extend_end = prefix, end
+    return made
 
 
 def old_req(prefix: int, end: int | None) -> Any:
-    span = None if end is None else SimpleNamespace(end=end)
-    return SimpleNamespace(prefix_indices=[0] * prefix, extend_range=span)
+    made = old_layout(new_req(prefix, end))
+    assert not {"prefix_len", "extend_end", "beam_group"} & vars(made).keys()
+    return made
 
 
 @pytest.mark.parametrize("req_of", [new_req, old_req])
@@ -221,12 +224,12 @@ def test_decode_steps_and_cpu_steps_are_not_learnt_there(gpu: scheduler_state.Ka
 
 def test_tokens_left_and_admission_work_on_the_old_layout(gpu: scheduler_state.KairosState) -> None:
     req = Req("a", 1000, ttft_ms=100)
-    del req.prefix_len, req.extend_end
-    req.prefix_indices, req.extend_range = [0] * 300, None  # type: ignore[attr-defined]
+    req.prefix_len = 300
+    req = old_layout(req)
     assert tokens_left(req) == 700
-    req.extend_range = SimpleNamespace(end=512)  # type: ignore[attr-defined]
+    req.extend_range = SimpleNamespace(end=512)
     assert tokens_left(req) == 488
     assert kv_tokens(req) == 512
-    req.full_untruncated_fill_ids, req.host_hit_length = [0] * 1000, 0  # type: ignore[attr-defined]
+    req.full_untruncated_fill_ids, req.host_hit_length = [0] * 1000, 0
     adder = SimpleNamespace(rem_chunk_tokens=700, ceil_paged_tokens=lambda n: n)
     assert prefill.add_one_req(lambda *a: "added", adder, req, True, None) == "added"

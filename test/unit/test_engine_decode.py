@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +12,8 @@ import numpy as np
 import pytest
 
 from helpers.decode_rows import chosen_again
+from helpers.fake_scheduler import Batch, Req, decoding, make_decode_scheduler, upstream_prepare
+from helpers.fake_scheduler import decode_step as step
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine.hooks import admission, decode
 from sglang_kairos.engine.state import scheduler_state
@@ -27,79 +28,10 @@ from sglang_kairos.predict.prediction_error import LEARNT_STEPS
 torch = pytest.importorskip("torch")
 
 
-class Req:
-    def __init__(self, rid: str, tpot_ms: float, prompt: int = 10, ttft_ms: float = 1000) -> None:
-        self.rid, self.beam_group = rid, None
-        self.origin_input_ids, self.output_ids = [0] * prompt, [1, 2]
-        wire = {"kairos": {"ttft_ms": ttft_ms, "tpot_ms": tpot_ms}}
-        self.sampling_params = SimpleNamespace(custom_params=wire)
-        now = time.perf_counter()
-        self.time_stats = SimpleNamespace(
-            scheduler_recv_time=now, decode_prebuilt_finish_time=now, last_decode_finish_time=now
-        )
-
-        self.finished_reason: Any = None
-        self.done = False
-
-    def finished(self) -> bool:
-        return self.done
-
-    def __repr__(self) -> str:
-        return self.rid
-
-
-class Batch:
-    """The fields of SGLang's ScheduleBatch that the glue touches, with its rebinding semantics."""
-
-    def __init__(self, reqs: list[Req]) -> None:
-        count = len(reqs)
-        self.reqs = reqs
-        self.seq_lens = torch.arange(10, 10 + count)
-        self.orig_seq_lens = torch.arange(10, 10 + count)
-        self.seq_lens_cpu = torch.arange(10, 10 + count)
-        self.seq_lens_sum: int | None = 0
-        self.out_cache_loc: Any = "old"
-        self.input_ids: Any = "stale"
-        self.forward_mode = "prebuilt"
-        self.hisparse_coordinator = None
-        self.spec_algorithm = SimpleNamespace(is_none=lambda: True)
-        self.model_config = SimpleNamespace(is_encoder_decoder=False)
-        self.sampling_info = SimpleNamespace(
-            penalizer_orchestrator=SimpleNamespace(is_required=False)
-        )
-
-    def filter_batch(self, keep_indices: list[int]) -> None:
-        self.reqs = [self.reqs[i] for i in keep_indices]
-        for name in ("seq_lens", "orig_seq_lens", "seq_lens_cpu"):
-            setattr(self, name, getattr(self, name)[keep_indices])
-
-
-def upstream_prepare(batch: Batch) -> None:
-    batch.forward_mode = "decode"
-    for name in ("seq_lens", "orig_seq_lens", "seq_lens_cpu"):
-        setattr(batch, name, getattr(batch, name) + 1)
-    batch.out_cache_loc = f"new for {len(batch.reqs)}"
-
-
-def make_scheduler() -> Any:
-    return SimpleNamespace(
-        disaggregation_mode=SimpleNamespace(value="decode"),
-        device="cpu",
-        tp_size=1,
-        tp_worker=SimpleNamespace(get_decode_cuda_graph_bs=list),
-        enable_overlap=True,
-        result_queue=[],
-        require_mlp_sync=False,
-        req_to_token_pool=SimpleNamespace(),
-        waiting_queue=[],
-        server_args=SimpleNamespace(retraction_policy="length"),
-    )
-
-
 @pytest.fixture
 def kairos(monkeypatch: pytest.MonkeyPatch) -> scheduler_state.KairosState:
     """A decode state whose steps take 10 ms a request."""
-    made = scheduler_state.KairosState(make_scheduler(), KairosConfig())
+    made = scheduler_state.KairosState(make_decode_scheduler(), KairosConfig())
     made.step_time = StepTimeModel(0.0, 10e-3, 0.0)
     for _ in range(LEARNT_STEPS):
         made.step_time.observe(3, 30.0, 30e-3)
@@ -107,20 +39,8 @@ def kairos(monkeypatch: pytest.MonkeyPatch) -> scheduler_state.KairosState:
     return made
 
 
-def step(kairos: scheduler_state.KairosState, batch: Batch) -> Any:
-    """One decision as the decode loop makes it; returns the batch to run."""
-
-    def upstream(scheduler: Any, running_batch: Any) -> Any:
-        decode.prepare_for_decode(upstream_prepare, running_batch)
-        return SimpleNamespace(batch_to_run=running_batch, running_batch=running_batch)
-
-    plan = decode.get_next_decode_batch(upstream, kairos.scheduler, batch)
-    assert plan.running_batch is batch
-    return plan.batch_to_run
-
-
 def test_with_slack_for_all_the_stock_batch_runs(kairos: scheduler_state.KairosState) -> None:
-    batch = Batch([Req("a", 50), Req("b", 50)])
+    batch = Batch([decoding("a", 50), decoding("b", 50)])
     assert step(kairos, batch) is batch
     assert batch.seq_lens.tolist() == [11, 12] and batch.out_cache_loc == "new for 2"
     assert kairos.counters["subset_steps"] == 0
@@ -134,7 +54,7 @@ def test_only_the_chosen_advance_and_nobody_leaves_the_running_batch(
         "choose_step",
         lambda *a, **k: StepChoice([0, 2], 0.02, "packed", np.array([True, False, True])),
     )
-    reqs = [Req(name, 20) for name in "abc"]
+    reqs = [decoding(name, 20) for name in "abc"]
     batch = Batch(reqs)
     before = batch.seq_lens
     ran = step(kairos, batch)
@@ -159,7 +79,7 @@ def test_the_view_of_those_who_run_is_made_anew_only_when_they_or_the_batch_chan
         monkeypatch.setattr(decode_planner, "choose_step", lambda *a, **k: choice)
 
     monkeypatch.setattr(kairos.step_time, "observe", lambda *a: None)
-    batch = Batch([Req(name, 20) for name in "abcd"])
+    batch = Batch([decoding(name, 20) for name in "abcd"])
     choose([0, 2], 4)
     first = step(kairos, batch)
     first.input_ids = "of the last forward"
@@ -185,14 +105,14 @@ def test_somebody_always_runs_when_steps_are_far_too_slow(
     for _ in range(600):
         kairos.step_time.observe(2, 30.0, 2.0)
     assert kairos.step_time.error.mape < 0.2
-    assert step(kairos, Batch([Req("a", 20), Req("b", 20)])).reqs
+    assert step(kairos, Batch([decoding("a", 20), decoding("b", 20)])).reqs
 
 
 def test_a_failing_policy_runs_everybody(
     kairos: scheduler_state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode_planner, "choose_step", lambda *a, **k: 1 / 0)
-    batch = Batch([Req(name, 20) for name in "abc"])
+    batch = Batch([decoding(name, 20) for name in "abc"])
     assert step(kairos, batch) is batch
     assert kairos.counters["packing_errors"] == 1
 
@@ -211,7 +131,7 @@ def test_what_cannot_run_in_part_runs_whole_and_says_so_once(
     kairos: scheduler_state.KairosState, caplog: pytest.LogCaptureFixture, spoil: Any, word: str
 ) -> None:
     for _ in range(3):
-        batch = Batch([Req(name, 20) for name in "abc"])
+        batch = Batch([decoding(name, 20) for name in "abc"])
         spoil(batch)
         assert step(kairos, batch) is batch
     assert sum(word in record.message for record in caplog.records) == 1
@@ -223,7 +143,7 @@ def test_the_breaker_stops_parking_while_predictions_are_wrong(
 ) -> None:
     for seconds in (5e-3, 300e-3) * 100:
         kairos.step_time.observe(3, 30.0, seconds)
-    batch = Batch([Req(name, 1) for name in "abc"])
+    batch = Batch([decoding(name, 1) for name in "abc"])
     assert step(kairos, batch) is batch
     assert step(kairos, batch) is batch
     assert kairos.counters["breaker_steps"] == 2
@@ -262,7 +182,11 @@ def serving(kairos: scheduler_state.KairosState, reqs: list[Req], slots: int = 6
 
 
 def test_kv_is_reserved_by_deadline_late_ones_last(kairos: scheduler_state.KairosState) -> None:
-    slow, late, soon = Req("slow", 50, ttft_ms=9000), Req("late", 50), Req("soon", 50, ttft_ms=500)
+    slow, late, soon = (
+        decoding("slow", 50, ttft_ms=9000),
+        decoding("late", 50),
+        decoding("soon", 50, ttft_ms=500),
+    )
     late.time_stats.scheduler_recv_time -= 5
     serving(kairos, [])
     queue = Queue([slow, late, soon])
@@ -276,10 +200,10 @@ def test_kv_is_reserved_by_deadline_late_ones_last(kairos: scheduler_state.Kairo
 def test_who_would_make_the_steps_too_long_waits_while_memory_is_short(
     kairos: scheduler_state.KairosState,
 ) -> None:
-    running = [Req(f"r{i}", 50) for i in range(4)]  # 40 ms a step: one more fits 50 ms
+    running = [decoding(f"r{i}", 50) for i in range(4)]  # 40 ms a step: one more fits 50 ms
     serving(kairos, running, slots=5)
-    waiting = [Req(name, 50, ttft_ms=9000) for name in "abc"]
-    aborted = Req("x", 50, ttft_ms=9000)
+    waiting = [decoding(name, 50, ttft_ms=9000) for name in "abc"]
+    aborted = decoding("x", 50, ttft_ms=9000)
     aborted.finished_reason = "abort"
     queue = Queue([*waiting, aborted])
     popped, failed = decode.pop_preallocated(upstream_pop, queue)
@@ -294,12 +218,12 @@ def test_who_would_make_the_steps_too_long_waits_while_memory_is_short(
 def test_with_memory_to_spare_a_request_is_let_in_before_its_first_token_is_late(
     kairos: scheduler_state.KairosState,
 ) -> None:
-    serving(kairos, [Req(f"r{i}", 50) for i in range(6)])
-    early, pressing = Req("early", 50, ttft_ms=9000), Req("pressing", 50, ttft_ms=9000)
+    serving(kairos, [decoding(f"r{i}", 50) for i in range(6)])
+    early, pressing = decoding("early", 50, ttft_ms=9000), decoding("pressing", 50, ttft_ms=9000)
     pressing.time_stats.scheduler_recv_time -= 8
     popped, _ = decode.pop_preallocated(upstream_pop, Queue([early, pressing]))
     assert [entry.req for entry in popped] == [pressing]
-    assert kairos.promise(pressing).sustained is False
+    assert kairos.promise(pressing).kept is False
 
 
 @pytest.mark.parametrize("order", [True, False])
@@ -317,7 +241,7 @@ def test_a_prompt_that_no_kv_can_hold_is_answered_at_once_and_keeps_nobody_waiti
     serving(kairos, [])
     kairos.scheduler.page_size = 16
     # 10,000 tokens of KV, 512 of them reserved for the output, in pages of 16.
-    fits, never = Req("fits", 50, prompt=9488), Req("never", 50, prompt=9489)
+    fits, never = decoding("fits", 50, prompt=9488), decoding("never", 50, prompt=9489)
     never.time_stats.scheduler_recv_time -= 100
     queue = Queue([never, fits])
     queue.num_reserved_decode_tokens = 512  # type: ignore[attr-defined]
@@ -329,7 +253,7 @@ def test_a_prompt_that_no_kv_can_hold_is_answered_at_once_and_keeps_nobody_waiti
 
 
 def test_a_starving_request_goes_first_and_pays_for_it(kairos: scheduler_state.KairosState) -> None:
-    old, soon = Req("old", 50), Req("soon", 50, ttft_ms=500)
+    old, soon = decoding("old", 50), decoding("soon", 50, ttft_ms=500)
     old.time_stats.scheduler_recv_time -= 100
     serving(kairos, [])
     popped, _ = decode.pop_preallocated(upstream_pop, Queue([soon, old]))
@@ -348,9 +272,9 @@ def test_who_has_used_up_half_of_sglangs_time_out_is_let_in_first(
     )
     if not gate:
         monkeypatch.setattr(DecodePlanner, "trusted", lambda *args: False)
-    serving(kairos, [Req(f"r{i}", 50) for i in range(6)], slots=7)  # 60 ms a step: full
-    late, older = Req("late", 50, prompt=900), Req("older", 50, prompt=999)
-    soon = Req("soon", 50, ttft_ms=20_000)
+    serving(kairos, [decoding(f"r{i}", 50) for i in range(6)], slots=7)  # 60 ms a step: full
+    late, older = decoding("late", 50, prompt=900), decoding("older", 50, prompt=999)
+    soon = decoding("soon", 50, ttft_ms=20_000)
     late.time_stats.scheduler_recv_time -= 16
     older.time_stats.scheduler_recv_time -= 17
     soon.time_stats.scheduler_recv_time -= 14
@@ -369,7 +293,7 @@ def clock_left(kairos: scheduler_state.KairosState, queue: Queue, now: float) ->
 def test_a_retracted_request_that_is_prefilled_again_has_no_clock_before_its_reservation(
     kairos: scheduler_state.KairosState,
 ) -> None:
-    old = Req("old", 50)
+    old = decoding("old", 50)
     old.time_stats.scheduler_recv_time -= 1000
     queue = Queue([old])
     assert clock_left(kairos, queue, kairos.now()) == [0.0]
@@ -380,7 +304,7 @@ def test_a_retracted_request_that_is_prefilled_again_has_no_clock_before_its_res
 def test_where_decode_reserves_after_the_prefill_the_clock_starts_at_its_end(
     kairos: scheduler_state.KairosState,
 ) -> None:
-    old = Req("old", 50)
+    old = decoding("old", 50)
     old.time_stats.scheduler_recv_time -= 1000
     queue = Queue([old])
     queue.kv_manager = SimpleNamespace(defer_decode_allocation=True)
@@ -397,7 +321,7 @@ def test_a_request_whose_kv_waits_on_prefill_is_reserved_before_one_that_needs_r
 ) -> None:
     """Where decode reserves after the prefill, only who is ready can be; prefill may be full of them."""
     serving(kairos, [])
-    urgent, ready = Req("urgent", 5, ttft_ms=100), Req("ready", 5, ttft_ms=9000)
+    urgent, ready = decoding("urgent", 5, ttft_ms=100), decoding("ready", 5, ttft_ms=9000)
     queue = Queue([urgent, ready])
     queue.queue[0].waiting_for_input = False
 
@@ -427,7 +351,7 @@ def rows(kairos: scheduler_state.KairosState, monkeypatch: pytest.MonkeyPatch) -
 def test_a_logged_step_is_the_planners_again(
     kairos: scheduler_state.KairosState, rows: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reqs = [Req(name, 35) for name in "abcdef"]  # 60 ms for all
+    reqs = [decoding(name, 35) for name in "abcdef"]  # 60 ms for all
     now_s = reqs[0].time_stats.scheduler_recv_time
     monkeypatch.setattr(kairos, "now", lambda: now_s)
     ran = step(kairos, Batch(reqs)).reqs
@@ -440,8 +364,8 @@ def test_a_logged_step_is_the_planners_again(
 def test_a_logged_admission_is_the_planners_again(
     kairos: scheduler_state.KairosState, rows: list[str]
 ) -> None:
-    serving(kairos, [Req(f"r{i}", 50) for i in range(3)], slots=5)
-    waiting = [Req("a", 50), Req("old", 50, prompt=500), Req("b", 40, ttft_ms=600)]
+    serving(kairos, [decoding(f"r{i}", 50) for i in range(3)], slots=5)
+    waiting = [decoding("a", 50), decoding("old", 50, prompt=500), decoding("b", 40, ttft_ms=600)]
     waiting[1].time_stats.scheduler_recv_time -= 100
     popped, _ = decode.pop_preallocated(upstream_pop, Queue(waiting))
     (row,) = map(json.loads, rows)
@@ -465,19 +389,19 @@ def test_a_failing_admission_is_upstreams(
     kairos: scheduler_state.KairosState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode_planner, "plan_admission", lambda *a, **k: 1 / 0)
-    serving(kairos, [Req(f"r{i}", 50) for i in range(9)])
-    popped, _ = decode.pop_preallocated(upstream_pop, Queue([Req("a", 50), Req("b", 50)]))
+    serving(kairos, [decoding(f"r{i}", 50) for i in range(9)])
+    popped, _ = decode.pop_preallocated(upstream_pop, Queue([decoding("a", 50), decoding("b", 50)]))
     assert len(popped) == 2 and kairos.counters["admission_errors"] == 1
 
 
 def test_the_table_follows_who_joins_and_leaves(kairos: scheduler_state.KairosState) -> None:
-    a, b, c = (Req(name, 50) for name in "abc")
+    a, b, c = (decoding(name, 50) for name in "abc")
     table = memory_of(kairos).table
     assert table.follow([a, b]) == []
     table.ran([1])
     assert table.follow([b, c]) == [a]
     assert table.columns[EMITTED].tolist() == [3, 2]
-    a.done = True
+    a.finished_reason = "stop"
     for req in (a, b, c):
         kairos.promise(req)
     before = memory_of(kairos).planner.statistics.output_tokens
@@ -508,7 +432,9 @@ def retracted(kairos: scheduler_state.KairosState, batch: Batch) -> tuple[list[s
 
 
 def test_those_are_retracted_who_lose_least(kairos: scheduler_state.KairosState) -> None:
-    batch = Batch([Req("behind", 50), Req("lost", 50), Req("ahead", 50), Req("even", 50)])
+    batch = Batch(
+        [decoding("behind", 50), decoding("lost", 50), decoding("ahead", 50), decoding("even", 50)]
+    )
     memory_of(kairos).follow(batch.reqs)
     columns = memory_of(kairos).table.columns
     columns[FIRST_S] += np.array([-0.2, -5.0, 0.5, 0.0])
@@ -520,7 +446,7 @@ def test_those_are_retracted_who_lose_least(kairos: scheduler_state.KairosState)
 def test_retraction_is_upstreams_when_the_operator_chose_one_or_the_policy_fails(
     kairos: scheduler_state.KairosState, trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = Batch([Req("a", 50), Req("b", 50), Req("c", 50)])
+    batch = Batch([decoding("a", 50), decoding("b", 50), decoding("c", 50)])
     monkeypatch.setattr(
         batch, "_get_decode_retraction_order", lambda reqs: [1, 0, 2], raising=False
     )
@@ -533,7 +459,7 @@ def test_retraction_is_upstreams_when_the_operator_chose_one_or_the_policy_fails
 
 
 def test_an_idle_gap_is_not_learnt_as_a_step(kairos: scheduler_state.KairosState) -> None:
-    batch = Batch([Req("a", 50)])
+    batch = Batch([decoding("a", 50)])
     step(kairos, batch)
     empty = SimpleNamespace(batch_to_run=None, running_batch=batch)
     decode.get_next_decode_batch(lambda s, b: empty, kairos.scheduler, batch)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import prometheus_client  # noqa: F401 (asks once, here and now, whether processes share metrics)
 import pytest
 
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import dynamo, plugin
 from sglang_kairos.engine.seams.callees import Callee
+
+pytestmark = pytest.mark.anyio
 
 SOURCE = """
 class InvalidArgument(Exception):
@@ -110,7 +112,7 @@ def test_a_fault_of_ours_costs_the_slo_and_is_said_once(caplog: pytest.LogCaptur
     assert len(caplog.records) == 1
 
 
-def test_the_metrics_of_the_schedulers_are_shown_beside_sglangs(
+async def test_the_metrics_of_the_schedulers_are_shown_beside_sglangs(
     there: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
@@ -122,7 +124,7 @@ def test_the_metrics_of_the_schedulers_are_shown_beside_sglangs(
     shown = there["dynamo.common.utils.prometheus"].SHOWN
     for on in (False, True):
         model = engine([{"kairos": {}}], enable_metrics=on)
-        assert asyncio.run(here.start(original, model, config, "endpoint")) == "publisher"
+        assert await here.start(original, model, config, "endpoint") == "publisher"
         assert len(shown) == on
     assert shown[0]["metric_prefix_filters"] == ["kairos_"] and shown[0]["endpoint"] == "endpoint"
     # The server's own custom_params are known from now on.
@@ -137,7 +139,7 @@ def test_the_metrics_of_the_schedulers_are_shown_beside_sglangs(
         ([{"kairos": {}}], {"tokenizer_worker_num": 2}, "--tokenizer-worker-num"),
     ],
 )
-def test_a_worker_that_would_drop_slos_does_not_serve(
+async def test_a_worker_that_would_drop_slos_does_not_serve(
     infos: list[dict[str, Any]], named: dict[str, Any], why: str
 ) -> None:
 
@@ -145,7 +147,7 @@ def test_a_worker_that_would_drop_slos_does_not_serve(
         raise AssertionError("must not be reached")
 
     with pytest.raises(SystemExit, match=why):
-        asyncio.run(worker().start(never, engine(infos, **named), None, None))
+        await worker().start(never, engine(infos, **named), None, None)
 
 
 def test_an_unknown_dynamo_stops_the_start_or_is_left_alone(

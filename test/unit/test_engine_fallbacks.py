@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.fake_scheduler import Batch, decoding, make_decode_scheduler
+from helpers.fake_scheduler import decode_step as step
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import features
 from sglang_kairos.engine.hooks import admission, decode
@@ -25,64 +26,15 @@ torch = pytest.importorskip("torch")
 LINE = "decode packing is off while {}: full batch"
 
 
-class Req:
-    """As much of SGLang's request as the glue looks at."""
-
-    def __init__(self, rid: str) -> None:
-        self.rid, self.beam_group = rid, None
-        self.origin_input_ids, self.output_ids = [0] * 10, [1]
-        wire = {"kairos": {"ttft_ms": 1000, "tpot_ms": 20}}
-        self.sampling_params = SimpleNamespace(custom_params=wire)
-        now = time.perf_counter()
-        self.time_stats = SimpleNamespace(
-            scheduler_recv_time=now, decode_prebuilt_finish_time=now, last_decode_finish_time=now
-        )
-
-    def finished(self) -> bool:
-        return False
-
-
-class Batch:
-    """As much of SGLang's ScheduleBatch; its lengths are rebound, never changed in place."""
-
-    def __init__(self, count: int) -> None:
-        self.reqs = [Req(f"r{index}") for index in range(count)]
-        self.seq_lens = self.orig_seq_lens = torch.full((count,), 10)
-        self.seq_lens_cpu: Any = torch.full((count,), 10)
-        self.hisparse_coordinator: Any = None
-        self.spec_algorithm = SimpleNamespace(is_none=lambda: True)
-        self.model_config = SimpleNamespace(is_encoder_decoder=False)
-        self.sampling_info = SimpleNamespace(
-            penalizer_orchestrator=SimpleNamespace(is_required=False)
-        )
-
-    def filter_batch(self, keep_indices: list[int]) -> None:
-        self.reqs = [self.reqs[index] for index in keep_indices]
-        for name in ("seq_lens", "orig_seq_lens", "seq_lens_cpu"):
-            setattr(self, name, getattr(self, name)[keep_indices])
-
-
-def upstream_prepare(batch: Batch) -> None:
-    batch.forward_mode = "decode"
-    for name in ("seq_lens", "orig_seq_lens", "seq_lens_cpu"):
-        lengths = getattr(batch, name)
-        setattr(batch, name, None if lengths is None else lengths + 1)
+def batch_of(count: int) -> Batch:
+    """A batch of requests that all ask for 20 ms a token."""
+    return Batch([decoding(f"r{index}", 20) for index in range(count)])
 
 
 @pytest.fixture
 def kairos(monkeypatch: pytest.MonkeyPatch) -> scheduler_state.KairosState:
     """A decode server whose policy parks all but the first request, whatever the case."""
-    scheduler = SimpleNamespace(
-        disaggregation_mode=SimpleNamespace(value="decode"),
-        device="cpu",
-        tp_size=1,
-        tp_worker=SimpleNamespace(get_decode_cuda_graph_bs=list),
-        require_mlp_sync=False,
-        req_to_token_pool=SimpleNamespace(),
-        waiting_queue=[],
-        server_args=SimpleNamespace(retraction_policy="length"),
-    )
-    made = scheduler_state.KairosState(scheduler, KairosConfig())
+    made = scheduler_state.KairosState(make_decode_scheduler(), KairosConfig())
     monkeypatch.setattr(scheduler_state, "CURRENT", made)
 
     def park(slack: Any, *rest: Any, **more: Any) -> StepChoice:
@@ -92,16 +44,6 @@ def kairos(monkeypatch: pytest.MonkeyPatch) -> scheduler_state.KairosState:
     monkeypatch.setattr(memory_of(made).planner, "trusted", lambda error: True)
     monkeypatch.setattr(made.step_time, "step_s", lambda batch, tokens: 1.0)
     return made
-
-
-def step(kairos: scheduler_state.KairosState, batch: Batch) -> Any:
-    """One decision as the decode loop makes it; returns the batch to run."""
-
-    def upstream(scheduler: Any, running_batch: Any) -> Any:
-        decode.prepare_for_decode(upstream_prepare, running_batch)
-        return SimpleNamespace(batch_to_run=running_batch, running_batch=running_batch)
-
-    return decode.get_next_decode_batch(upstream, kairos.scheduler, batch).batch_to_run
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -157,9 +99,9 @@ def test_every_reason_there_is_stands_in_this_file() -> None:
 
 
 def test_without_a_reason_these_batches_run_in_part(kairos: scheduler_state.KairosState) -> None:
-    batch = Batch(3)
+    batch = batch_of(3)
     assert step(kairos, batch).reqs == batch.reqs[:1]
-    assert batch.seq_lens.tolist() == [11, 10, 10]
+    assert batch.seq_lens.tolist() == [11, 11, 12]
 
 
 @excluded
@@ -167,10 +109,10 @@ def test_the_full_batch_runs_as_upstream_prepared_it_and_one_line_says_why(
     kairos: scheduler_state.KairosState, caplog: pytest.LogCaptureFixture, reason: str
 ) -> None:
     for _ in range(3):
-        batch = Batch(3)
+        batch = batch_of(3)
         EXCLUDED[reason](kairos.scheduler, batch)
         assert step(kairos, batch) is batch
-        assert batch.seq_lens.tolist() == [11, 11, 11]
+        assert batch.seq_lens.tolist() == [11, 12, 13]
     assert lines(caplog) == [LINE.format(reason)]
     assert kairos.counters["fallback_steps"] == 3
     assert kairos.counters["subset_steps"] == kairos.counters["parked"] == 0
@@ -181,7 +123,7 @@ def test_random_decisions_keep_to_it_too(kairos: scheduler_state.KairosState, re
     planner = memory_of(kairos).planner = ChaosDecodePlanner(KairosConfig(), Counter())
     choice = StepChoice([0], 0.01, "chaos", np.array([True, False, False]))
     planner.choose = lambda view, times: choice  # type: ignore[method-assign]
-    batch = Batch(3)
+    batch = batch_of(3)
     EXCLUDED[reason](kairos.scheduler, batch)
     assert step(kairos, batch) is batch
 
@@ -190,7 +132,7 @@ def test_random_decisions_keep_to_it_too(kairos: scheduler_state.KairosState, re
 def test_a_request_alone_needs_no_fallback_and_no_line(
     kairos: scheduler_state.KairosState, caplog: pytest.LogCaptureFixture, reason: str
 ) -> None:
-    batch = Batch(1)
+    batch = batch_of(1)
     EXCLUDED[reason](kairos.scheduler, batch)
     assert step(kairos, batch) is batch
     assert not lines(caplog) and kairos.counters["fallback_steps"] == 0
@@ -201,10 +143,10 @@ def test_packing_resumes_behind_such_requests_and_the_line_is_not_repeated(
     kairos: scheduler_state.KairosState, caplog: pytest.LogCaptureFixture, reason: str
 ) -> None:
     for _ in range(2):
-        batch = Batch(3)
+        batch = batch_of(3)
         EXCLUDED[reason](kairos.scheduler, batch)
         assert step(kairos, batch) is batch
-        assert len(step(kairos, Batch(3)).reqs) == 1
+        assert len(step(kairos, batch_of(3)).reqs) == 1
     assert lines(caplog) == [LINE.format(reason)]
     assert (kairos.counters["fallback_steps"], kairos.counters["subset_steps"]) == (2, 2)
 
@@ -213,7 +155,7 @@ def test_two_reasons_have_a_line_each(
     kairos: scheduler_state.KairosState, caplog: pytest.LogCaptureFixture
 ) -> None:
     for reason in ("a request uses penalties", "hisparse is on") * 2:
-        batch = Batch(3)
+        batch = batch_of(3)
         EXCLUDED[reason](kairos.scheduler, batch)
         step(kairos, batch)
     assert lines(caplog) == [LINE.format(r) for r in ("a request uses penalties", "hisparse is on")]
@@ -222,12 +164,12 @@ def test_two_reasons_have_a_line_each(
 def test_a_fallback_step_counts_as_a_token_of_everybody(
     kairos: scheduler_state.KairosState,
 ) -> None:
-    batch = Batch(3)
+    batch = batch_of(3)
     penalties(kairos.scheduler, batch)
     step(kairos, batch)
     batch.sampling_info.penalizer_orchestrator.is_required = False
     step(kairos, batch)
-    assert memory_of(kairos).table.columns[EMITTED].tolist() == [3, 2, 2]
+    assert memory_of(kairos).table.columns[EMITTED].tolist() == [4, 3, 3]
 
 
 def test_lengths_that_only_the_device_knows_do_not_end_a_speculating_server(
@@ -235,7 +177,7 @@ def test_lengths_that_only_the_device_knows_do_not_end_a_speculating_server(
 ) -> None:
     """Attention backends that need no lengths on the CPU leave `seq_lens_cpu` None (SGLang 0.5.23,
     `FutureMap.resolve_seq_lens_cpu`)."""
-    batch = Batch(3)
+    batch = batch_of(3)
     speculative(kairos.scheduler, batch)
     batch.seq_lens_cpu = None
     assert step(kairos, batch) is batch
@@ -247,5 +189,7 @@ def test_admission_is_not_gated_by_the_steps_of_a_speculating_server(
     """A step then yields several tokens: all would look late, and newcomers be held back for it."""
     kairos.scheduler.spec_algorithm = SimpleNamespace(is_none=lambda: False)
     monkeypatch.setattr(admission, "reserve", lambda *args: "held back")
-    queue = SimpleNamespace(queue=[SimpleNamespace(req=Req("a")), SimpleNamespace(req=Req("b"))])
+    queue = SimpleNamespace(
+        queue=[SimpleNamespace(req=decoding("a", 20)), SimpleNamespace(req=decoding("b", 20))]
+    )
     assert decode.pop_preallocated(lambda queue: "all of them", queue) == "all of them"

@@ -77,7 +77,7 @@ def test_ends_of_requests_are_counted_and_measured(metrics: SchedulerMetrics) ->
     assert {
         name: value
         for name, value in exported(
-            "slo", "requests", "ttft", "tpot", "lateness", "silence"
+            "slo", "requests", "ttft", "tpot", "lateness", "silence", "request_max_itl", "max_itl"
         ).items()
         if value and "_bucket" not in name
     } == {
@@ -95,6 +95,10 @@ def test_ends_of_requests_are_counted_and_measured(metrics: SchedulerMetrics) ->
         "kairos_tpot_seconds_sumchatdecodem": 0.08,
         "kairos_lateness_seconds_countchatdecodemttft": 2.0,
         "kairos_lateness_seconds_sumchatdecodemttft": 1.0,
+        "kairos_request_max_itl_seconds_countchatdecodem": 2.0,
+        "kairos_request_max_itl_seconds_sumchatdecodem": 0.6,
+        "kairos_max_itl_secondsdecodem": 0.3,
+        # Old names, for one release.
         "kairos_silence_seconds_countchatdecodem": 2.0,
         "kairos_silence_seconds_sumchatdecodem": 0.6,
         "kairos_silence_max_secondsdecodem": 0.3,
@@ -125,7 +129,7 @@ def test_the_page_for_3_a_m_names_what_there_is(metrics: SchedulerMetrics, repo_
     there = {family.name for family in REGISTRY.collect()}
     named = {re.sub(r"_(total|bucket)$", "", name) for name in named}
     told = ("slo", "requests", "ttft_seconds", "tpot_seconds", "lateness_seconds")
-    told += ("silence_seconds", "silence_max_seconds")
+    told += ("request_max_itl_seconds", "max_itl_seconds")
     assert {f"kairos_{name}" for name in told} <= named <= there
     assert all(f"`{outcome}`" in page for outcome in OUTCOMES)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from helpers.fake_prefill import Req, build, make_scheduler, make_state, pause
+from helpers.fake_scheduler import Req, build, make_scheduler, make_state, pause
 from helpers.trees import TESTED_VERSIONS
 from helpers.upstream import upstream_function
 from sglang_kairos.engine.hooks import pausing, prefill

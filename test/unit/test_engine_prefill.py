@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.fake_prefill import Req, build, built, make_scheduler, make_state, pause
+from helpers.fake_scheduler import Req, build, built, make_scheduler, make_state, pause
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import features
 from sglang_kairos.engine.hooks import prefill

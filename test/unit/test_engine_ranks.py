@@ -95,7 +95,7 @@ def test_pipeline_parallelism_is_refused_before_the_hand_shake(
 
 
 def test_the_mode_follows_a_server_that_switches_its_role() -> None:
-    from helpers.fake_prefill import make_scheduler
+    from helpers.fake_scheduler import make_scheduler
     from sglang_kairos.config import KairosConfig
 
     scheduler = make_scheduler([], None)

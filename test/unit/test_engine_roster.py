@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from helpers.fake_prefill import Req, make_state
+from helpers.fake_scheduler import Req, make_state
 from sglang_kairos.engine.state.waiting_table import Roster
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark.gpu import pack, run
+from benchmark.gpu import run
 from benchmark.gpu.parts import kv_capacity
 from benchmark.gpu.report_gpu import markdown
 from benchmark.gpu.shape import SHAPES, write_shape
+from contrib.air_gapped import pack
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -104,17 +105,17 @@ def test_parts_come_one_by_one_and_are_installed_when_complete(
     heavy = {"filler.bin": "".join(chr(33 + i * 7919 % 90) for i in range(9 << 20))}
     for name in ("one", "two", "three"):
         make_wheel(cache, name, {f"{name}.py": f"NAME = {name!r}\n", **heavy})
-    wanted = [pack.Wanted("one", "1.0", "base"), pack.Wanted("two", "1.0", "base")]
-    wanted.append(pack.Wanted("three", "1.0", "transfer"))
+    wanted = [pack.WantedWheel("one", "1.0", "base"), pack.WantedWheel("two", "1.0", "base")]
+    wanted.append(pack.WantedWheel("three", "1.0", "transfer"))
     monkeypatch.setattr(pack, "read_wanted", lambda: wanted)
-    monkeypatch.setattr(pack, "TREE", ("benchmark/gpu",))
+    monkeypatch.setattr(pack, "TREE", ("benchmark/gpu", "contrib"))
     words = ["--out", str(out), "--cache", str(cache), "--most-mib", "16"]
     assert pack.main(words) == 0
     manifest = json.loads((out / "manifest.json").read_text())
     assert [part["group"] for part in manifest["parts"]] == ["base", "base", "transfer"]
     assert all(part["bytes"] <= 16 << 20 for part in manifest["parts"])
     alone = tmp_path / "install.py"
-    alone.write_text((repo_root / "benchmark" / "gpu" / "install.py").read_text())
+    alone.write_text((repo_root / "contrib" / "air_gapped" / "install.py").read_text())
 
     def install(*names: str) -> str:
         folder = tmp_path / "carried"
@@ -133,6 +134,7 @@ def test_parts_come_one_by_one_and_are_installed_when_complete(
     assert "installed 2 wheels" in install(second)
     assert "installed 1 wheels" in install(third)
     assert (into / "tree" / "benchmark" / "gpu" / "run.py").exists()
+    assert (into / "tree" / "contrib" / "air_gapped" / "setup.sh").exists()
     script = f". {into}/env.sh && {sys.executable} -Sc 'import one, two, three; print(one.NAME)'"
     shown = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert shown.stdout == "one\n"
@@ -150,7 +152,7 @@ def test_without_a_gpu_the_benchmark_says_so_and_is_no_failure(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [(["--parts", "x"], "--parts: x"), (["--budget-s", "0"], "--budget-s")]
+    ("words", "said"), [(["--parts", "x"], "--parts: 'x'"), (["--budget-s", "0"], "--budget-s")]
 )
 def test_a_bad_setting_is_named(
     words: list[str], said: str, capsys: pytest.CaptureFixture[str]

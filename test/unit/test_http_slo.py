@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, MutableMapping
 from typing import Any
@@ -21,6 +20,8 @@ from sglang_kairos.engine.hooks.slo_middleware import ServerFacts, SloMiddleware
 from sglang_kairos.slo.age import AGE_HEADERS, AgeRule
 from sglang_kairos.slo.body import carry, dump, error_body, mentions_slo
 from sglang_kairos.slo.targets import Slo, SloError, SloTable
+
+pytestmark = pytest.mark.anyio
 
 GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
 TABLE = SloTable(Slo(2000.0, 100.0), {"chat": Slo(500.0, 50.0, "chat", 2.0)})
@@ -54,13 +55,13 @@ async def send_to(
         return await client.request(method, path, content=content, headers=headers)
 
 
-def through(
+async def through(
     path: str, body: Any, headers: dict[str, str] | None = None, method: str = "POST"
 ) -> tuple[httpx.Response, Seen]:
     seen = Seen()
     content = body if isinstance(body, bytes) else orjson.dumps(body)
     app = SloMiddleware(seen, TABLE, clock=lambda: 0.0)
-    return asyncio.run(send_to(app, path, content, headers, method)), seen
+    return await send_to(app, path, content, headers, method), seen
 
 
 def wire_of(path: str, seen: Seen) -> Any:
@@ -72,9 +73,11 @@ def wire_of(path: str, seen: Seen) -> Any:
 
 @pytest.mark.parametrize("path", [GENERATE, COMPLETIONS, CHAT])
 @pytest.mark.parametrize("by_header", [True, False])
-def test_the_slo_reaches_custom_params_and_leaves_the_body(path: str, by_header: bool) -> None:
+async def test_the_slo_reaches_custom_params_and_leaves_the_body(
+    path: str, by_header: bool
+) -> None:
     asked = {} if by_header else {"ttft_ms": 300}
-    answer, seen = through(path, {"text": "x", **asked}, {"X-SLO-TTFT-MS": "300"})
+    answer, seen = await through(path, {"text": "x", **asked}, {"X-SLO-TTFT-MS": "300"})
     assert answer.status_code == 200
     assert wire_of(path, seen) == {
         "ttft_ms": 300.0,
@@ -97,8 +100,8 @@ def test_the_slo_reaches_custom_params_and_leaves_the_body(path: str, by_header:
         ({"custom_params": {"mine": [1]}}, {"mine": [1], "kairos": "W"}),
     ],
 )
-def test_sampling_params_of_any_shape_take_it(given_: Any, expected: Any) -> None:
-    _, seen = through(GENERATE, {"text": "x", "slo": "chat", "sampling_params": given_})
+async def test_sampling_params_of_any_shape_take_it(given_: Any, expected: Any) -> None:
+    _, seen = await through(GENERATE, {"text": "x", "slo": "chat", "sampling_params": given_})
     assert seen.raw is not None
     params = json.loads(seen.raw)["sampling_params"]
     assert params["custom_params"]["kairos"]["class"] == "chat"
@@ -106,10 +109,10 @@ def test_sampling_params_of_any_shape_take_it(given_: Any, expected: Any) -> Non
     assert params["custom_params"] == expected
 
 
-def test_a_batch_takes_it_once_per_prompt_and_keeps_their_own() -> None:
+async def test_a_batch_takes_it_once_per_prompt_and_keeps_their_own() -> None:
     own = {"custom_params": {"kairos": {"ttft_ms": 9}}}
     body = {"text": ["a", "b"], "ttft_ms": 300, "sampling_params": [{"n": 1}, own]}
-    _, seen = through(GENERATE, body)
+    _, seen = await through(GENERATE, body)
     assert seen.raw is not None
     first, second = json.loads(seen.raw)["sampling_params"]
     assert first["custom_params"]["kairos"]["ttft_ms"] == 300
@@ -130,7 +133,7 @@ PREFERRED = {"ban": 7, "kairos": 1}
     ],
 )
 @pytest.mark.parametrize("path", [GENERATE, COMPLETIONS, CHAT])
-def test_an_slo_does_not_cost_the_server_its_preferred_custom_params(
+async def test_an_slo_does_not_cost_the_server_its_preferred_custom_params(
     path: str, own: Any, expected: dict[str, Any]
 ) -> None:
     holder = {"custom_params": own}
@@ -138,7 +141,7 @@ def test_an_slo_does_not_cost_the_server_its_preferred_custom_params(
     body |= {"sampling_params": holder} if path == GENERATE else holder
     seen = Seen()
     app = SloMiddleware(seen, TABLE, ServerFacts(preferred=PREFERRED), lambda: 0.0)
-    assert asyncio.run(send_to(app, path, orjson.dumps(body))).status_code == 200
+    assert (await send_to(app, path, orjson.dumps(body))).status_code == 200
     assert seen.raw is not None
     sent = json.loads(seen.raw)
     params = (sent["sampling_params"] if path == GENERATE else sent)["custom_params"]
@@ -158,16 +161,16 @@ UNTOUCHED: list[tuple[str, bytes]] = [
 
 
 @pytest.mark.parametrize(("name", "raw"), UNTOUCHED)
-def test_what_needs_no_change_passes_as_the_bytes_it_was(name: str, raw: bytes) -> None:
-    answer, seen = through(GENERATE, raw)
+async def test_what_needs_no_change_passes_as_the_bytes_it_was(name: str, raw: bytes) -> None:
+    answer, seen = await through(GENERATE, raw)
     assert (answer.status_code, seen.raw) == (200, raw), name
 
 
-def test_other_endpoints_and_methods_pass() -> None:
+async def test_other_endpoints_and_methods_pass() -> None:
     for path, method in (("/v1/embeddings", "POST"), (GENERATE, "GET"), ("/generate/x", "POST")):
-        _, seen = through(path, {"ttft_ms": -1}, method=method)
+        _, seen = await through(path, {"ttft_ms": -1}, method=method)
         assert seen.raw == b'{"ttft_ms":-1}'
-    _, seen = through(GENERATE, {"ttft_ms": 5}, method="PUT")
+    _, seen = await through(GENERATE, {"ttft_ms": 5}, method="PUT")
     assert wire_of(GENERATE, seen)["ttft_ms"] == 5
 
 
@@ -180,10 +183,10 @@ def test_other_endpoints_and_methods_pass() -> None:
         ({"tpot_ms": 0}, {}, "tpot_ms", "between 0.1 and"),
     ],
 )
-def test_a_bad_value_is_answered_400_in_the_endpoints_shape(
+async def test_a_bad_value_is_answered_400_in_the_endpoints_shape(
     path: str, body: Any, headers: dict[str, str], param: str, text: str
 ) -> None:
-    answer, seen = through(path, body, headers)
+    answer, seen = await through(path, body, headers)
     assert (answer.status_code, seen.raw) == (400, None)
     error = answer.json()["error"]
     assert (error["param"], error["code"]) == (param, 400)
@@ -212,41 +215,41 @@ def test_a_bad_value_is_answered_400_in_the_endpoints_shape(
         ({"sampling_params": {"custom_params": {"kairos": 5}}}, "custom_params.kairos"),
     ],
 )
-def test_a_place_that_cannot_take_it_is_named(body: Any, param: str) -> None:
-    answer, _ = through(GENERATE, body)
+async def test_a_place_that_cannot_take_it_is_named(body: Any, param: str) -> None:
+    answer, _ = await through(GENERATE, body)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
 
 
-def test_a_carried_slo_keeps_only_what_is_known() -> None:
+async def test_a_carried_slo_keeps_only_what_is_known() -> None:
     wire = {"ttft_ms": 5, "deep": {"er": {"est": 1}}, "tpot_ms": None}
-    _, seen = through(COMPLETIONS, {"custom_params": {"kairos": wire}})
+    _, seen = await through(COMPLETIONS, {"custom_params": {"kairos": wire}})
     assert wire_of(COMPLETIONS, seen) == {"ttft_ms": 5}
 
 
-def test_a_key_spelt_with_escapes_is_found() -> None:
-    _, seen = through(COMPLETIONS, b'{"\\u0074tft_ms": 5}')
+async def test_a_key_spelt_with_escapes_is_found() -> None:
+    _, seen = await through(COMPLETIONS, b'{"\\u0074tft_ms": 5}')
     assert wire_of(COMPLETIONS, seen)["ttft_ms"] == 5
 
 
-def test_a_body_nested_deeper_than_orjson_writes_still_arrives() -> None:
+async def test_a_body_nested_deeper_than_orjson_writes_still_arrives() -> None:
     deep: Any = 1
     for _ in range(400):
         deep = [deep]
     raw = json.dumps({"ttft_ms": 5, "deep": deep}).encode()
-    answer, seen = through(COMPLETIONS, raw)
+    answer, seen = await through(COMPLETIONS, raw)
     assert answer.status_code == 200
     assert wire_of(COMPLETIONS, seen)["ttft_ms"] == 5
 
 
-def test_a_chunked_body_arrives_whole_with_a_length() -> None:
+async def test_a_chunked_body_arrives_whole_with_a_length() -> None:
     async def parts() -> AsyncIterator[bytes]:
         for part in (b'{"text": "x", "ttft', b'_ms": 5', b"}"):
             yield part
 
     seen = Seen()
     app = SloMiddleware(seen, TABLE, clock=lambda: 0.0)
-    answer = asyncio.run(send_to(app, GENERATE, parts()))
+    answer = await send_to(app, GENERATE, parts())
     assert answer.status_code == 200
     assert wire_of(GENERATE, seen)["ttft_ms"] == 5
     assert "transfer-encoding" not in seen.headers
@@ -254,7 +257,7 @@ def test_a_chunked_body_arrives_whole_with_a_length() -> None:
     assert seen.headers["content-length"] == str(len(seen.raw))
 
 
-def test_the_app_sees_the_client_leave_after_the_body() -> None:
+async def test_the_app_sees_the_client_leave_after_the_body() -> None:
     incoming: list[Message] = [
         {"type": "http.request", "body": b'{"ttft_', "more_body": True},
         {"type": "http.request", "body": b'ms": 5}', "more_body": False},
@@ -266,12 +269,12 @@ def test_the_app_sees_the_client_leave_after_the_body() -> None:
         got.append(await receive())
         got.append(await receive())
 
-    run_raw(app, incoming)
+    await run_raw(app, incoming)
     assert json.loads(got[0]["body"])["sampling_params"]["custom_params"]["kairos"]
     assert got[1]["type"] == "http.disconnect"
 
 
-def test_a_client_that_leaves_in_its_body_is_passed_on_as_that() -> None:
+async def test_a_client_that_leaves_in_its_body_is_passed_on_as_that() -> None:
     incoming: list[Message] = [
         {"type": "http.request", "body": b'{"ttft_ms": 5', "more_body": True},
         {"type": "http.disconnect"},
@@ -282,12 +285,12 @@ def test_a_client_that_leaves_in_its_body_is_passed_on_as_that() -> None:
         got.append(await receive())
         got.append(await receive())
 
-    run_raw(app, incoming)
+    await run_raw(app, incoming)
     assert (got[0]["body"], got[0]["more_body"]) == (b'{"ttft_ms": 5', True)
     assert got[1]["type"] == "http.disconnect"
 
 
-def run_raw(app: Any, incoming: list[Message]) -> None:
+async def run_raw(app: Any, incoming: list[Message]) -> None:
     queue = iter(incoming)
 
     async def receive() -> Message:
@@ -297,35 +300,32 @@ def run_raw(app: Any, incoming: list[Message]) -> None:
         pass
 
     scope = {"type": "http", "method": "POST", "path": GENERATE, "headers": []}
-    asyncio.run(SloMiddleware(app, TABLE)(scope, receive, send))
+    await SloMiddleware(app, TABLE)(scope, receive, send)
 
 
-def test_websockets_and_lifespan_pass() -> None:
+async def test_websockets_and_lifespan_pass() -> None:
     called: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         called.append(scope["type"])
 
     for kind in ("lifespan", "websocket"):
-        asyncio.run(SloMiddleware(app, TABLE)({"type": kind, "path": GENERATE}, None, None))  # type: ignore[arg-type]
+        await SloMiddleware(app, TABLE)({"type": kind, "path": GENERATE}, None, None)  # type: ignore[arg-type]
     assert called == ["lifespan", "websocket"]
 
 
-def test_a_root_path_is_not_part_of_the_endpoint() -> None:
+async def test_a_root_path_is_not_part_of_the_endpoint() -> None:
     seen = Seen()
     transport = httpx.ASGITransport(
         app=SloMiddleware(seen, TABLE, clock=lambda: 0.0), root_path="/api"
     )
 
-    async def main() -> int:
-        async with httpx.AsyncClient(transport=transport, base_url="http://s") as client:
-            answer = await client.post("/api/generate", json={"ttft_ms": -1})
-            return answer.status_code
-
-    assert asyncio.run(main()) == 400
+    async with httpx.AsyncClient(transport=transport, base_url="http://s") as client:
+        answer = await client.post("/api/generate", json={"ttft_ms": -1})
+    assert answer.status_code == 400
 
 
-def test_install_puts_it_innermost_and_only_once() -> None:
+async def test_install_puts_it_innermost_and_only_once() -> None:
     async def echo(request: Request) -> JSONResponse:
         return JSONResponse(await request.json())
 
@@ -333,7 +333,7 @@ def test_install_puts_it_innermost_and_only_once() -> None:
     install(app, TABLE)
     install(app, TABLE)
     assert len(app.user_middleware) == 1
-    answer = asyncio.run(send_to(app, GENERATE, b'{"ttft_ms": 5}'))
+    answer = await send_to(app, GENERATE, b'{"ttft_ms": 5}')
     assert answer.json()["sampling_params"]["custom_params"]["kairos"]["ttft_ms"] == 5
 
 
@@ -377,11 +377,11 @@ def test_no_request_is_younger_than_its_first_gateway_says_and_no_time_counts_tw
     assert found == pytest.approx(expected_ms)
 
 
-def test_a_header_that_is_not_taken_as_written_is_counted() -> None:
+async def test_a_header_that_is_not_taken_as_written_is_counted() -> None:
     counted: list[str] = []
     app = SloMiddleware(Seen(), AGED, wall_clock=lambda: 1e9, count=counted.append)
     headers = {"x-slo-ttft-ms": "0", "x-llm-d-slo-tpot-ms": "default", "x-request-start": "t=5"}
-    asyncio.run(send_to(app, COMPLETIONS, b'{"prompt": "x"}', headers))
+    await send_to(app, COMPLETIONS, b'{"prompt": "x"}', headers)
     assert counted == [
         "x-slo-ttft-ms clamped",
         "x-llm-d-slo-tpot-ms ignored",
@@ -397,12 +397,12 @@ def test_a_header_that_is_not_taken_as_written_is_counted() -> None:
         ({"priority": -3}, None),
     ],
 )
-def test_a_priority_stays_in_the_body_and_its_class_travels(
+async def test_a_priority_stays_in_the_body_and_its_class_travels(
     body: dict[str, Any], expected: str | None
 ) -> None:
     seen = Seen()
     raw = orjson.dumps({"prompt": "x", **body})
-    asyncio.run(send_to(SloMiddleware(seen, AGED), COMPLETIONS, raw))
+    await send_to(SloMiddleware(seen, AGED), COMPLETIONS, raw)
     assert seen.raw is not None
     passed = json.loads(seen.raw)
     assert {key: passed.get(key) for key in body} == body

@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 from sglang_kairos.engine.seams.table import SUPPORTED_VERSIONS
 from sglang_kairos.other_sglang import NEEDS
 
-SETUP_EXTRAS = ("cpu", "dev", "sim", "tables")
+SETUP_EXTRAS = ("completion", "cpu", "dev", "sim", "tables")
 # Imported under these names without being installed under them.
 # By SGLang's CUDA wheels, the first also by sglang_kairos.cpu; the last in Dynamo's own workers only.
 PROVIDED_ELSEWHERE = {"sgl_kernel", "flashinfer", "dynamo"}
@@ -142,6 +142,7 @@ FOLDER_EXTRAS = {
     "calibrate": {"cpu"},
     "loads": {"sim", "cpu"},
     "reports": {"sim"},
+    "completion.py": {"completion"},
     "versions": {"cpu"},
 }
 # Of the base dependencies, those that nothing imports: the text that shows who uses them.

@@ -14,8 +14,8 @@ from sglang_kairos.policy.packing import (
     MOST_RESERVE,
     StepChoice,
     choose_step,
+    longest_full_step_s,
     reserve_of,
-    safe_step_s,
 )
 from sglang_kairos.predict.decode_latency import StepTimeModel
 
@@ -82,7 +82,7 @@ def test_a_crowd_of_silent_ones_is_fetched_one_a_step_before_they_are_due() -> N
 def test_one_who_is_behind_does_not_drag_everybody_to_his_pace() -> None:
     n = 58  # a step of 31.3 ms: about two too many for 30 ms
     slack = [-7 * TPOT, *[TPOT] * (n - 1)]
-    got = choose([400] * n, slack=slack, sustained=np.ones(n, bool))
+    got = choose([400] * n, slack=slack, served=np.ones(n, bool))
     assert got.predicted_s >= 0.98 * TPOT
     assert len(got.run) >= n - 5
 
@@ -90,40 +90,40 @@ def test_one_who_is_behind_does_not_drag_everybody_to_his_pace() -> None:
 def test_who_is_served_stays_served_when_one_a_little_lighter_joins() -> None:
     n = 60  # more than can be kept on pace
     first = choose([400] * n, slack=TPOT)
-    served = np.array([*first.sustained, False])
-    again = choose([*[400] * n, 390], slack=TPOT, sustained=served)
-    assert again.sustained.tolist() == [*first.sustained.tolist(), False]
+    served = np.array([*first.served, False])
+    again = choose([*[400] * n, 390], slack=TPOT, served=served)
+    assert again.served.tolist() == [*first.served.tolist(), False]
     fresh = choose([*[400] * n, 390], slack=TPOT)
-    assert fresh.sustained[-1], "without a past the lightest is served first"
+    assert fresh.served[-1], "without a past the lightest is served first"
 
 
 @pytest.mark.parametrize("lead", [0.0, 0.5, 5.0])
 def test_a_step_that_just_fits_is_stocks_own(lead: float) -> None:
     n = int((TPOT - 3.5e-3) / (0.22e-3 + 0.65e-6 * 400))
     assert 0.98 * TPOT < step_s(n, 400 * n) <= TPOT
-    got = choose([400] * n, slack=(1 + lead) * TPOT, sustained=np.arange(n) < n // 2)
-    assert (got.run, got.reason, got.sustained.all()) == (list(range(n)), "all", True)
+    got = choose([400] * n, slack=(1 + lead) * TPOT, served=np.arange(n) < n // 2)
+    assert (got.run, got.reason, got.served.all()) == (list(range(n)), "all", True)
 
 
 def test_where_all_are_given_up_everybody_runs_until_somebody_can_be_kept() -> None:
     context, lost = [400] * 150, -20.0 * TPOT  # 76 ms: 2.5 times what the target allows
     got = choose(context, slack=lost)
-    assert (len(got.run), got.reason, got.sustained.any()) == (150, "overload", False)
+    assert (len(got.run), got.reason, got.served.any()) == (150, "overload", False)
     slack = np.full(150, lost)
     slack[7] = TPOT
     held = choose(context, slack=slack)
-    assert 7 in held.run and held.sustained.nonzero()[0].tolist() == [7]
+    assert 7 in held.run and held.served.nonzero()[0].tolist() == [7]
     assert held.predicted_s <= 1.3 * TPOT
 
 
 def test_a_tpot_out_of_reach_parks_nobody_but_who_is_beside_one_that_can_be_kept() -> None:
     alone = step_s(1, 400.0)
     out_of_reach = choose([400] * 60, tpot=0.95 * alone)
-    assert (len(out_of_reach.run), out_of_reach.sustained.any()) == (60, False)
+    assert (len(out_of_reach.run), out_of_reach.served.any()) == (60, False)
     assert len(choose([400] * 60, slack=alone, tpot=1.05 * alone).run) < 60, "within reach: packed"
     mixed = choose([400] * 200, tpot=[0.95 * alone] * 100 + [TPOT] * 100, slack=TPOT)
-    assert not mixed.sustained[:100].any(), "a short step is made for who gains from it"
-    assert mixed.sustained.any() and mixed.predicted_s <= 1.3 * TPOT
+    assert not mixed.served[:100].any(), "a short step is made for who gains from it"
+    assert mixed.served.any() and mixed.predicted_s <= 1.3 * TPOT
 
 
 def bent_s(batch: Any, kv_tokens: Any) -> Any:
@@ -189,9 +189,7 @@ def test_every_choice_is_sound(rows: Any, random: Any) -> None:
     assert got.predicted_s == pytest.approx(step_s(len(got.run), sum(rows[i][2] for i in got.run)))
     parked = set(range(len(rows))) - set(got.run)
     must = max(r[3] for r in rows) + 3.0 > CAP
-    tightest = (
-        min(rows[i][1] for i in np.flatnonzero(got.sustained)) if got.sustained.any() else 0.0
-    )
+    tightest = min(rows[i][1] for i in np.flatnonzero(got.served)) if got.served.any() else 0.0
     if parked and not must and len(got.run) > 1 and tightest:
         assert got.predicted_s <= 1.3 * tightest, "a step longer than any served one may see"
     assert all(rows[i][3] + got.predicted_s < CAP for i in parked), "parked past the ITL cap"
@@ -295,7 +293,7 @@ def test_nobody_is_silent_past_the_cap_although_steps_scatter() -> None:
 def test_the_reserve_grows_with_the_error_up_to_a_limit_and_shortens_the_room() -> None:
     reserves = [reserve_of(error) for error in (0.0, 0.01, 0.1, 10.0)]
     assert reserves[0] == 0.0 and reserves == sorted(reserves) and reserves[-1] == MOST_RESERVE
-    rooms = [safe_step_s(TPOT, reserve) for reserve in reserves]
+    rooms = [longest_full_step_s(TPOT, reserve) for reserve in reserves]
     assert rooms[0] == TPOT and rooms == sorted(rooms, reverse=True) and rooms[-1] > 0.7 * TPOT
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +21,8 @@ from sglang_kairos.router.request.body import TooManySamples, unfold_samples, wr
 from sglang_kairos.slo.body import CHAT, COMPLETIONS, GENERATE, dump
 from sglang_kairos.slo.limits import RequestError, RequestLimits, check_request
 from sglang_kairos.slo.targets import Slo, SloTable
+
+pytestmark = pytest.mark.anyio
 
 LIMITS = RequestLimits(
     vocabulary=1000, context_tokens=400, kv_tokens=256, reserved_tokens=100, page_tokens=16
@@ -184,40 +185,35 @@ def server(**facts: Any) -> Any:
     return SloMiddleware(app, TABLE, ServerFacts(**facts))
 
 
-def post(app: Any, path: str, body: Any) -> httpx.Response:
-    async def main() -> httpx.Response:
-        transport = httpx.ASGITransport(app=app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            return await client.post(path, content=orjson.dumps(body))
-
-    return asyncio.run(main())
+async def post(app: Any, path: str, body: Any) -> httpx.Response:
+    transport = httpx.ASGITransport(app=app)
+    content = body if isinstance(body, bytes) else orjson.dumps(body)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        return await client.post(path, content=content)
 
 
 @pytest.mark.parametrize("path", [GENERATE, COMPLETIONS, CHAT])
-def test_who_comes_straight_to_a_server_is_checked_alike(path: str) -> None:
-    refused = post(server(), path, {"text": "a", "prompt": "a", "rid": ""})
+async def test_who_comes_straight_to_a_server_is_checked_alike(path: str) -> None:
+    refused = await post(server(), path, {"text": "a", "prompt": "a", "rid": ""})
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "rid"
     assert (path == GENERATE) != ("object" in refused.json())
 
 
-def test_what_only_pythons_reader_takes_for_json_is_checked_as_well() -> None:
-    async def main(raw: bytes) -> int:
-        transport = httpx.ASGITransport(app=server())
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            return (await client.post(GENERATE, content=raw)).status_code
-
-    assert asyncio.run(main(b'{"text": "", "note": NaN}')) == 400
-    assert asyncio.run(main(b'{"text": "a", "note": NaN}')) == 200
-    assert asyncio.run(main(b'{"text": ')) == 200, "SGLang says what is wrong with it"
+async def test_what_only_pythons_reader_takes_for_json_is_checked_as_well() -> None:
+    assert (await post(server(), GENERATE, b'{"text": "", "note": NaN}')).status_code == 400
+    assert (await post(server(), GENERATE, b'{"text": "a", "note": NaN}')).status_code == 200
+    assert (await post(server(), GENERATE, b'{"text": ')).status_code == 200, (
+        "SGLang says what is wrong with it"
+    )
 
 
-def test_a_decode_server_wants_the_address_of_prefill() -> None:
+async def test_a_decode_server_wants_the_address_of_prefill() -> None:
     app = server(needs_bootstrap=True)
-    refused = post(app, GENERATE, {"text": "a", "bootstrap_room": 1, "bootstrap_host": None})
+    refused = await post(app, GENERATE, {"text": "a", "bootstrap_room": 1, "bootstrap_host": None})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "bootstrap_host")
     body = {"text": ["a", "b"], "bootstrap_room": [1, 2], "bootstrap_host": ["h", "h"]}
-    assert post(app, GENERATE, body).status_code == 200
+    assert (await post(app, GENERATE, body)).status_code == 200
 
 
 def facts(role: str, **more: Any) -> ServerFacts:

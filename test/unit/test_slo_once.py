@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections import Counter
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ import httpx
 import orjson
 import pytest
 
-from helpers.fake_prefill import Req, make_state
+from helpers.fake_scheduler import Req, make_state
 from sglang_kairos.engine.hooks.slo_middleware import SloMiddleware
 from sglang_kairos.router.fleet.fleet import Fleet
 from sglang_kairos.router.options import RouterOptions
@@ -20,6 +19,8 @@ from sglang_kairos.router.request import context
 from sglang_kairos.slo import body as slo_body
 from sglang_kairos.slo import targets
 from sglang_kairos.slo.targets import Slo, SloError, SloTable
+
+pytestmark = pytest.mark.anyio
 
 GENERATE, COMPLETIONS = "/generate", "/v1/completions"
 WIRE = {"ttft_ms": 700.0, "tpot_ms": 30.0, "class": "chat", "weight": 1.0, "age_ms": 5.0}
@@ -70,7 +71,7 @@ class Router:
         return context.accept(raw, scope, came_s, self.fleet, self.table, self.options, True)
 
 
-def serve(path: str, raw: bytes, headers: dict[str, str]) -> tuple[SloTable, Any]:
+async def serve(path: str, raw: bytes, headers: dict[str, str]) -> tuple[SloTable, Any]:
     """Through the middleware of a server; its table, and the body that SGLang gets."""
     got: list[bytes] = []
     table = new_table()
@@ -80,12 +81,9 @@ def serve(path: str, raw: bytes, headers: dict[str, str]) -> tuple[SloTable, Any
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    async def main() -> None:
-        transport = httpx.ASGITransport(app=SloMiddleware(app, table, clock=lambda: 0.0))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            await client.post(path, content=raw, headers=headers)
-
-    asyncio.run(main())
+    transport = httpx.ASGITransport(app=SloMiddleware(app, table, clock=lambda: 0.0))
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        await client.post(path, content=raw, headers=headers)
     return table, json.loads(got[0])
 
 
@@ -133,7 +131,7 @@ CASES: list[tuple[str, Any, dict[str, str], int]] = [
 
 
 @pytest.mark.parametrize(("path", "body", "headers", "prompts"), CASES)
-def test_an_slo_is_parsed_once_in_each_process(
+async def test_an_slo_is_parsed_once_in_each_process(
     monkeypatch: pytest.MonkeyPatch,
     parsed: Counter[int],
     path: str,
@@ -149,7 +147,7 @@ def test_an_slo_is_parsed_once_in_each_process(
         raw = request.payload()
         assert parsed[id(router.table)] == 1
         for _ in ("prefill", "decode"):
-            server, passed = serve(path, raw, headers)
+            server, passed = await serve(path, raw, headers)
             assert parsed[id(server)] <= 1
             table, states = schedule(path, passed, prompts)
             assert parsed[id(table)] == 1
@@ -202,7 +200,7 @@ def test_each_distinct_slo_is_parsed_once_and_like_values_of_other_types_are_not
     assert len(table._known) <= targets.MOST_KNOWN
 
 
-def test_a_slow_body_makes_the_request_older() -> None:
+async def test_a_slow_body_makes_the_request_older() -> None:
     """The middleware adds the time that the body took to come, if that is worth a new body."""
     times = iter([1.0, 1.5])
     got: list[Any] = []
@@ -219,7 +217,7 @@ def test_a_slow_body_makes_the_request_older() -> None:
 
     scope = {"type": "http", "path": COMPLETIONS, "method": "POST", "headers": []}
     middleware = SloMiddleware(app, new_table(), clock=lambda: next(times))
-    asyncio.run(middleware(scope, receive, send))
+    await middleware(scope, receive, send)
     assert got[0]["custom_params"]["kairos"] == {**WIRE, "age_ms": 505.0}
 
 

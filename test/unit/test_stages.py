@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from benchmark import stamp_recorder, ttft_split
+from benchmark.experiments import ttft_split
+from benchmark.harness import stamp_recorder
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -257,7 +258,7 @@ def test_the_report_has_metrics_stages_and_what_was_left_out() -> None:
     records = Records({"a": PREFILL}, {"a": DECODE})
     outcomes = [outcome("a"), outcome("lost")]
     run = Run("kairos", Result(outcomes, 5.0), {"prefill_utilisation": 0.9})
-    one = ttft_split.Measured(run, join(outcomes, 8.0, records))
+    one = ttft_split.SplitRun(run, join(outcomes, 8.0, records))
     row = one.row()
     assert (row["policy"], row["sent"], row["split"]) == ("kairos", 2, 1)
     assert row["left_out"] == {"no record": 1}
@@ -286,4 +287,4 @@ def test_the_load_is_the_share_of_capacity_that_the_demo_sends() -> None:
     given = ttft_split.parse(["--load", "0.7"])
     assert given.utilisation == 0.7
     assert given.policies == ["fcfs", "kairos"]
-    assert given.launcher == "benchmark.stamp_recorder"
+    assert given.launcher == "benchmark.harness.stamp_recorder"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from helpers.fake_prefill import built, make_state
+from helpers.fake_scheduler import built, make_state
 from helpers.trees import TESTED_VERSIONS
 from helpers.upstream import upstream_function
 from sglang_kairos.engine.hooks import step_timing

@@ -1,11 +1,11 @@
-"""``python -m sglang_kairos.calibrate.cli``: step times of a running server, or of kernels alone.
+"""Measure the step times of a running server, or of kernels alone.
 
-    … profile --url http://HOST:PORT --out step_times.json     in under a minute, own model and all
-    … profile --kernels --heads 32 --kv-heads 8 --head-dim 128   FlashInfer's paged kernels, no server
+    kairos calibrate --url http://HOST:PORT --out step_times.json        a server: under a minute
+    kairos calibrate --kernels --heads 32 --kv-heads 8 --head-dim 128    FlashInfer's paged kernels
 
-The first writes the file that ``--kairos-profile`` reads; start the server with it next time. For a
-pair, profile the prefill and the decode server into the same file: each adds its part. The decode
-server must take made-up KV, as it does for bootstrap host 2.2.2.2.
+The first writes the file that ``--kairos-latency-model`` reads; start the server with it next time.
+For a pair, measure the prefill and the decode server into the same file: each adds its part. The
+decode server must take made-up KV, as it does for bootstrap host 2.2.2.2.
 """
 
 from __future__ import annotations
@@ -21,17 +21,14 @@ from pathlib import Path
 from sglang_kairos.calibrate import kernels
 from sglang_kairos.calibrate.fit import Fit, entry, fit_decode, fit_prefill
 from sglang_kairos.calibrate.server import MeasuredServer, Measurement, ProfileFailed, key_of
+from sglang_kairos.commands import parser_of
 from sglang_kairos.predict.learnt_file import load_profile
 from sglang_kairos.predict.shipped_models import ProfileError, Seed, dump, parse
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0, 1 when nothing could be measured, 2 for a bad command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sglang_kairos.calibrate.cli",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of ``kairos calibrate``."""
+    parser = parser_of("calibrate", description=__doc__)
     parser.add_argument("--url", help="a running server: prefill, decode or unified")
     parser.add_argument("--out", type=Path, help="file to write (JSON); an old one is completed")
     parser.add_argument("--budget-s", type=float, default=50.0, help="seconds to measure (50)")
@@ -40,6 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=Path, help="also write the measured rows here (JSON)")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1000, help="of the prompts")
     kernels.add_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure. Returns 0, 1 when nothing could be measured, 2 for a bad command line."""
+    parser = build_parser()
     given = parser.parse_args(argv)
     if given.kernels:
         return kernels.main(given)
@@ -81,7 +84,7 @@ def profile_url(given: argparse.Namespace, say: Callable[[str], None]) -> int:
         rows = {"prefill": prefill_rows, "decode": decode_rows, "source": measuring.source}
         given.rows.write_text(json.dumps(rows) + "\n", encoding="utf-8")
     provenance = (
-        f"tools.profile, {measuring.source}, {len(prefill_rows)} prefill and "
+        f"kairos calibrate, {measuring.source}, {len(prefill_rows)} prefill and "
         f"{len(decode_rows)} decode cells, SGLang {server.info.get('version', '?')}"
     )
     fresh = entry(key, prefill, decode, provenance=provenance, old=old)
@@ -89,7 +92,7 @@ def profile_url(given: argparse.Namespace, say: Callable[[str], None]) -> int:
     partial = given.out.with_name(f".{given.out.name}.{os.getpid()}")
     partial.write_text(dump([*others, fresh]), encoding="utf-8")
     partial.replace(given.out)
-    say(f"wrote {given.out}; start the server with --kairos-profile {given.out}")
+    say(f"wrote {given.out}; start the server with --kairos-latency-model {given.out}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""From measured steps to an entry of the file that ``--kairos-profile`` reads. Pure numerics.
+"""From measured steps to an entry of the file that ``--kairos-latency-model`` reads. Pure numerics.
 
 Rows as the models take them: prefill (prefix tokens, new tokens, seconds), decode (batch, KV
 tokens, seconds). Laws are the predictors' own, fitted by non-negative least squares of relative

@@ -92,7 +92,8 @@ class MeasuredServer:
 
 def key_of(server: MeasuredServer, report: Mapping[str, Any], gpu: str = "") -> Key:
     """What the server looks its profile up by: it says so itself, or `gpu` completes the rest."""
-    told = report.get("profile_key")
+    # Servers of the release before say it by the second name.
+    told = report.get("latency_model_key", report.get("profile_key"))
     if isinstance(told, dict):
         return Key(**told)
     if not gpu:

@@ -1,21 +1,24 @@
-"""``python -m sglang_kairos.cpu install|uninstall|status``."""
+"""Switches the CPU runtime on or off: ``kairos cpu install|uninstall|status``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
+from sglang_kairos.commands import parser_of
 from sglang_kairos.cpu import site
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sglang_kairos.cpu",
-        description="Let every Python process of this environment run SGLang without a GPU.",
-    )
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of ``kairos cpu``."""
+    parser = parser_of("cpu")
     parser.add_argument("command", choices=("install", "uninstall", "status"))
-    command = parser.parse_args(argv).command
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns the exit status."""
+    command = build_parser().parse_args(argv).command
     if command == "install":
         site.install()
     elif command == "uninstall":

@@ -22,6 +22,7 @@ import aiohttp
 import numpy as np
 import orjson
 
+from sglang_kairos.commands import parser_of
 from sglang_kairos.loads import traces
 
 T = TypeVar("T")
@@ -380,12 +381,14 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
         return runner.run(coroutine)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Replays a trace against a running server or router and prints its metrics as JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sglang_kairos.loads.replay", description="Open-loop trace replay."
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of ``kairos replay``."""
+    parser = parser_of(
+        "replay",
+        description="Send each request of a trace at its time, however the others fare, and print "
+        "the run's metrics as JSON.",
     )
-    parser.add_argument("--url", default="http://127.0.0.1:30000")
+    parser.add_argument("--url", default="http://127.0.0.1:30000", help="a server or a router")
     parser.add_argument("--trace", type=Path, help="see docs/simulator.md; else a long tail")
     traces.add_reading_options(parser)
     parser.add_argument("--requests", type=int, default=100)
@@ -398,7 +401,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocab", type=int, default=1000, help="prompts use token ids below this")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write one JSON line per request here")
-    given = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Replay a trace against a running server or router. Returns the exit status."""
+    given = build_parser().parse_args(argv)
     try:
         if given.trace:
             rows = traces.window(

@@ -1,40 +1,37 @@
-"""Which waiting requests a decode server reserves KV for, so that all it admits meet their TPOT.
+"""Decides which waiting requests get KV on a decode server, and with it the right to prefill.
 
-Why choose it: waiting for KV costs nothing until the first token is due. Running behind the TPOT
-target costs with every token. So a request that would make steps too long for those running waits.
+Why choose it: the first token of a waiting request has a deadline, but every token of a running one
+has. So a request waits when the steps would become too long for those that run already. Stock
+SGLang admits whatever fits into memory, and then everybody misses TPOT.
 
-Formula. All arrays have shape (n,), one entry per waiting request; times are in seconds.
-    share_i = max(cost_i / (tpot_i - base), prompt_i / KV capacity, 1 / slots)
-    work_i  = share_i * expected output tokens * tpot_i     time the server would be its alone
-`cost` and `base` come from `policy.load`. The order is Moore-Hodgson's on (work, latest start): as
-many requests in time as possible, late ones last, shortest first (`policy.urgency`). In that order
-requests are *sustained*, which means admitted to run at their TPOT target, while
-    base / min tpot + sum of cost / tpot over the running and the sustained <= TARGET
+Formula. Arrays have shape (n,), one entry per waiting request. Times are in seconds.
+    share_i = max(cost_i / (tpot_i - base), part of the KV cache, part of the slots)
+    work_i  = share_i * expected output tokens * tpot_i     time for which it would fill the server
+`base` and `cost_i` are the parts of a decode step (`load`). The order is Moore-Hodgson's on work
+and latest start (`urgency`): as many in time as possible, late ones last, shortest first.
+In that order requests are admitted *on pace*, to run at their TPOT, while
+    base / min tpot + sum of cost / tpot over those on pace, running or admitted  <=  TARGET
 
-Exceptions to that gate:
-- Last call. While less than PLENTY of the memory is in use, shutting others out saves nothing. A
-  request that would else miss its first token is admitted and may be parked (`policy.packing`).
-- Out of reach. A request whose TPOT target is shorter than a step of its own is admitted likewise,
-  at once. When no target is within reach, there is no gate.
-- Throughput. Enough requests are admitted for `min_throughput` times the tokens per second that
-  admitting everybody who fits would make.
+Four kinds of request are admitted beyond that number. They run in the capacity that is left.
+- One that would otherwise miss its first token, while KV and slots are used less than PLENTY. It
+  may be parked later (`packing`).
+- One whose TPOT target is shorter than a step of its own, under the same condition. Waiting cannot
+  help it. If no target in the queue can be met, nobody is held back.
+- As many as it takes to reach `min_throughput` times the tokens/s of a server that admits all.
+- *Pressed* ones. SGLang aborts a request that waits too long for KV; one that has used up half of
+  that time is pressed. The least time left goes first, whatever the load. Where memory is short
+  nobody passes it, as in stock SGLang. One whose time is up may be lost already and goes behind.
 
-Two rules come first, because breaking them loses a request instead of making it late:
-- Time-out. SGLang gives up a request that waits too long. A request that has used half of that time
-  (*pressed*) goes first, least time left first, whatever the load. Where memory is short, nobody
-  passes it, as in stock SGLang. A request whose time is up may be lost already and goes behind the
-  other pressed ones.
-- No circular wait between the KV of prefill and of decode. Only requests that are `ready`, which
-  can be reserved at this moment, are planned. With ``prefill_complete`` prefill computes first and
-  asks then: ready means that the computed KV waits there. A place held for a request that still
-  needs KV on prefill would wait for those very requests. `policy.standstill` ends the other
-  circular wait, of requests that prefill computed before decode had reserved for them.
+No circular wait between prefill's and decode's memory: only `ready` requests are planned, those
+that could be reserved now. With ``prefill_complete`` a request is ready when its KV waits on
+prefill. KV set aside for one that still needs prefill's memory would wait for these very requests.
+`policy.standstill` ends the other such wait, of requests prefilled before they had a reservation.
 
-Starvation: the host names one request that has waited too long (`starving`), and it goes first.
-`LateShare` bounds how often. Trade-off: under lasting overload, requests with heavy contexts wait
-longest, since the number in time is what is maximised.
+Trade-offs. Under overload, long requests wait longest. Three bounds keep them from starving: the
+`starving` request goes first (``--kairos-max-wait``), pressed ones pass the gate, and an empty
+server always admits one. A high `min_throughput` trades TPOT attainment for tokens/s.
 
-Source: our own design. The constants were chosen in simulation; results are flat around them
+Source: our own design. The constants were chosen in simulation, and results are flat around them
 (docs/decode.md).
 """
 
@@ -57,13 +54,14 @@ PRESSED = 0.5
 
 @dataclass(frozen=True, slots=True)
 class QueueView:
-    """The requests that wait for KV or for a slot: columns of shape (n,), in tokens and seconds.
+    """The requests that wait for KV or for a slot on a decode server.
 
-    All times are of one clock of the caller's choice. `clock_s`: when SGLang's time-out of each
-    began, `now_s` where it has not begun; None where there is none. `weight`: that of the SLO
-    class, None when all are equal. `ready`: which requests can be reserved now, None for all.
-    `growth_tokens`: tokens that must be free beside the prompt before an empty server takes it,
-    None for none.
+    Columns have shape (n,). Times are seconds of any one clock, lengths are tokens.
+    `clock_s`: when SGLang's time-out of each request began, `now_s` if it has not; None: no
+    time-out. `weight`: weight of the SLO class; None: all are equal.
+    `ready`: mask of the requests that could be reserved now; None: all.
+    `growth_tokens`: KV that must be free beside the prompt before an empty server takes the
+    request; None: none.
     """
 
     now_s: float
@@ -78,29 +76,29 @@ class QueueView:
 
     @property
     def due_s(self) -> Array:
-        """Seconds left until the first token is due, (n,)."""
+        """Returns the time left until each first token is due, in seconds, (n,); negative: late."""
         return self.arrival_s + self.ttft_s - self.now_s
 
     @property
     def places(self) -> NDArray[np.intp]:
-        """Indices of the requests that are ready."""
+        """Returns the indices of the requests that are ready."""
         if self.ready is None:
             return np.arange(len(self.prompt_tokens))
         return np.flatnonzero(self.ready)
 
     def never_fits(self, kv_tokens: float) -> NDArray[np.bool_]:
-        """Mask (n,) of the requests that a server with `kv_tokens` of KV can never take."""
+        """Returns the mask (n,) of the requests that a server with `kv_tokens` of KV can never take."""
         growth = 0.0 if self.growth_tokens is None else self.growth_tokens
         return self.prompt_tokens + growth > kv_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Occupancy:
-    """What a decode server holds and how much it could hold.
+    """What a decode server holds.
 
-    `context_tokens`, `tpot_s` (m,): of the sustained requests that run, are in transfer or are
-    about to join. `kv_tokens`, `slots`: capacity. `used_tokens`, `used_slots`: in use by any
-    request.
+    `context_tokens`, `tpot_s` (m,): KV tokens and TPOT target of each request that is on pace:
+    running, in transfer or about to join. `kv_tokens`, `slots`: capacity. `used_tokens`,
+    `used_slots`: what is taken, by requests on pace and by all others.
     """
 
     context_tokens: Array
@@ -113,15 +111,15 @@ class Occupancy:
 
 @dataclass(frozen=True, slots=True)
 class AdmissionPlan:
-    """The order in which to admit, and how many.
+    """The order in which waiting requests get KV, and how many get it now.
 
-    `order`: all indices, first to admit first. The first `count` may be admitted now; the first
-    `sustained` of these can be held to their TPOT target. `starving`: index of the request that
-    goes first because it has waited too long, -1 for none.
+    `order`: all indices, most urgent first. The first `count` may be admitted now. Of these the
+    first `kept` can be kept on pace. `starving`: index that goes first because it waited too long;
+    -1: none.
     """
 
     order: list[int]
-    sustained: int
+    kept: int
     count: int
     starving: int = -1
 
@@ -136,12 +134,13 @@ def plan_admission(
     clock: Array | None = None,
     min_throughput: float = 0.0,
 ) -> AdmissionPlan:
-    """Returns the order of the queue and how many to admit; at least one if the server is empty.
+    """Orders the queue and says how many requests may be admitted. At least one if nobody is on pace.
 
-    Requests that are not ready stand behind all others, as they came, and are not counted.
-    `starving`: index of a request that is entitled to go first, -1 for none. `clock` (n,): the part
-    of SGLang's time-out that is left, from 1 to 0; None where there is no time-out.
-    `min_throughput`: a fraction from 0 to 1.
+    Requests that are not ready come last, in the order of arrival, and are not counted.
+    `step_s(batch, kv_tokens)`: predicted seconds of a decode step. `statistics`: of past
+    requests. `starving`: index of the request that is entitled to go first; -1: none.
+    `clock` (n,): share of SGLang's time-out that each request has left, 1 to 0; None: no time-outs.
+    `min_throughput`: least tokens/s, as a fraction (0 to 1) of what admitting all would produce.
     """
     here = queue.places
     if here.size == 0:
@@ -167,8 +166,8 @@ def plan_admission(
     weight = None if queue.weight is None else queue.weight[here]
     first = starves if starving >= 0 else None
     order = np.asarray(urgency_order(work, latest_end, weight, first).order, np.intp)
-    may_be_sustained = (reach | starves | pressed) & ~never
-    group = np.where(never, 2, np.where(may_be_sustained | (not gated), 0, 1))
+    may_be_kept = (reach | starves | pressed) & ~never
+    group = np.where(never, 2, np.where(may_be_kept | (not gated), 0, 1))
     if pressed.any():
         turn = np.where(pressed, _time_left(left), 0.0)
         order = order[np.lexsort((turn[order], np.where(pressed, -1, group)[order]))]
@@ -179,29 +178,30 @@ def plan_admission(
         return AdmissionPlan([*here[order].tolist(), *others], 0, order.size, starving)
 
     load = base / tightest + float((held_cost / held_tpot).sum())
-    loads = np.where(may_be_sustained, cost / tpot, np.inf)[order]
-    sustained = int(np.count_nonzero(load + loads.cumsum() <= TARGET))
+    loads = np.where(may_be_kept, cost / tpot, np.inf)[order]
+    kept = int(np.count_nonzero(load + loads.cumsum() <= TARGET))
     if held.size == 0:
-        sustained = max(1, sustained)
-    rest = order[sustained:]
+        kept = max(1, kept)
+    rest = order[kept:]
     start_by = due[rest] - statistics.startup_s(prompt[rest])
     called = (due[rest] > 0.0) & (start_by <= LAST_CALL * queue.ttft_s[here[rest]])
     called |= ~reach[rest] | pressed[rest]
-    tokens = server.used_tokens + prompt[order[:sustained]].sum()
+    tokens = server.used_tokens + prompt[order[:kept]].sum()
     called &= tokens + (called * prompt[rest]).cumsum() <= PLENTY * server.kv_tokens
-    called &= server.used_slots + sustained + called.cumsum() <= PLENTY * server.slots
+    called &= server.used_slots + kept + called.cumsum() <= PLENTY * server.slots
     called |= pressed[rest]
-    final = np.concatenate((order[:sustained], rest[called], rest[~called]))
-    count = sustained + int(np.count_nonzero(called))
+    final = np.concatenate((order[:kept], rest[called], rest[~called]))
+    count = kept + int(np.count_nonzero(called))
     if min_throughput > 0.0:
         count = max(count, _least_count(prompt[final], server, step_s, min_throughput))
-    return AdmissionPlan([*here[final].tolist(), *others], sustained, count, starving)
+    return AdmissionPlan([*here[final].tolist(), *others], kept, count, starving)
 
 
 def deadline_order(queue: QueueView, clock: Array | None = None) -> list[int]:
-    """Returns all indices for when there is no gate: pressed by time left, the others by deadline.
+    """Orders all indices where nobody is held back: pressed ones, then by deadline, then late ones.
 
-    Requests that are late already go last, shortest prompt first. Ties fall to the lower index.
+    Pressed ones go by time left on SGLang's time-out, late ones shortest prompt first. Ties fall to
+    the lower index. `clock` is as in `plan_admission`.
     """
     due = queue.due_s
     late = due <= 0.0
@@ -214,12 +214,12 @@ def deadline_order(queue: QueueView, clock: Array | None = None) -> list[int]:
 
 
 def _time_left(clock: Array) -> Array:
-    """The sort key of pressed requests: one whose time is up may be lost already, and goes last."""
+    """Returns the sort key of pressed requests. Time up may mean lost already: such go behind."""
     return np.where(clock > 0.0, clock, 1.0)
 
 
 def _least_count(prompt: Array, server: Occupancy, step_s: StepTime, min_throughput: float) -> int:
-    """Returns how many to admit, in this order, to reach `min_throughput`."""
+    """Returns how many to admit, in this order, for `min_throughput` of the full batch's rate."""
     batch = server.used_slots + np.arange(prompt.size + 1)
     tokens = server.used_tokens + np.append(0.0, np.cumsum(prompt))
     fit = np.flatnonzero((batch <= server.slots) & (tokens <= server.kv_tokens))

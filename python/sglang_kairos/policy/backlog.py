@@ -1,13 +1,20 @@
 """The work that a prefill server owes, arranged so that one more request is judged in O(log n).
 
-`policy.urgency` runs the on-time set by deadline, then the late jobs shortest first. Job j has
-deadline d_j and work p_j, in seconds. Times count from `began_s`: when the server began the first
-job, plus the hand-off that follows prefill.
-    done_j     = p_1 + … + p_j over the on-time set by deadline
-    headroom_j = min over i >= j of (d_i - began_s - done_i)
-A new job of work w between j - 1 and j leaves everybody on time exactly if w <= headroom_j and it
-meets its own deadline. If not, Moore and Hodgson's algorithm (1968) drops one job. Of the jobs up
-to the first that is late, it drops the one with the least weight per second, maybe the new one.
+Why choose it: the router asks every server what one more request would do to the rest. Running
+`policy.urgency` anew costs O(n log n) per server and request. This answers from prefix sums.
+
+Formula. The server runs the on-time set by deadline, then late jobs shortest first. A job j has a
+deadline d_j and work p_j. Times are seconds, counted from `began_s`: when the server began its
+first job, plus the hand-off that follows prefill.
+    done_j     = p_1 + … + p_j                                   over the on-time set, by deadline
+    headroom_j = min over i >= j of (d_i - began_s - done_i)     delay that all from j on can stand
+A new job of work w between j - 1 and j leaves everybody on time iff w <= headroom_j and it makes
+its own deadline. Otherwise Moore-Hodgson drops one job: among those up to the first late one, the
+job with the least weight per second. It may be the new job.
+
+Trade-offs: a dropped job counts as late although the server may still make it. Late jobs have no
+bound on their wait here; the server's starvation bound (`prefill_planner`) gives them one.
+Source: Moore 1968, as in `policy.urgency`; the prefix sums are ours.
 """
 
 from __future__ import annotations
@@ -23,16 +30,16 @@ from sglang_kairos.policy.urgency import moore_hodgson
 
 
 class Victim(NamedTuple):
-    """The job that one more request would push past its deadline: place, seconds, weight."""
+    """The job that one more request would push past its deadline; `place`: its index by deadline."""
 
     place: int
     work_s: float
     weight: float
 
 
-@dataclass(slots=True)  # not frozen, which would make it three times as dear to make
+@dataclass(slots=True)  # not frozen: that would triple the time to build one
 class Backlog:
-    """A prefill server's jobs. Make it with `of`; it is never changed after that. Times in seconds.
+    """What a prefill server owes. Build it with `of` and change nothing. Times are in seconds.
 
     Without `began_s` no job counts as late.
     """
@@ -56,31 +63,31 @@ class Backlog:
         began_s: float = -math.inf,
         weights: Sequence[float] | None = None,
     ) -> Backlog:
-        """Returns the backlog of these jobs, given by ascending deadline; the lists are copied.
+        """Builds a backlog from jobs by ascending deadline and copies the lists.
 
-        O(n), or O(n log n) if any job is late.
+        Arrays have shape (n,). Takes O(n), or O(n log n) if any job is late.
         """
         due, works = list(deadlines_s), list(works_s)
-        kept = None if weights is None else list(weights)
+        worth = None if weights is None else list(weights)
         total, late = math.fsum(works), []
         done = list(accumulate(works))
-        headroom = [d - began_s - e for d, e in zip(due, done, strict=True)]
-        if headroom and min(headroom) < 0.0:
-            mask = moore_hodgson(works, [d - began_s for d in due], kept).tolist()
+        spare = [d - began_s - e for d, e in zip(due, done, strict=True)]
+        if spare and min(spare) < 0.0:
+            mask = moore_hodgson(works, [d - began_s for d in due], worth).tolist()
             late = sorted(w for w, on in zip(works, mask, strict=True) if not on)
             due = [d for d, on in zip(due, mask, strict=True) if on]
             works = [w for w, on in zip(works, mask, strict=True) if on]
-            kept = None if kept is None else [w for w, on in zip(kept, mask, strict=True) if on]
+            worth = None if worth is None else [w for w, on in zip(worth, mask, strict=True) if on]
             done = list(accumulate(works))
-            headroom = [d - began_s - e for d, e in zip(due, done, strict=True)]
-        headroom = list(accumulate(reversed(headroom), min))[::-1]
+            spare = [d - began_s - e for d, e in zip(due, done, strict=True)]
+        headroom = list(accumulate(reversed(spare), min))[::-1]
         return cls(
             began_s=began_s,
             total_s=total,
             on_time_s=done[-1] if done else 0.0,
             _due=due,
             _works=works,
-            _weights=kept,
+            _weights=worth,
             _done=done,
             _headroom=headroom,
             _late=late,
@@ -88,29 +95,28 @@ class Backlog:
         )
 
     def place(self, deadline_s: float) -> int:
-        """Returns how many on-time jobs go before a job with that deadline."""
+        """Returns how many on-time jobs run before one with this deadline."""
         return bisect_right(self._due, deadline_s)
 
     def before_s(self, place: int) -> float:
-        """Returns the seconds of work in the first `place` on-time jobs."""
+        """Returns the work of the first `place` on-time jobs, in seconds."""
         return self._done[place - 1] if place else 0.0
 
     def headroom_s(self, place: int) -> float:
-        """Returns by how many seconds all on-time jobs from `place` on can be delayed."""
+        """Returns the delay that all on-time jobs from `place` on can stand, as of `began_s`."""
         return self._headroom[place] if place < len(self._headroom) else math.inf
 
     def late_before_s(self, work_s: float) -> float:
-        """Returns the seconds of late jobs that go before a late job of `work_s`."""
+        """Returns the work of the late jobs that run before a late one of `work_s`, in seconds."""
         at = bisect_right(self._late, work_s)
         return self._late_done[at - 1] if at else 0.0
 
     def victim(
         self, place: int, makes_it: bool, work_s: float, weight: float, lag_s: float
     ) -> Victim | None:
-        """Returns the job that a new one at `place` pushes out; None if it is the new one.
+        """Returns the job that a new one at `place` pushes out when not all fit; None: the new one.
 
-        For when not all fit. `makes_it`: the new job meets its own deadline. `lag_s`: how many
-        seconds later than planned the server is by now.
+        `makes_it`: the new job meets its own deadline. `lag_s`: how far everything is behind plan by now.
         """
         end = place
         if makes_it:

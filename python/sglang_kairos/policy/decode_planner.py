@@ -1,17 +1,19 @@
-"""Decides what a decode server does next. SGLang's scheduler and the simulator both host it.
+"""Plans the next action of a decode server. SGLang's scheduler and the simulator call the same code.
 
-A host describes the moment in columns (the views) and carries the answer out. It reports which
-requests were let in, started and ended. The planner answers three questions:
-    admit     which requests to reserve KV for, in which order (`policy.admission`)
+The caller (*host*) describes the moment in columns (the views), carries the answer out, and reports
+which requests were admitted, started and ended. The planner answers three questions:
+    admit     which requests get KV, and in which order (`policy.admission`)
     choose    which running requests take part in the next step (`policy.packing`)
-    retract   which request to drop when the next step's KV does not fit (`policy.retraction`)
+    retract   which requests give KV up when the next step does not fit (`policy.retraction`)
 
 Rules that need more than one moment live here:
-- which request starves, and whether the late share pays for it;
-- whose time-out runs down;
-- the lead to aim at, and within how many tokens;
-- how long requests usually stay;
-- the circuit breaker: where steps do not follow the predictions, nobody is parked or held back.
+    starvation        A request older than ``--kairos-max-wait`` TTFT targets goes first, within the
+                      token budget of ``--kairos-late-share``.
+    time-outs         What is left of SGLang's own time-out decides who is pressed.
+    reserve, horizon  The lead (in tokens) to aim at, and in how many tokens to reach it.
+    statistics        How long requests take to start and how many tokens they make.
+    circuit breaker   While predicted step times are wrong by more than ``--kairos-max-step-error``,
+                      nobody is parked or held back: stock behaviour.
 """
 
 from __future__ import annotations
@@ -35,11 +37,11 @@ from sglang_kairos.policy.admission import (
 from sglang_kairos.policy.packing import (
     MOST_RESERVE,
     StepChoice,
-    allowed_step_s,
     choose_step,
     horizon_of,
+    longest_full_step_s,
+    pace_s,
     reserve_of,
-    safe_step_s,
 )
 from sglang_kairos.policy.retraction import keep_order
 from sglang_kairos.policy.urgency import LateShare
@@ -53,7 +55,7 @@ GIVE_UP_S = 300.0  # SGLang's default of its time-outs
 
 
 class StepPredictor(Protocol):
-    """Predicted durations of decode steps, and how wrong the latest predictions were."""
+    """Predicts how long decode steps take, and knows how wrong its latest predictions were."""
 
     def step_s(self, batch: Any, kv_tokens: Any, /) -> Any: ...
 
@@ -63,11 +65,11 @@ class StepPredictor(Protocol):
 
 @dataclass(slots=True)  # one a step: freezing it would cost a microsecond
 class RunningView:
-    """The running requests: columns of shape (n,), in KV tokens and seconds of any one clock.
+    """The running requests. Columns have shape (n,). Times are seconds of any one clock.
 
-    `emitted`: output tokens that are out or in flight. `sustained`: whether the request was to be
-    held to its TPOT target at admission, or at the latest choice since. `tightest_s`: the least of
-    `tpot_s`, 0 for n = 0. `weight`: that of the SLO class, None when all are equal.
+    `emitted`: output tokens that are out or in flight. `served`: mask of the requests that are on pace,
+    by admission or by the latest choice. `context_tokens`: KV tokens. `tightest_s`: the least of
+    `tpot_s`, 0 for n = 0. `weight`: weight of the SLO class; None: all are equal.
     """
 
     now_s: float
@@ -75,33 +77,32 @@ class RunningView:
     emitted: Floats
     tpot_s: Floats
     last_token_s: Floats
-    sustained: Mask
+    served: Mask
     context_tokens: NDArray[Any]
     tightest_s: float
     weight: Floats | None = None
 
     @property
     def slack_s(self) -> Floats:
-        """Seconds until the next token is due, (n,)."""
+        """Returns the time until each next token is due, in seconds, (n,)."""
         return self.first_token_s + self.emitted * self.tpot_s - self.now_s
 
     @property
     def silent_s(self) -> Floats:
-        """Seconds since the last token, (n,)."""
+        """Returns the time since each last token, in seconds, (n,)."""
         return self.now_s - self.last_token_s
 
     @property
     def lead_s(self) -> Floats:
-        """Seconds by which the last token came early, (n,); negative if the request is behind."""
+        """Returns how early each last token came, in seconds, (n,); negative: late."""
         return self.first_token_s + (self.emitted - 1.0) * self.tpot_s - self.now_s
 
 
 class DecodePlanner:
-    """The rules of one decode server; see the module's docstring.
+    """The rules of one decode server; the module's text lists them.
 
-    `counters` counts steps by decision (``steps_…``), steps with the breaker open
-    (``breaker_steps``), and requests let in because their time-out ran down (``pressed``).
-    `give_up_s`: how many seconds SGLang lets a request wait for its KV.
+    `counters` counts steps by decision, steps with an open breaker, and requests admitted because
+    their time-out ran down. `give_up_s`: seconds that SGLang lets a request wait for its KV.
     """
 
     def __init__(
@@ -110,15 +111,15 @@ class DecodePlanner:
         self.config, self.counters, self.give_up_s = config, counters, give_up_s
         self.late_share, self.statistics = LateShare(config.late_share), RequestStatistics()
         self.breaker: PredictError | None = None
-        """Why the breaker is open; None while it is closed."""
+        """The prediction error that opened the breaker; None while it is closed."""
 
     def admit(
         self, queue: QueueView, running: RunningView, server: Occupancy, times: StepPredictor
     ) -> AdmissionPlan:
-        """Returns the order of the queue, how many to admit, which one starves. Needs n > 0.
+        """Returns the order of the queue, how many get KV now, and which one starves. Needs n > 0.
 
-        `server` has the sustained requests that hold KV and do not run yet; those running are added
-        here. While the breaker is open, all are admitted by deadline.
+        `server` counts the requests on pace that have KV and do not run yet; running ones are added here.
+        While the breaker is open all requests are admitted, by deadline.
         """
         error = times.error
         if not self.trusted(error):
@@ -138,31 +139,31 @@ class DecodePlanner:
         )
 
     def order(self, queue: QueueView) -> list[int]:
-        """Returns all waiting requests by deadline, for when nobody is held back."""
+        """Returns all waiting indices by deadline, for use where nobody is held back."""
         return deadline_order(queue, self.clock_left(queue))
 
     def let_in(self, prompt_tokens: int, starving: bool) -> None:
-        """Records that KV was reserved; a `starving` request is paid from the late share."""
+        """Notes that a request got KV: the late share earns its tokens, or pays if it was `starving`."""
         self.late_share.ran(prompt_tokens, prompt_tokens if starving else 0)
 
     def clock_left(self, queue: QueueView) -> Floats | None:
-        """Returns the part of SGLang's time-out left to each, 1 to 0, (n,); None: no time-out."""
+        """Returns the share of SGLang's time-out that each has left, 1 to 0, (n,); None: no time-out."""
         if queue.clock_s is None:
             return None
         return np.clip(1.0 - (queue.now_s - queue.clock_s) / self.give_up_s, 0.0, 1.0)
 
     def choose(self, view: RunningView, times: StepPredictor) -> StepChoice | None:
-        """Returns who takes part in the next step; None: everybody, without a choice."""
+        """Returns which requests take part in the next step; None: all, and no choice was needed."""
         count = len(view.tpot_s)
         if count < 2:
             return None
         full_s = float(times.step_s(count, float(view.context_tokens.sum())))
         horizon = self.horizon_tokens
-        if full_s <= safe_step_s(view.tightest_s, MOST_RESERVE, horizon):
-            return None  # whatever the error is, which takes time to look up
+        if full_s <= longest_full_step_s(view.tightest_s, MOST_RESERVE, horizon):
+            return None  # holds for any error; looking the error up takes time
         error = times.error
         reserve = reserve_of(error.mape)
-        if full_s <= safe_step_s(view.tightest_s, reserve, horizon):
+        if full_s <= longest_full_step_s(view.tightest_s, reserve, horizon):
             return None
         if not self.trusted(error):
             self.counters["breaker_steps"] += 1
@@ -173,7 +174,7 @@ class DecodePlanner:
             view.context_tokens,
             view.silent_s,
             times.step_s,
-            sustained=view.sustained,
+            served=view.served,
             reserve_tokens=reserve,
             horizon_tokens=horizon,
             min_throughput=self.config.min_throughput,
@@ -183,21 +184,21 @@ class DecodePlanner:
         return choice
 
     def retract(self, view: RunningView) -> list[int]:
-        """Returns all running requests, the one most worth keeping first."""
+        """Returns all running indices, the ones most worth keeping first."""
         return keep_order(view.lead_s, view.tpot_s, view.context_tokens, view.weight)
 
     def trusted(self, error: PredictError) -> bool:
-        """Returns whether predictions with this error are good enough: the circuit breaker."""
+        """Returns whether predictions with this `error` may decide; sets the circuit breaker."""
         self.breaker = None if error.trusted(self.config.max_step_error) else error
         return self.breaker is None
 
     @property
     def horizon_tokens(self) -> float:
-        """The number of tokens within which a lead is to be made up or used."""
+        """Returns in how many tokens a lead is to be made up or used."""
         return horizon_of(self.statistics.output_tokens)
 
     def _starving(self, queue: QueueView, kv_tokens: float) -> int:
-        """Index of the request that has waited too long and goes first; -1 for none."""
+        """Returns the index that goes first as it waited too long; -1: none, or no late share left."""
         arrival = np.where(queue.never_fits(kv_tokens), np.inf, queue.arrival_s)
         if queue.ready is not None:
             arrival = np.where(queue.ready, arrival, np.inf)
@@ -208,12 +209,11 @@ class DecodePlanner:
     def _occupancy(
         self, running: RunningView, server: Occupancy, reserve_tokens: float
     ) -> Occupancy:
-        """Adds the sustained running requests, each with the step that it needs now."""
-        sustained, tpot = running.sustained, running.tpot_s
-        step_s = allowed_step_s(running.lead_s, tpot, reserve_tokens, self.horizon_tokens)
-        allowed = np.minimum(step_s, tpot)
+        """Adds the running requests on pace, each with the pace it needs now, at most its TPOT target."""
+        on_pace, tpot = running.served, running.tpot_s
+        pace = np.minimum(pace_s(running.lead_s, tpot, reserve_tokens, self.horizon_tokens), tpot)
         return replace(
             server,
-            context_tokens=np.append(running.context_tokens[sustained], server.context_tokens),
-            tpot_s=np.append(allowed[sustained], server.tpot_s),
+            context_tokens=np.append(running.context_tokens[on_pace], server.context_tokens),
+            tpot_s=np.append(pace[on_pace], server.tpot_s),
         )

@@ -1,18 +1,25 @@
-"""What each running request adds to a decode step: the latency model, linear near the next batch.
+"""Splits the time of a decode step over its requests: the latency model, linearised where it will run.
 
-    step(batch) = base + sum_i cost_i        seconds; `cost_i` of request i, `base` of no request
-    cost_i = each + token * context_i        context in KV tokens
+The formula is in seconds.
+    step(batch) = base + sum_i cost_i          base: belongs to no request
+    cost_i      = each + token * context_i     context_i: KV tokens of request i
 
-The operating point is the largest batch of mean-context requests whose step is within the limit.
-There `each` is the slope over the upper half of the batch, and `token` the slope over the upper
-half of its KV tokens. Elsewhere the line is worth little. In a mixture of experts the first few
-requests of a batch cost far more than the next, since each wakes more experts. A line averaged from
-one request on would have a base several times too small. For a crowd far beyond the limit the slope
-is flatter and the base larger than any sustained request will see.
-
-A request that needs a token every `tpot_i` seconds needs the share  cost_i / tpot_i  of the time.
-All can be held to their targets exactly if
+A request that needs a token every tpot_i takes the share cost_i / tpot_i of the time, and the base
+takes base / min tpot. So all requests can be kept on pace iff
     base / min tpot + sum_i cost_i / tpot_i <= 1
+
+Where it is linearised: at the largest batch of requests of mean context whose step is within the
+limit. There `each` is the slope over the upper half of the batch, `token` the slope over the upper
+half of its KV tokens.
+
+Why there: in a mixture of experts the first requests of a batch cost far more than the next ones,
+because each wakes more experts. Averaged from one request on, the base comes out several times too
+small. Far beyond the limit the slope is flatter and the base larger than any batch on pace will
+see.
+
+Trade-off: the line is only good near that batch. `packing` therefore checks the step it chose with
+the latency model itself.
+Source: our own design.
 """
 
 from __future__ import annotations
@@ -31,11 +38,11 @@ StepTime = Callable[[Any, Any], Any]
 def step_costs(
     step_s: StepTime, context_tokens: Array, limit_s: float, more_tokens: Array | None = None
 ) -> tuple[float, Array, Array]:
-    """Returns `base` (seconds), `cost` (n,) of these contexts, and `cost` (m,) of `more_tokens`.
+    """Returns `base` (seconds), `cost` (n,) of the running requests, and (m,) of those in `more_tokens`.
 
-    `step_s(batch, kv_tokens)`: predicted seconds, monotone, for scalars. `limit_s`: the longest
-    step aimed at. The operating point has at least two requests: one does not tell what a second
-    adds.
+    `step_s(batch, kv_tokens)`: predicted seconds of scalars, monotone in both. `context_tokens`
+    (n,), `more_tokens` (m,): KV tokens per request. `limit_s`: the step time aimed at. The line is
+    taken at two requests at least: one alone does not tell what a second adds.
     """
     known, in_all = context_tokens.size, float(context_tokens.sum())
     if more_tokens is not None:
@@ -63,10 +70,7 @@ def step_costs(
 def within_reach(
     step_s: StepTime, context_tokens: Array, tpot_s: Array
 ) -> NDArray[np.bool_] | None:
-    """Returns the mask (n,) of requests that would meet their TPOT target alone; None if all would.
-
-    Needs n > 0. `step_s(batch, kv_tokens)` takes scalars and arrays.
-    """
+    """Returns the mask (n,) of TPOT targets that a step alone would meet; None: all. Needs n > 0."""
     if float(step_s(1, float(context_tokens.max()))) <= float(tpot_s.min()):
         return None
     alone: Array = step_s(np.ones(context_tokens.size, np.int64), context_tokens)
@@ -81,10 +85,10 @@ def largest_fitting(
 ) -> tuple[int, float]:
     """Returns the largest size with `seconds_of(size) <= limit_s`, and its seconds.
 
-    `seconds_of` must be monotone. `fits`: a size that fits, or the answer for want of a smaller
-    one; `fails`: one that does not; each with its seconds. Each call costs microseconds. So the
-    search tries a straight line between the known points first. Every third time it halves the
-    range, lest a bent line makes it slow.
+    `seconds_of` is monotone. `fits`: a size that fits, or the answer if no larger one does;
+    `fails`: a size that does not fit. Both come with their seconds. Each call costs microseconds,
+    so the search interpolates first; every third time it halves what is left, in case the curve is
+    bent.
     """
     (low, low_s), (high, high_s) = fits, fails
     turn = 0

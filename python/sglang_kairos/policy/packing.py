@@ -1,48 +1,50 @@
-"""Chooses which running requests take part in a decode step, so that most meet their TPOT target.
+"""Chooses which running requests take part in the next decode step, so that most meet their TPOT.
 
-Why choose it: a step is as slow as its batch is heavy, and everybody in it waits for everybody
-else. When a step of all is too long for some targets, parking a few saves the others. A parked
-request keeps its KV and sits the step out.
+Why choose it: when the step of all is longer than the tightest TPOT target, everybody misses it.
+Parking some (their KV stays) lets the others meet theirs. With enough slack this is stock SGLang.
 
-Formula. All arrays have shape (n,), one entry per running request; times are in seconds, context in
-KV tokens.
-    lead_i    = slack_i - tpot_i
-                how early the last token came; the TPOT target is met in the end if it is >= 0
-                when the last token comes
-    allowed_i = tpot_i + (lead_i - reserve tpot_i) / horizon, within FLOOR..CEILING of tpot_i
-                the longest mean step that brings the lead to `reserve` tokens within `horizon`
-                tokens: shorter for a request that is behind, longer for one that is ahead
-    load_i    = cost_i / allowed_i        `cost_i` is what i adds to the step (`policy.load`)
+Formula. Arrays have shape (n,), one entry per running request. Times are seconds, context KV
+tokens.
+    lead_i = slack_i - tpot_i        how early the last token came. TPOT is met iff the lead is >= 0
+                                     when the last token comes.
+    pace_i = tpot_i + (lead_i - reserve * tpot_i) / horizon     bounded to FLOOR..CEILING of tpot_i
+                                     the longest mean step with which the lead comes down to
+                                     `reserve` tokens within `horizon` tokens
+    load_i = cost_i / pace_i         share of the time it takes; cost_i and base are from `load`
 
-Rules: 1. If a step of everybody is within everybody's allowed step, everybody runs. That is stock
-SGLang. 2. Otherwise the *sustained* set is the largest that can be held to its targets for good.
-For each
-   of some limits L, requests with allowed >= L are taken lightest load first, while
-   base / L + sum load <= 1. Lightest first is optimal for a count (unit-value knapsack). The L
-   that sustains the most wins, so no request that has fallen behind slows all others down. A
-   request sustained before counts with INCUMBENT of its load, so that the set does not flap.
-3. The step is filled up to that limit; the rest is parked. First come requests that would else be
-   silent for longer than `max_itl_s`. Then come the sustained that miss their target within
-   URGENT steps, the other sustained, the recoverable and the given up; lightest first within each.
-4. If that makes less than `min_throughput` of the tokens per second of everybody's step, the step
-   is filled further, in the same order.
+1. If the step of all fits every pace, all run.
+2. Otherwise find the largest set that can stay *on pace* (`served`). For each of LIMITS values L:
+   take the requests with pace >= L, lightest load first, while  base / L + sum load <= 1.
+   The L with the most members wins, so a request that has fallen behind slows down nobody else.
+   For a count, lightest first is optimal, as in the unit-value knapsack. Members of the last set
+   count with INCUMBENT of their load, so that the set does not flap.
+3. Fill the step up to the least pace in the set, lightest first within each group:
+       - requests that would be silent for `max_itl_s`
+       - members that miss their pace within URGENT steps
+       - other members
+       - requests that can still recover
+       - those given up
+   The rest is parked.
+4. If that makes fewer than `min_throughput` times the tokens/s of a step of all, fill on.
 
-A request is *given up* when it is LOST tokens or more behind, or when even a step of its own would
-miss its target. It takes what others leave. Where all are given up, nobody gains from a short step,
-and everybody runs.
+A request LOST or more tokens behind is *given up*, and so is one whose TPOT target is shorter than
+a step of its own. It takes what the others leave. If all are given up, all run.
 
-Starvation: `max_itl_s` bounds the silence of a parked request. Silent requests are fetched one a
-step, the most silent first, and early, so that they never fall due in a crowd. SPARE steps are kept
-in hand: a step may take longer than predicted, and its tokens travel to the client.
+Silent requests are fetched one per step, the most silent first, early enough that they do not come
+due together. SPARE steps are left before the limit: a step may take longer than predicted, and
+tokens take time to reach the client.
 
-Trade-offs. There is no margin on the step itself. Where its fixed part is large, a slightly shorter
-step means far fewer requests. Of 25 ms with 17 ms fixed, 1 % less is 3 % of the batch. A request
-that falls behind shows in its lead instead. Where steps scatter around their predictions, aiming at
-a lead of zero ends late every other time. So the reserve grows with the error (`reserve_of`). It
-must be there when a request ends, so the horizon is half of the usual output.
+A step has no safety margin. Where 17 of 25 ms are fixed, a step 1 % shorter holds 3 % fewer
+requests. The lead shows who falls behind instead. Where predictions scatter, a lead of nothing ends
+late half of the time, so the worse the predictions, the larger the `reserve`. It must be there when
+a request ends: `horizon` is half of the usual output length, HORIZON at most.
 
-Source: our own design; no claim that any paper's formula looks like it. The constants were tuned in
-simulation; results are flat around them (docs/decode.md).
+Trade-offs and starvation. Under overload requests that are given up wait for capacity, at most
+`max_itl_s` between two tokens. Parked requests keep their KV, so where memory is the bottleneck
+parking cannot help (`admission` does). Tokens/s may fall to `min_throughput` of stock's.
+
+Source: our own design; no claim that a paper's formula looks like it. The constants were tuned in
+simulation, and results are flat around them (docs/decode.md).
 """
 
 from __future__ import annotations
@@ -68,17 +70,17 @@ INCUMBENT = 0.5
 
 @dataclass(frozen=True, slots=True)
 class StepChoice:
-    """Who runs in the next step.
+    """Which requests run in the next step.
 
-    `run`: indices that take part, ascending; the step is predicted to take `predicted_s` seconds.
-    `reason`: "all" run, "packed" (all can be held to their targets) or "overload" (some cannot).
-    `sustained`: mask (n,) of the requests to be held to their targets; pass it to the next choice.
+    `run`: indices that take part, ascending. `predicted_s`: seconds of their step. `served`: mask
+    (n,) of the requests on pace, for the next choice. `reason`: "all" run; "packed": all can be
+    kept on pace, some sit out; "overload": not all can be kept on pace.
     """
 
     run: list[int]
     predicted_s: float
     reason: str
-    sustained: NDArray[np.bool_]
+    served: NDArray[np.bool_]
 
 
 def choose_step(
@@ -89,18 +91,19 @@ def choose_step(
     step_s: StepTime,
     *,
     max_itl_s: float,
-    sustained: NDArray[np.bool_] | None = None,
+    served: NDArray[np.bool_] | None = None,
     reserve_tokens: float = 0.0,
     horizon_tokens: float = HORIZON,
     min_throughput: float = 0.0,
 ) -> StepChoice:
-    """Returns the requests to run now, at least one for n > 0.
+    """Returns the requests to run now; never none for n > 0.
 
     `slack_s`: seconds until the next token is due, (first token + emitted * tpot) - now.
-    `silent_s`: seconds since the last token. `step_s(batch, kv_tokens)`: predicted seconds,
-    monotone, for scalars and arrays. `sustained`: that of the last choice, False for requests that
-    joined since; None if there was none. `reserve_tokens`: the lead to end with (`reserve_of`).
-    `horizon_tokens`: see `horizon_of`. `min_throughput`: a fraction from 0 to 1.
+    `silent_s`: seconds since the last token. `max_itl_s`: longest silence allowed.
+    `step_s(batch, kv_tokens)`: predicted seconds, monotone in both, for scalars and arrays.
+    `served`: mask of the last choice, False for requests that joined since; None: no last choice.
+    `reserve_tokens`: the lead to end with, from `reserve_of`. `horizon_tokens`: from `horizon_of`.
+    `min_throughput`: least tokens/s, as a fraction (0 to 1) of what a step of all would produce.
     """
     slack, tpot = np.asarray(slack_s, float), np.asarray(tpot_s, float)
     context, silent = np.asarray(context_tokens, float), np.asarray(silent_s, float)
@@ -111,7 +114,7 @@ def choose_step(
     lead = slack - tpot
     alive = lead > -LOST * tpot
     living = np.count_nonzero(alive)
-    wanted = _unbounded_step_s(lead, tpot, reserve_tokens, horizon_tokens)
+    wanted = _bare_pace_s(lead, tpot, reserve_tokens, horizon_tokens)
     tightest = wanted if living == n else np.where(alive, wanted, tpot)
     if full <= float(tightest.min()):
         return StepChoice(list(range(n)), full, "all", np.ones(n, bool))
@@ -122,13 +125,13 @@ def choose_step(
     if not living:
         return StepChoice(list(range(n)), full, "overload", np.zeros(n, bool))
 
-    allowed = _within_bounds(wanted, tpot)
+    pace = _within_bounds(wanted, tpot)
     base, cost, _ = step_costs(step_s, context, float(tpot.sum()) / n)
-    load = cost / allowed
-    sustained = _sustained(load, allowed, base, None if living == n else alive, sustained)
-    limit = float(allowed[sustained].min())
-    due = _due(silent, cost, sustained, limit, max_itl_s)
-    tier = 4 - alive.astype(np.int8) - sustained - (sustained & (slack < URGENT * limit))
+    load = cost / pace
+    keeps = _served(load, pace, base, None if living == n else alive, served)
+    limit = float(pace[keeps].min())
+    due = _due(silent, cost, keeps, limit, max_itl_s)
+    tier = 4 - alive.astype(np.int8) - keeps - (keeps & (slack < URGENT * limit))
     if due is not None:
         tier[due] = 0
     order = np.lexsort((cost, tier))
@@ -145,9 +148,9 @@ def choose_step(
         count += int(np.argmax(enough))
     if count > fitting:
         predicted = float(step_s(count, tokens.item(count - 1)))
-    packed = predicted <= limit and np.count_nonzero(sustained) == n
+    packed = predicted <= limit and np.count_nonzero(keeps) == n
     run = np.sort(order[:count]).tolist()
-    return StepChoice(run, predicted, "packed" if packed else "overload", sustained)
+    return StepChoice(run, predicted, "packed" if packed else "overload", keeps)
 
 
 def reserve_of(mean_error: float) -> float:
@@ -156,34 +159,32 @@ def reserve_of(mean_error: float) -> float:
 
 
 def horizon_of(expected_output: float) -> float:
-    """Returns within how many tokens to make up or use a lead, for this mean output length."""
+    """Returns in how many tokens a lead is made up or used, given the mean output length in tokens."""
     return min(HORIZON, max(SHORTEST_HORIZON, 0.5 * expected_output))
 
 
-def safe_step_s(
+def longest_full_step_s(
     tightest_tpot_s: float, reserve_tokens: float, horizon_tokens: float = HORIZON
 ) -> float:
-    """Returns the step, in seconds, up to which everybody may run, whatever the leads."""
+    """Returns the seconds up to which a step of all needs no choice, whatever the leads."""
     return tightest_tpot_s * (1.0 - reserve_tokens / horizon_tokens)
 
 
-def allowed_step_s(
+def pace_s(
     lead_s: NDArray[np.float64],
     tpot_s: NDArray[np.float64],
     reserve_tokens: float,
     horizon_tokens: float = HORIZON,
 ) -> NDArray[np.float64]:
     """Returns the longest mean step that each request may see, in seconds, (n,)."""
-    return _within_bounds(_unbounded_step_s(lead_s, tpot_s, reserve_tokens, horizon_tokens), tpot_s)
+    return _within_bounds(_bare_pace_s(lead_s, tpot_s, reserve_tokens, horizon_tokens), tpot_s)
 
 
-def _within_bounds(
-    allowed_step_s: NDArray[np.float64], tpot_s: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    return np.minimum(np.maximum(allowed_step_s, FLOOR * tpot_s), CEILING * tpot_s)
+def _within_bounds(pace_s: NDArray[np.float64], tpot_s: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.minimum(np.maximum(pace_s, FLOOR * tpot_s), CEILING * tpot_s)
 
 
-def _unbounded_step_s(
+def _bare_pace_s(
     lead_s: NDArray[np.float64],
     tpot_s: NDArray[np.float64],
     reserve_tokens: float,
@@ -192,51 +193,51 @@ def _unbounded_step_s(
     return tpot_s + (lead_s - reserve_tokens * tpot_s) / horizon_tokens
 
 
-def _sustained(
+def _served(
     load: NDArray[np.float64],
-    allowed: NDArray[np.float64],
+    pace: NDArray[np.float64],
     base: float,
     alive: NDArray[np.bool_] | None,
     before: NDArray[np.bool_] | None,
 ) -> NDArray[np.bool_]:
-    """Returns the mask (n,) of the largest set that can be held to its targets; never empty.
+    """Returns the mask (n,) of the largest set that can be kept on pace; never empty.
 
-    `alive`: who may be in it, None for all. `before`: the set of the last choice.
+    `alive`: who may be in it, None: all. `before`: the last choice's set.
     """
     key = load if before is None else np.where(before, INCUMBENT * load, load)
     lightest = key.argsort(kind="stable")
     if alive is not None:
         lightest = lightest[alive[lightest]]
-    allowed_steps, loads = allowed[lightest], load[lightest]
-    slowest = np.sort(allowed_steps)
-    last = allowed_steps.size - 1
+    paces, loads = pace[lightest], load[lightest]
+    slowest = np.sort(paces)
+    last = paces.size - 1
     limits = {float(slowest[at * last // (LIMITS - 1)]) for at in range(LIMITS)}
     lowest, *higher = sorted(limits)
     count = int(loads.cumsum().searchsorted(1.0 - base / lowest, "right"))
     chosen = lightest[:count]
     for limit in higher:
-        members = (allowed_steps >= limit).nonzero()[0]
+        members = (paces >= limit).nonzero()[0]
         if members.size < count:
-            break  # no higher limit has enough members either
+            break  # nor has any higher limit enough of them
         fitting = int(loads[members].cumsum().searchsorted(1.0 - base / limit, "right"))
         if fitting >= count:
             count, chosen = fitting, lightest[members[:fitting]]
-    sustained = np.zeros(load.size, bool)
-    sustained[chosen if count else lightest[:1]] = True
-    return sustained
+    keeps = np.zeros(load.size, bool)
+    keeps[chosen if count else lightest[:1]] = True
+    return keeps
 
 
 def _due(
     silent: NDArray[np.float64],
     cost: NDArray[np.float64],
-    sustained: NDArray[np.bool_],
+    served: NDArray[np.bool_],
     limit: float,
     max_itl_s: float,
 ) -> NDArray[np.bool_] | None:
-    """Returns the mask (n,) of who must run now to keep every silence short; None for nobody."""
+    """Returns the mask (n,) of requests that must run now to stay within `max_itl_s`; None: nobody."""
     latest_s = max_itl_s - (SPARE - 1.0) * limit
     longest_s, longest_turn_s = float(silent.max()), limit + float(cost.max())
-    queue = np.flatnonzero(~sustained)
+    queue = np.flatnonzero(~served)
     if longest_s + max(1, queue.size) * longest_turn_s < latest_s:
         return None
     turn = limit + cost

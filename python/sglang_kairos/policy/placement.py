@@ -1,31 +1,32 @@
-"""Chooses the prefill and the decode server of a request: keep most promises, then be earliest.
+"""Chooses the prefill and the decode server of a request: most promises met, then the earliest.
 
-Why choose it: the shortest queue is not the earliest first token. Prompts differ in length, in what
-a server has cached, and in their deadlines. All times are seconds; deadlines and `now_s` are on one
-clock of the caller's choice.
+Why choose it: a queue's length says little about when a request will be done. This predicts, per
+server, when it would be, and which earlier promise it would break.
 
-Prefill. A server does what it owes in the order of `policy.backlog`; a stock server as it came. For
-a request of n tokens, h of them cached, `w` is the predicted time for n - h tokens after h.
-    ahead    = on-time work due before it + work of unknown deadlines
-    blocking = min(one chunk, work due later)      a running chunk cannot be taken back; without
-                                                   chunks: the longest prompt
+Formula. Times are seconds; deadlines and `now_s` share one clock of the caller's choice.
+
+Prefill. A server does its work in the order of `policy.backlog`; a stock server first come, first
+served. Let a request have n tokens, of which the server has h cached.
+    w        = seconds to prefill n - h tokens after h (latency model)
+    ahead    = on-time work due before it + work with unknown deadlines
+    blocking = min(one chunk, work due later); a running chunk is not taken back. Without chunks:
+               the longest prompt
     TTFT     = ahead - progress + blocking + w + hand-off + one decode step
-The server as a whole then has w more to do. That pushes at most one request past its deadline
-(Moore and Hodgson, 1968), maybe the new one. `gain` is the weight won by accepting it, less the
-weight lost.
+    gain     = its weight if it is on time - weight of the job that it pushes past a deadline
 
-Decode. Once the request has joined:
-    step = a + b running + knees + c tokens        seconds; it is the TPOT of everybody there
-`gain` is the request's weight if its target allows that step. Each resident whose target no longer
-does takes 1 off. A server whose KV would overflow comes after all that have space.
+By Moore-Hodgson at most one job is pushed out, maybe the new one.
+Decode. After the request has joined:
+    step     = latency model at (running + 1 requests, tokens + its tokens)
+    gain     = its weight if step <= its TPOT target - residents whose target breaks now
+A server whose KV would overflow comes after all others.
 
-The largest gain wins, then the earliest end (prefill) or the shortest step (decode). The two
-choices do not depend on each other. Ties fall to the lower index, or to `rng` when it is given.
-Above LOOK_AT_ALL servers of a role, a few are drawn and compared. Mitzenmacher (2001) shows that
-two choices nearly suffice.
+The largest gain wins, then the earliest end (prefill) or the shortest step (decode). Both choices
+are independent. Ties fall to the lower index, or to `rng` when one is given. Above LOOK_AT_ALL
+servers of a role, DRAWN are drawn at random and compared.
 
-Starvation cannot happen here: every request is placed at once. Trade-off: predictions must be
-right; where a server has reported no latency model, GENERIC_PREFILL and UNTOLD_DECODE stand in.
+Trade-offs. A late request goes where it harms least, which may be the slowest queue; its wait is
+bounded on the server, not here. The prediction is as good as the latency model and the prefix
+index. Source: our own design. Random choice among a few: Mitzenmacher 2001 (two nearly suffice).
 """
 
 from __future__ import annotations
@@ -38,22 +39,23 @@ from typing import NamedTuple
 from sglang_kairos.policy.backlog import EMPTY, Backlog
 from sglang_kairos.predict.latency_model import GENERIC_PREFILL, DecodeLatency, PrefillLatency
 
-# Predictions closer than this are one: they are not that good, and a tie can be spread.
+# Predictions closer than this count as equal: they are no better, and ties spread the load.
 TIE_S = 1e-4
-# For a decode server that reported no latency model: steep enough that one request more is no tie.
+# For a decode server that has not reported its latency model. One more request must be no tie.
 UNTOLD_DECODE = DecodeLatency(3.5e-3, 0.22e-3, 0.65e-6)
 LOOK_AT_ALL = 32  # of one role; 64 servers in all
 DRAWN = 8
-# The part of its `max_tokens` that a request is expected to make.
+# Expected output length, as a share of the most tokens that a request may make.
 OUTPUT_SHARE = 0.5
 
 
 class PrefillState(NamedTuple):
-    """A prefill server and what it owes: `deadlines_s` ascending, `works_s` beside it, in seconds.
+    """A prefill server and the work it owes, in seconds.
 
-    `progress_s`: seconds of that work already done. `extra_s`: further work, of unknown deadlines.
-    `cached_tokens`: of the request's prompt, expected in the server's prefix cache. `backlog`:
-    spares building one from the two lists. `chunk_tokens` <= 0: prompts are not chunked.
+    `law`: its latency model. `chunk_tokens` <= 0: prompts are not chunked. `deadlines_s`, `works_s`
+    (n,): its jobs by ascending deadline. `progress_s`: work of these that is done. `extra_s`: work
+    with unknown deadlines. `cached_tokens`: of the request's prompt, expected in the prefix cache.
+    `backlog`: built from the two lists already; None: build it.
     """
 
     law: PrefillLatency = GENERIC_PREFILL
@@ -62,16 +64,16 @@ class PrefillState(NamedTuple):
     works_s: Sequence[float] = ()
     progress_s: float = 0.0
     by_deadline: bool = True
-    """False: first come, first served (stock SGLang)."""
+    """Whether jobs run by deadline. False: first come, first served, as in stock SGLang."""
     extra_s: float = 0.0
     cached_tokens: float = 0.0
     backlog: Backlog | None = None
 
 
 class DecodeState(NamedTuple):
-    """A decode server: requests and KV tokens that it holds or was promised, and its KV capacity.
+    """A decode server: its latency model, the requests and KV tokens it has or was promised, its KV size.
 
-    `tpots_s`: TPOT targets of the requests known there, in seconds, ascending.
+    `tpots_s`: TPOT targets, in seconds, of the requests known there, ascending.
     """
 
     law: DecodeLatency = UNTOLD_DECODE
@@ -81,15 +83,16 @@ class DecodeState(NamedTuple):
     tpots_s: Sequence[float] = ()
 
     def step_s(self, more_requests: int, more_tokens: float) -> float:
-        """Returns the seconds of a step once that many requests and tokens have joined."""
+        """Returns the seconds of a step once that much more has joined."""
         return self.law.step_s(self.running + more_requests, self.tokens + more_tokens)
 
 
 class PlacedRequest(NamedTuple):
-    """A request to place: `prompts` of `tokens` tokens in all, expected to grow by `output_tokens`.
+    """The request to place. `tokens`: prompt tokens over all `prompts`; times in seconds.
 
-    `now_s` belongs to `deadline_s`; without it nothing counts as late. `margin_s`: seconds kept
-    free before the deadline, for what predictions miss.
+    `output_tokens`: by how much it is expected to grow. `now_s` is on the clock of `deadline_s`;
+    without it nothing counts as late. `margin_s` stays free before the deadline, for errors of
+    prediction. `skip_prefills`, `skip_decodes`: indices of servers not to choose.
     """
 
     tokens: float
@@ -106,10 +109,11 @@ class PlacedRequest(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """The chosen servers, by index, and the predicted seconds from now to the first token.
+    """Indices of the chosen servers, and what is predicted for the request there.
 
-    `keeps_ttft`: the request is on time and pushes no other past its deadline. `keeps_tpot`: the
-    same for TPOT, and its KV fits. `tpot_s`: the decode step that it is predicted to see.
+    `ttft_s`: seconds from now to the first token. `keeps_ttft`: the request is on time and pushes
+    nobody past a deadline. `keeps_tpot`: the same for TPOT, and its KV fits. `tpot_s`: seconds of
+    its step.
     """
 
     prefill: int
@@ -121,11 +125,7 @@ class Pair(NamedTuple):
 
 
 class PrefillOutlook(NamedTuple):
-    """A prefill server with the request: seconds from now to the end of its prefill, and the gain.
-
-    `gain`: see the module's docstring. `harmless`: the request is on time and delays no other too
-    far.
-    """
+    """`end_s`: seconds until its prefill ends; `gain`: see the module; `harmless`: nobody is late."""
 
     end_s: float
     gain: float
@@ -133,7 +133,7 @@ class PrefillOutlook(NamedTuple):
 
 
 class DecodeOutlook(NamedTuple):
-    """A decode server with the request in it: whether KV overflows, gain, seconds of a step."""
+    """`overflow`: its KV does not fit; `gain`: see the module; `step_s`: seconds of a step with it."""
 
     overflow: bool
     gain: float
@@ -141,7 +141,7 @@ class DecodeOutlook(NamedTuple):
 
 
 def prefill_outlook(server: PrefillState, request: PlacedRequest) -> PrefillOutlook:
-    """Returns when `server` would finish this request, and what that does to the others it owes."""
+    """Predicts when `server` would finish the request, and what that does to the work it owes."""
     law, chunk = server.law, server.chunk_tokens
     _, work = law.prompt_s(request.tokens, server.cached_tokens, chunk)
     limit = request.deadline_s - request.now_s - request.handoff_s - request.margin_s
@@ -175,7 +175,7 @@ def prefill_outlook(server: PrefillState, request: PlacedRequest) -> PrefillOutl
 
 
 def decode_outlook(server: DecodeState, request: PlacedRequest) -> DecodeOutlook:
-    """Returns the step of `server` with the request in it, and whether that breaks TPOT targets."""
+    """Predicts a step of `server` with the request in it, and whose TPOT target that breaks."""
     grown = request.tokens + request.output_tokens
     step = server.step_s(request.prompts, grown)
     gain = request.weight if step <= request.tpot_s else 0.0
@@ -186,7 +186,7 @@ def decode_outlook(server: DecodeState, request: PlacedRequest) -> DecodeOutlook
 
 
 def drawn(count: int, rng: Random | None) -> Sequence[int]:
-    """Returns the indices to look at among `count` servers: all, or a few at random of many."""
+    """Returns the indices of the servers to compare: all, or DRAWN at random when there are many."""
     if count <= LOOK_AT_ALL:
         return range(count)
     return (rng or Random(0)).sample(range(count), DRAWN)
@@ -198,7 +198,7 @@ def choose_pair(
     request: PlacedRequest,
     rng: Random | None = None,
 ) -> Pair | None:
-    """Returns the pair that keeps most promises, or None when either role has no server left."""
+    """Returns the pair with the largest gain; None when either side has no server left."""
     left = [i for i in range(len(prefills)) if i not in request.skip_prefills]
     right = [i for i in range(len(decodes)) if i not in request.skip_decodes]
     if not left or not right:

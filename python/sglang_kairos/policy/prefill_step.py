@@ -1,17 +1,30 @@
-"""Chooses what one prefill step computes: the urgency order, walked with the step's token budget.
+"""Chooses which requests a prefill step computes, within the step's token budget.
 
-The rule:
+Why choose it: stock SGLang gives the budget to whoever came first. A long prompt then makes many
+short ones late. Here the budget goes down the order of `policy.urgency`, and a long prefill can be
+paused between two chunks.
+
+The rule. Walk the requests in order of urgency.
 - A request that fits whole is admitted.
-- One that does not fit starts as a new chunked prefill with the budget that is left. It may not if
-  another stays in the chunk slot beyond this step. Then the most urgent begun prefill runs in its
-  place, since only that frees the slot.
-- Of the begun prefills, one is in the chunk slot; at most `max_paused` others sit paused. A begun
-  one takes all that is left of the step or nothing. Less than `least_tokens` is not worth rereading
-  its prefix for.
-- No request is admitted that would leave begun ones too little KV for their rest
-  (`policy.reserve`), nor any request behind it.
-- All in a step get their first token when the step ends. So the step is full when the next request
-  would end it after the deadline of a member that is on time without it.
+- One that does not fit starts as a new chunked prefill with what is left of the budget. It may do
+  so only if nobody else stays in the chunk slot beyond this step.
+- If it may not start, the most urgent begun prefill runs in its place: only that unblocks it.
+
+Begun prefills. All but the one in the chunk slot sit paused, at most `max_paused` of them. A begun
+prefill takes all that is left of the step, or nothing: a small chunk is not worth rereading its
+prefix. Nobody is admitted who would leave begun prefills too little KV (`policy.reserve`), nor
+anybody behind.
+
+Deadlines. Every first token in a step comes when the step ends. So a step is full once the next
+request would end it after the deadline of a member that would otherwise be on time.
+
+Formula, in seconds, for n tokens of a request in steps of C tokens with a fixed cost a per step:
+    saved = min(SHARED * a * (ceil(n / C) - n / C), work)        what sharing steps may save
+    job   = (work - saved, deadline - SHARED * a)                what `urgency` orders
+
+Trade-offs. Paused prefills hold KV, and each resumption rereads a prefix. Nobody starves: see
+`prefill_planner` (starvation, pauses).
+Source: our own design; both ends of SHARED are measured in docs/simulator.md.
 """
 
 from __future__ import annotations
@@ -26,18 +39,19 @@ from numpy.typing import NDArray
 from sglang_kairos.policy.reserve import Reserve
 from sglang_kairos.policy.urgency import Floats, Mask, urgency_order
 
-# Nobody knows how full the coming steps will be: the middle (docs/simulator.md has both ends).
+# How full the coming steps will be is unknown, so half is assumed (docs/simulator.md).
 SHARED = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillQueue:
-    """All requests with prefill work left: one entry per request in each array, tokens and seconds.
+    """All requests with prefill work left, one entry per request in each array, (n,).
 
-    `tokens`: left to compute, prefix cache excluded. `work_s`: the time predicted for them in steps
-    of their own; each step has the fixed cost `fixed_s`. `partial`: half-done chunked prefills.
-    `starving`: those entitled to go first now. `cached`: tokens of each prompt in the prefix cache,
-    None for none; read for requests that have not begun.
+    `work_s`: seconds predicted for `tokens` in steps of their own. `fixed_s`: seconds that each
+    step costs whatever is in it. `deadline_s`: seconds from now. `tokens`: left to compute, without
+    the cached prefix. `partial`: half-done chunked prefills. `starving`: requests entitled to go
+    first now. `cached`: prompt tokens in the prefix cache, read for requests that have not begun;
+    None: none are.
     """
 
     work_s: Floats
@@ -52,12 +66,12 @@ class PrefillQueue:
 
 @dataclass(frozen=True, slots=True)
 class PrefillPlan:
-    """One prefill step, by indices into the queue.
+    """One prefill step.
 
-    `order`: waiting requests to offer, those that run now first. `slot`: the begun request in the
-    chunk slot, -1 for none. `chunk_limit`: tokens it may take, None for no cap. `on_time`: how many
-    requests are predicted to meet their deadline. `hold`: waiting requests that must not be
-    offered. `starving`: the request put first because it starves, -1 for none.
+    `order`: waiting indices to offer to SGLang, those that run now first. `slot`: the begun prefill
+    in the chunk slot; -1: none runs. `chunk_limit`: most tokens it may take; None: no limit.
+    `on_time`: how many requests are predicted to meet their deadline. `hold`: waiting indices that
+    must not be offered. `starving`: index put first because it starves; -1: none.
     """
 
     order: list[int]
@@ -80,16 +94,15 @@ def plan_prefill(
     least_tokens: int = 0,
     evictable_tokens: int = 0,
 ) -> PrefillPlan:
-    """Returns what runs in the next step of at most `chunk_tokens` (>= `page_size`) tokens.
+    """Returns the next step, of at most `chunk_tokens` (>= `page_size`) tokens.
 
-    `current`: the request in the chunk slot, -1 for none; it cannot be paused when `max_paused` is
-    0. `forced`: a begun request that runs now, without a cap; -1 for none. `least_tokens`: the
-    least share of a step for a begun request; 0 means an eighth of the chunk. Of `free_tokens` KV
-    tokens, `evictable_tokens` are cached.
+    `current`: begun prefill in the chunk slot, -1: none; it cannot be paused when `max_paused` is
+    0. `forced`: begun prefill that runs now without a limit, -1: none.
+    `least_tokens`: least share of a step for a begun prefill, 0: an eighth of the chunk.
+    `free_tokens`: KV tokens, of which `evictable_tokens` are cached.
 
-    Requests share steps, which saves fixed cost. So the on-time set counts work less half of what
-    sharing can save (`_saved_s`). A request is done only when its step is, so its deadline counts
-    half a step's fixed cost earlier.
+    A request is done only when its step is. So work counts without half of what sharing steps can
+    save (`_saved_s`), and deadlines are earlier by half a step's fixed cost.
     """
     urgency = urgency_order(
         np.asarray(queue.work_s, float) - _saved_s(queue, chunk_tokens),
@@ -113,7 +126,7 @@ def plan_prefill(
 
 
 class _StepWalk:
-    """A step that is being filled. `left`: tokens of its budget that no request has taken."""
+    """A step that is being filled. `left`: tokens of its budget that are not taken yet."""
 
     def __init__(
         self,
@@ -134,16 +147,16 @@ class _StepWalk:
         self.begun_left = [self._tokens[index] for index in begun]
         if len(begun) > 1:
             begun = [index for index in order if index in self._begun]
-        # Who may get the slot, the most urgent first; without pausing it stays where it is.
+        # Candidates for the slot, the most urgent first. Without pausing it stays where it is.
         self._may_run = [current] if max_paused == 0 and current >= 0 else begun
         self._must_run = len(begun) > max_paused
         self.left, self.slot = chunk_tokens, -1
         self.chunk_limit: int | None = None
-        self._slot_stays = False  # the slot is taken beyond this step
-        self._too_little = False  # too little was left to be worthwhile for a begun prefill
+        self._slot_stays = False  # taken beyond this step, by a begun one or one that begins
+        self._too_little = False  # a begun one found less left than a chunk's least size
 
     def walk(self, order: list[int], reserve: Reserve) -> tuple[list[int], list[int]]:
-        """Fills the step in this order. Returns waiting indices: whom to offer, whom to hold."""
+        """Fills the step in this order. Returns the waiting indices to offer, and those to hold back."""
         offer: list[int] = []
         hold: list[int] = []
         end = len(order)
@@ -163,11 +176,11 @@ class _StepWalk:
         rest = order[end:]
         if self._begun:
             rest = [index for index in rest if index not in self._begun]
-        # Upstream looks at nobody else once the step is full; if it is not, they must not slip in.
+        # SGLang looks at nobody behind a full step. In a step that is not full they must not slip in.
         return (offer + rest, hold) if self._full() else (offer, hold + rest)
 
     def _admit(self, index: int, reserve: Reserve) -> bool | None:
-        """Returns whether a waiting request comes in; None: neither it nor any behind it."""
+        """Returns whether a waiting request is admitted. None: neither it nor anybody behind it."""
         tokens, cached = self._tokens[index], 0
         if self._cached is not None:
             cached = int(self._cached[index])
@@ -192,19 +205,19 @@ class _StepWalk:
         return True
 
     def run_begun(self, index: int) -> None:
-        """Gives a begun prefill the chunk slot and all tokens left, if that is worthwhile."""
-        count, room = self._tokens[index], self._whole_pages(self.left)
+        """Gives a begun prefill the slot and all that is left, if that is enough to be worth a chunk."""
+        count, budget = self._tokens[index], self._whole_pages(self.left)
         if not self._must_run:
             in_time = self._clock.tokens_in_time(index)
-            if in_time < min(count, room):
-                room = self._whole_pages(in_time)
-        if room < min(self._whole_pages(self._least), count):
+            if in_time < min(count, budget):
+                budget = self._whole_pages(in_time)
+        if budget < min(self._whole_pages(self._least), count):
             self._too_little = True
             return
-        self.slot, self._slot_stays = index, count > room
-        self.chunk_limit = None if room == self._whole_pages(self._chunk) else room
-        self._clock.add(index, min(count, room))
-        self.left -= min(self._pages_of(count), room)
+        self.slot, self._slot_stays = index, count > budget
+        self.chunk_limit = None if budget == self._whole_pages(self._chunk) else budget
+        self._clock.add(index, min(count, budget))
+        self.left -= min(self._pages_of(count), budget)
 
     def _run_most_urgent(self) -> None:
         if self.slot < 0 and self._may_run and not (self._slot_stays or self._too_little):
@@ -235,42 +248,42 @@ class _StepWalk:
 
 
 class _StepClock:
-    """When the step would end as it stands, and by when it must, in seconds."""
+    """When the step would end as filled so far, and when it must end. Times are in seconds."""
 
     def __init__(self, queue: PrefillQueue, chunk_tokens: int) -> None:
         self._queue, self._chunk = queue, chunk_tokens
         self._ends_s, self._latest_s = queue.fixed_s, math.inf
 
     def allows(self, index: int, tokens: int) -> bool:
-        """Returns whether the step may take that many tokens of it without making a member late."""
+        """Returns whether the step may take `tokens` of that request without making a member late."""
         return self.tokens_in_time(index) >= tokens
 
     def tokens_in_time(self, index: int) -> int:
-        """Returns how many tokens of a request the step may take without making a member late."""
-        count, per_token_s = int(self._queue.tokens[index]), self._seconds_per_token(index)
-        if self._latest_s == math.inf or per_token_s <= 0:
+        """Returns the tokens of that request that the step may take without making a member late."""
+        count, token_s = int(self._queue.tokens[index]), self._token_s(index)
+        if self._latest_s == math.inf or token_s <= 0:
             return count
-        return int(min(count, max(0.0, (self._latest_s - self._ends_s) / per_token_s)))
+        return int(min(count, max(0.0, (self._latest_s - self._ends_s) / token_s)))
 
     def add(self, index: int, tokens: int) -> None:
-        """Adds tokens of a request. One that ends in this step, on time so far, is a member."""
-        self._ends_s += tokens * self._seconds_per_token(index)
+        """Adds `tokens` of a request. It is a member if it ends in this step and is on time so far."""
+        self._ends_s += tokens * self._token_s(index)
         due_s = float(self._queue.deadline_s[index])
         if tokens == self._queue.tokens[index] and self._ends_s <= due_s:
             self._latest_s = min(self._latest_s, due_s)
 
-    def _seconds_per_token(self, index: int) -> float:
-        """Seconds per token, the steps' fixed cost left out."""
+    def _token_s(self, index: int) -> float:
+        """Returns the seconds per token, without the steps' fixed cost."""
         count = int(self._queue.tokens[index])
         own = self._queue.work_s[index] - self._queue.fixed_s * -(-count // self._chunk)
         return max(0.0, float(own)) / max(1, count)
 
 
 def _saved_s(queue: PrefillQueue, chunk_tokens: int) -> NDArray[np.float64]:
-    """Returns by how many seconds sharing steps makes each request cheaper than its `work_s`, (n,).
+    """Returns by how many seconds each request is cheaper than `work_s` as it shares steps, (n,).
 
-    Alone, a request bears the fixed cost of all its steps. In full steps, it bears only its share
-    of the tokens. What it saves lies between nothing and that difference.
+    Alone, a request bears the fixed cost of all its steps; in full steps it bears its share by tokens.
+    What it saves lies between nothing and the difference. SHARED of the difference is assumed.
     """
     tokens, work = np.asarray(queue.tokens, float), np.asarray(queue.work_s, float)
     spare = np.ceil(tokens / chunk_tokens) - tokens / chunk_tokens

@@ -46,7 +46,10 @@ class PrefillTimeModel:
 
     @classmethod
     def fit(cls, rows: Iterable[tuple[float, float, float]]) -> PrefillTimeModel:
-        """From a profile: rows of (prefix tokens, new tokens, seconds), one request each."""
+        """Returns a predictor fitted to a profile: rows of (prefix, new tokens, seconds).
+
+        Each row is a step of a single request.
+        """
         table = list(rows)
         features = [GENERIC_PREFILL.features(new, prefix) for prefix, new, _ in table]
         return cls(*least_squares(features, [seconds for *_, seconds in table]).tolist())

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from sglang_kairos.commands import parser_of
 from sglang_kairos.loads.replay import Outcome, Result, is_dump, load
 from sglang_kairos.reports.formats import Reading, known_tools, read_results
 from sglang_kairos.reports.outcomes import Targets
@@ -210,7 +211,7 @@ def _tokens(count: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Reports on files: the replayer's own, or those of another load generator."""
-    given = _parser().parse_args(argv)
+    given = build_parser().parse_args(argv)
     targets = Targets(given.ttft_ms, given.tpot_ms, given.short_answers)
     runs: list[Run] = []
     try:
@@ -232,11 +233,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="kairos report",
-        description="Table of runs; the policy is each file's name, less a leading number. Reads the "
-        "replayer's files and those of " + ", ".join(known_tools()),
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of ``kairos report``."""
+    parser = parser_of(
+        "report",
+        description="Print a table of runs, one for each file.\nThe policy of a run is its file's "
+        "name, without a leading number.\nThe files are those of `kairos replay`, "
+        f"{', '.join(known_tools())}.",
     )
     parser.add_argument("files", nargs="+", type=Path, help="see docs/load_generators.md")
     parser.add_argument("--ttft-ms", type=float, help="judge by this target instead")

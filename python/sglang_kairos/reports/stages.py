@@ -5,7 +5,7 @@
          → (decode admission) → running → (out) → first token
 
 The outer two stamps are the client's, the inner ones SGLang's own request time stats of the prefill
-and the decode server, as `benchmark.stamp_recorder` writes them. All are seconds of one clock:
+and the decode server, as `benchmark.harness.stamp_recorder` writes them. All are seconds of one clock:
 ``time.perf_counter`` is, among the processes of one Linux machine.
 """
 

@@ -1,204 +1,326 @@
-"""The router's command line: upstream's names where upstream has the flag."""
+"""The router's flags: upstream's names where upstream has the flag.
+
+Each is also an environment variable (``--port``: ``KAIROS_ROUTER_PORT``) and a key in the table
+``router`` of the file that ``--kairos-config`` names (see `settings`). In a variable, several values
+stand between commas: ``KAIROS_ROUTER_PREFILL="http://p0:30000 8998, http://p1:30000 8998"``.
+"""
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
+from sglang_kairos.commands import DefaultsFormatter, parser_of
 from sglang_kairos.router.upstream_flags import add_others
+from sglang_kairos.settings import ConfigError, Number, OneOf, SettingsParser, readable_file, switch
 
 # As `fleet.policies.CHOOSERS`; upstream's balancers call three of them by these very names.
 POLICIES = ("kairos", "random", "round_robin", "least_load", "power_of_two", "cache_aware")
+_LOG_LEVELS = OneOf(
+    ("debug", "info", "warning", "error", "critical", "trace"), (("warn", "warning"),)
+)
+_POLICY = OneOf(POLICIES, (("least_loaded", "least_load"),))
+_MIB = 2**20
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The flags, for parsing and for ``--help``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sglang_kairos.launch_router",
-        description="The PD router. Flags of sglang_router keep their names.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+class OptionError(ConfigError):
+    """A setting of the router that cannot be used; the text names it."""
+
+
+def build_parser() -> SettingsParser:
+    """The flags, for parsing and for ``--help``. `dest` is the field of `RouterOptions`."""
+    parser = parser_of(
+        "router",
+        SettingsParser,
+        prefix="kairos-router-",
+        refusal=OptionError,
+        description="Route requests to prefill and decode servers. Flags of sglang_router keep their "
+        "names.\nEach is also a variable (--port: KAIROS_ROUTER_PORT) and a key of the table `router` "
+        "in the\nfile of --kairos-config.",
+        formatter_class=DefaultsFormatter,
     )
-    _servers(parser.add_argument_group("servers"))
-    _serving(parser.add_argument_group("serving"))
-    _overload(parser.add_argument_group("overload"))
-    _health(parser.add_argument_group("health"))
-    _security(parser.add_argument_group("security"))
-    _watching(parser.add_argument_group("logs and metrics"))
-    _discovery(parser.add_argument_group("Kubernetes"))
+    _servers(_Group(parser, "servers"))
+    _serving(_Group(parser, "serving"))
+    _overload(_Group(parser, "overload"))
+    _health(_Group(parser, "health"))
+    _security(_Group(parser, "security"))
+    _watching(_Group(parser, "logs and metrics"))
+    _discovery(_Group(parser, "Kubernetes"))
     add_others(parser)
     return parser
 
 
-def _servers(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--pd-disaggregation", action="store_true", help="serve prefill/decode pairs (required)")
-    add(
+class _Group:
+    """A group of flags in ``--help``. `field`: of `RouterOptions`, the flag's own name if empty."""
+
+    def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
+        self._group = parser.add_argument_group(title)
+
+    def any(self, *flags: str, field: str = "", **settings: Any) -> None:
+        """A flag of any kind, with `argparse`'s own settings."""
+        name = field or flags[0][2:].replace("-", "_")
+        self._group.add_argument(*flags, dest=name, **settings)
+
+    def text(self, flag: str, field: str, default: str, help: str, metavar: str = "TEXT") -> None:
+        """A text."""
+        self.any(flag, field=field, default=default, metavar=metavar, help=help)
+
+    def file(self, flag: str, field: str, help: str) -> None:
+        """A file that must be readable."""
+        self.any(flag, field=field, type=readable_file, default="", metavar="PEM", help=help)
+
+    def number(
+        self, flags: str, field: str, default: float | None, low: float, high: float, help: str
+    ) -> None:
+        """A number in a range; whole where the default is, or where there is none."""
+        whole = not isinstance(default, float)
+        metavar = "SECONDS" if flags.endswith("-secs") else "N"
+        kind = Number(low, high, whole)
+        self.any(
+            *flags.split("|"), field=field, type=kind, default=default, metavar=metavar, help=help
+        )
+
+    def on(self, flag: str, field: str, help: str, *, means: bool = True) -> None:
+        """A flag without a value. `means`: what the field is with it."""
+        action = "store_true" if means else "store_false"
+        self.any(flag, field=field, action=action, help=help)
+
+    def several(self, *flags: str, field: str, default: list[str], metavar: str, help: str) -> None:
+        """Any number of values after one flag."""
+        self.any(*flags, field=field, nargs="*", default=default, metavar=metavar, help=help)
+
+
+def _servers(group: _Group) -> None:
+    group.on("--pd-disaggregation", "", "serve prefill/decode pairs (required)")
+    group.any(
         "--prefill",
         action="append",
         nargs="+",
         metavar=("URL", "BOOTSTRAP_PORT"),
-        help="a prefill server and its --disaggregation-bootstrap-port (asked from it if left out)",
+        help="a prefill server and its --disaggregation-bootstrap-port (without it: the server is "
+        "asked)",
     )
-    add("--decode", action="append", metavar="URL", help="a decode server")
-    add("--policy", type=_policy, default="kairos", help=f"of a pair: {', '.join(POLICIES)}")
-    add("--prefill-policy", type=_policy, help="of the prefill server, if not --policy")
-    add("--decode-policy", type=_policy, help="of the decode server, if not --policy")
-    rule = "of cache_aware: "
-    add(
-        "--cache-threshold",
-        type=float,
-        default=0.3,
-        help=rule + "a cached share of the prompt that decides, 0 to 1",
-    )
-    add(
+    group.any("--decode", action="append", metavar="URL", help="a decode server")
+    known = ", ".join(POLICIES)
+    for flag, default, text in (
+        ("--policy", "kairos", f"how a pair is picked: {known}"),
+        ("--prefill-policy", None, "how the prefill server is picked, if not by --policy"),
+        ("--decode-policy", None, "how the decode server is picked, if not by --policy"),
+    ):
+        group.any(flag, type=_policy, default=default, metavar="POLICY", help=text)
+    number, rule = group.number, "of cache_aware: "
+    number("--cache-threshold", "", 0.3, 0, 1, rule + "the cached share of a prompt that decides")
+    number(
         "--balance-abs-threshold",
-        type=int,
-        default=64,
-        help=rule + "the least loaded one instead, when requests differ by more",
+        "",
+        64,
+        0,
+        1_000_000,
+        rule + "the least loaded server instead, when requests differ by more",
     )
-    add(
-        "--balance-rel-threshold",
-        type=float,
-        default=1.5,
-        help=rule + "and by more than this factor",
-    )
-    add("--seed", type=int, default=None, help="fixes the router's random choices")
+    number("--balance-rel-threshold", "", 1.5, 1, 1_000_000, rule + "and by more than this factor")
+    number("--seed", "", None, -(2**63), 2**63, "fixes the router's random choices")
 
 
-def _serving(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=int, default=30000, help="port to listen on")
-    add("--request-timeout-secs", type=float, default=1800.0, help="whole request, retries too")
-    add("--connect-timeout-secs", type=float, default=5.0, help="connecting to a server")
-    add("--max-retries", "--retry-max-retries", type=int, default=3, help="other attempts made")
-    add("--disable-retries", action="store_true", help="the first attempt is the only one")
-    add(
+def _serving(group: _Group) -> None:
+    number = group.number
+    group.text("--host", "", "127.0.0.1", "address to listen on", "ADDRESS")
+    number("--port", "", 30000, 0, 65535, "port to listen on")
+    number(
+        "--request-timeout-secs",
+        "request_timeout_s",
+        1800.0,
+        0.1,
+        1_000_000,
+        "longest time of a request, with its retries",
+    )
+    number(
+        "--connect-timeout-secs",
+        "connect_timeout_s",
+        5.0,
+        0.05,
+        600,
+        "longest time to connect to a server",
+    )
+    number("--max-retries|--retry-max-retries", "", 3, 0, 100, "attempts after the first")
+    group.on("--disable-retries", "", "make one attempt only")
+    group.any(
         "--protect-last-server",
-        choices=("on", "off"),
-        default="on",
-        help="a request under which a server has died is not sent to the last one of that role",
+        type=switch,
+        default=True,
+        metavar="on|off",
+        help="keep a request that took a server down from the last one of that role (default: on)",
     )
-    add(
+    number(
         "--shutdown-grace-period-secs",
-        type=float,
-        default=180.0,
-        help="after SIGTERM requests in flight have this long to end",
+        "drain_s",
+        180.0,
+        0,
+        86_400,
+        "after SIGTERM: time for requests in flight to end",
     )
-    add(
+    number(
         "--drain-delay-secs",
-        type=float,
-        default=0.0,
-        help="after SIGTERM requests are still taken this long, while /health says 503",
+        "drain_delay_s",
+        0.0,
+        0,
+        3600,
+        "after SIGTERM: time in which requests are still taken, while /health says 503",
     )
-    add(
+    group.several(
         "--cors-allowed-origins",
-        nargs="*",
+        field="cors_origins",
         default=["*"],
         metavar="ORIGIN",
-        help="web pages that may call it, as SGLang's servers: all; without a value none",
+        help="web pages that may call the router; without a value: none",
     )
-    add(
+    group.several(
         "--request-id-headers",
-        nargs="*",
+        field="id_headers",
         default=[],
         metavar="NAME",
-        help="headers that a request's id is taken from when it has no x-request-id",
+        help="headers that give a request its id when it has no x-request-id",
     )
 
 
-def _overload(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
+def _overload(group: _Group) -> None:
+    group.any(
         "--overload",
         action="append",
         metavar="[CLASS=]serve|relegate|shed",
         help="what to do with a request whose SLO no pair can keep; repeat it for SLO classes",
     )
-    add(
+    group.number(
         "--max-concurrent-requests",
-        type=int,
-        default=8192,
-        help="requests in flight, above it 429; -1 or 0: no limit",
+        "max_in_flight",
+        8192,
+        -1,
+        1_000_000,
+        "most requests in flight, the next gets 429; -1 or 0: no limit",
     )
-    add("--max-payload-size", type=int, default=512 * 2**20, help="bytes of one body, else 413")
-    add("--max-held-bytes", type=int, default=2**31, help="bytes of all bodies held, else 429")
+    group.number(
+        "--max-payload-size",
+        "max_body_bytes",
+        512 * _MIB,
+        1024,
+        2**40,
+        "most bytes of one body, else 413",
+    )
+    group.number(
+        "--max-held-bytes", "", 2048 * _MIB, 1024, 2**50, "most bytes of all bodies held, else 429"
+    )
 
 
-def _health(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--poll-interval-secs", type=float, default=0.5, help="between looks at a server")
-    add(
+def _health(group: _Group) -> None:
+    number = group.number
+    number("--poll-interval-secs", "poll_s", 0.5, 0.5, 3600, "time between two polls of a server")
+    number(
         "--health-check-interval-secs",
-        type=float,
-        default=2.0,
-        help="least time between probes (/server_info) of a server that is there",
+        "probe_s",
+        2.0,
+        0.5,
+        3600,
+        "least time between two probes (/server_info) of a server that is up",
     )
-    add("--health-success-threshold", type=int, default=1, help="answered probes until it is back")
-    add("--disable-health-check", action="store_true", help="failed probes take nobody out")
-    add("--disable-circuit-breaker", action="store_true", help="failed requests eject nobody")
-    add("--health-check-timeout-secs", type=float, default=5.0, help="a probe unanswered so long")
-    add("--health-failure-threshold", type=int, default=3, help="failed probes in a row: gone")
-    add("--cb-failure-threshold", type=int, default=5, help="failed requests in a row: ejected")
-    add(
+    number(
+        "--health-success-threshold",
+        "probe_successes",
+        1,
+        1,
+        1000,
+        "answered probes after which a server is up again",
+    )
+    group.on("--disable-health-check", "probes", "failed probes take no server out", means=False)
+    group.on("--disable-circuit-breaker", "", "failed requests eject no server")
+    number(
+        "--health-check-timeout-secs",
+        "probe_timeout_s",
+        5.0,
+        0.1,
+        600,
+        "time after which a probe has failed",
+    )
+    number(
+        "--health-failure-threshold",
+        "",
+        3,
+        1,
+        1000,
+        "failed probes in a row after which a server is down",
+    )
+    number(
+        "--cb-failure-threshold",
+        "",
+        5,
+        1,
+        1_000_000,
+        "failed requests in a row after which a server is ejected",
+    )
+    number(
         "--cb-timeout-duration-secs",
-        type=float,
-        default=5.0,
-        help="how long it is ejected the first time; doubled each time in a row",
+        "",
+        5.0,
+        0.1,
+        3600,
+        "length of the first ejection; doubled for each one in a row",
     )
 
 
-def _security(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--api-key", default="", help="of the servers; sent with the router's own calls")
-    add("--client-api-key", default="", help="clients must send it as a bearer token")
-    add(
-        "--admin-api-key",
-        default="",
-        help="bearer token of /admin/servers (or KAIROS_ROUTER_ADMIN_KEY); without it: disabled",
+def _security(group: _Group) -> None:
+    group.text("--api-key", "", "", "key of the servers, for the router's own calls", "KEY")
+    group.text("--client-api-key", "", "", "key that clients must send as bearer token", "KEY")
+    group.text(
+        "--admin-api-key", "", "", "bearer token of /admin/servers; without it: disabled", "KEY"
     )
-    add("--tls-cert-path", default="", help="serve HTTPS with this certificate (PEM)")
-    add("--tls-key-path", default="", help="and this key (PEM)")
-    add(
+    group.file("--tls-cert-path", "tls_cert", "certificate to serve HTTPS with (PEM)")
+    group.file("--tls-key-path", "tls_key", "its key (PEM)")
+    group.any(
         "--ca-cert-path",
         "--ca-cert-paths",
+        field="ca_certs",
         nargs="*",
+        type=readable_file,
         default=[],
         metavar="PEM",
         help="certificates to verify https:// servers with",
     )
-    add("--client-cert-path", default="", help="shown to https:// servers that ask (PEM)")
-    add("--client-key-path", default="", help="its key (PEM)")
+    group.file("--client-cert-path", "client_cert", "certificate shown to https:// servers (PEM)")
+    group.file("--client-key-path", "client_key", "its key (PEM)")
 
 
-def _watching(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--log-level", type=str.lower, default="info", help="debug, info, warning or error")
-    add("--log-dir", default="", help="the log goes there, too (router.log)")
-    add("--prometheus-port", type=int, default=None, help="/metrics on this port as well")
-    add("--prometheus-host", default="0.0.0.0", help="its address")
-    add(
+def _watching(group: _Group) -> None:
+    known = ", ".join(_LOG_LEVELS.words[:4])
+    group.any("--log-level", type=_LOG_LEVELS, default="info", metavar="LEVEL", help=known)
+    group.text("--log-dir", "", "", "folder for the log as well (router.log)", "FOLDER")
+    group.number("--prometheus-port", "metrics_port", None, 0, 65535, "port for /metrics as well")
+    group.text("--prometheus-host", "metrics_host", "0.0.0.0", "its address", "ADDRESS")
+    group.any(
         "--prometheus-duration-buckets",
+        field="ttft_buckets",
         nargs="+",
-        type=float,
-        default=None,
+        type=Number(0.0, float("inf")),
+        default=[],
         metavar="SECONDS",
-        help="of TTFT, in place of the built-in ones",
+        help="buckets of the TTFT histogram, in place of the built-in ones",
     )
 
 
-def _discovery(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--service-discovery", action="store_true", help="the servers are pods, found by label")
+def _discovery(group: _Group) -> None:
+    group.on("--service-discovery", "", "find the servers as pods, by their labels")
     for role in ("prefill", "decode"):
-        add(f"--{role}-selector", nargs="+", metavar="LABEL=VALUE", help=f"of {role} pods")
-    add("--service-discovery-port", type=int, default=80, help="the pods' HTTP port")
-    add(
+        group.any(
+            f"--{role}-selector", nargs="+", metavar="LABEL=VALUE", help=f"labels of {role} pods"
+        )
+    group.number("--service-discovery-port", "", 80, 1, 65535, "the pods' HTTP port")
+    group.text(
         "--service-discovery-namespace",
-        default="",
-        help="their namespace; without it all, which takes a cluster-wide role",
+        "",
+        "",
+        "their namespace; without it all, which takes a cluster-wide role",
+        "NAME",
     )
 
 
-def _policy(text: str) -> str:
-    return {"least_loaded": "least_load"}.get(name := text.replace("-", "_"), name)
+def _policy(value: object) -> str:
+    """A policy's name, with dashes or underscores."""
+    return _POLICY(value.replace("-", "_") if isinstance(value, str) else value)

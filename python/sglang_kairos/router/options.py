@@ -1,30 +1,28 @@
-"""The router's own settings, from its command line (flags of `arguments`)."""
+"""The router's own settings, from its flags, the environment and a file (see `arguments`)."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 from sglang_kairos.policy.overload import Overload
-from sglang_kairos.router.arguments import POLICIES, build_parser
+from sglang_kairos.router.arguments import OptionError, build_parser
 from sglang_kairos.router.fleet.health import HealthRules
 from sglang_kairos.router.upstream_flags import heed
 
+__all__ = ["OptionError", "Pods", "RouterOptions", "parse_options", "prefill_of", "url_of"]
+
 logger = logging.getLogger(__name__)
 
-ADMIN_KEY_ENV = "KAIROS_ROUTER_ADMIN_KEY"
 MIB = 1024 * 1024
-_LOG_LEVELS = ("debug", "info", "warn", "warning", "error", "critical", "trace")
 _LABEL = re.compile(r"[A-Za-z0-9._/-]+=[A-Za-z0-9._-]*")
-
-
-class OptionError(ValueError):
-    """A router flag that cannot be used; the text names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +91,20 @@ class RouterOptions:
         return dict(self.overload_classes).get(slo_class, self.overload)
 
 
-def parse_options(argv: Sequence[str]) -> RouterOptions:
-    """Options of a command line without Kairos' own flags. OptionError names what is wrong."""
-    given = build_parser().parse_args(list(argv))
+def parse_options(
+    argv: Sequence[str],
+    env: Mapping[str, str] | None = None,
+    file: Mapping[str, Any] | None = None,
+    where: str = "",
+) -> RouterOptions:
+    """Options of a command line without Kairos' own flags. OptionError names what is wrong.
+
+    `env`: the environment (default: this process'), `file`: the settings of a file, `where`: its name.
+    """
+    env = os.environ if env is None else env
+    given, rest = build_parser().load(argv, env, file, where)
+    if rest:
+        raise OptionError(f"{rest[0]}: no such flag (kairos router --help shows all)")
     warned, refused = heed(getattr(given, "others", ()))
     if refused:
         raise OptionError("; ".join(refused))
@@ -106,91 +115,43 @@ def parse_options(argv: Sequence[str]) -> RouterOptions:
     pods = _pods(given)
     if pods is None and (not given.prefill or not given.decode):
         raise OptionError("--prefill and --decode: at least one server each is required")
-    _check_ranges(given)
-    _check_policies(given)
-    _check_files(given)
-    ejects = 2**31 if given.disable_circuit_breaker else given.cb_failure_threshold
+    _check_certificates(given)
     overload, classes = _overload(given.overload or [])
-    return RouterOptions(
-        prefills=tuple(prefill_of(words) for words in given.prefill or ()),
-        decodes=tuple(url_of("--decode", url) for url in given.decode or ()),
-        host=given.host,
-        port=given.port,
-        policy=given.policy,
-        prefill_policy=given.prefill_policy or "",
-        decode_policy=given.decode_policy or "",
-        cache_threshold=given.cache_threshold,
-        balance_abs_threshold=given.balance_abs_threshold,
-        balance_rel_threshold=given.balance_rel_threshold,
-        request_timeout_s=given.request_timeout_secs,
-        connect_timeout_s=given.connect_timeout_secs,
-        poll_s=given.poll_interval_secs,
-        probe_timeout_s=given.health_check_timeout_secs,
-        probe_s=given.health_check_interval_secs,
-        probe_successes=given.health_success_threshold,
-        probes=not given.disable_health_check,
-        health=HealthRules(
-            probe_failures=given.health_failure_threshold,
-            request_failures=ejects,
-            eject_s=given.cb_timeout_duration_secs,
-            longest_eject_s=max(60.0, given.cb_timeout_duration_secs),
-        ),
-        max_retries=0 if given.disable_retries else given.max_retries,
-        overload=overload,
-        overload_classes=classes,
-        max_in_flight=max(0, given.max_concurrent_requests),
-        protect_last_server=given.protect_last_server == "on",
-        max_body_bytes=given.max_payload_size,
-        max_held_bytes=given.max_held_bytes,
-        drain_s=given.shutdown_grace_period_secs,
-        drain_delay_s=given.drain_delay_secs,
-        api_key=given.api_key,
-        client_api_key=given.client_api_key,
-        admin_api_key=given.admin_api_key or os.environ.get(ADMIN_KEY_ENV, ""),
-        tls_cert=given.tls_cert_path,
-        tls_key=given.tls_key_path,
-        ca_certs=tuple(given.ca_cert_path),
-        client_cert=given.client_cert_path,
-        client_key=given.client_key_path,
-        cors_origins=tuple(given.cors_allowed_origins),
-        id_headers=tuple(name.lower() for name in given.request_id_headers),
-        seed=given.seed,
-        log_level={"warn": "warning"}.get(given.log_level, given.log_level),
-        log_dir=given.log_dir,
-        metrics_host=given.prometheus_host,
-        metrics_port=given.prometheus_port,
-        ttft_buckets=tuple(sorted(set(given.prometheus_duration_buckets or ()))),
-        pods=pods,
+    made = {
+        "prefills": tuple(prefill_of(words) for words in given.prefill or ()),
+        "decodes": tuple(url_of("--decode", url) for url in given.decode or ()),
+        "health": _health(given),
+        "prefill_policy": given.prefill_policy or "",
+        "decode_policy": given.decode_policy or "",
+        "max_retries": 0 if given.disable_retries else given.max_retries,
+        "overload": overload,
+        "overload_classes": classes,
+        "max_in_flight": max(0, given.max_in_flight),
+        "ca_certs": tuple(given.ca_certs),
+        "cors_origins": tuple(given.cors_origins),
+        "id_headers": tuple(name.lower() for name in given.id_headers),
+        "ttft_buckets": tuple(sorted(set(given.ttft_buckets))),
+        "pods": pods,
+    }
+    as_given = {item.name for item in dataclasses.fields(RouterOptions)} - made.keys()
+    return RouterOptions(**made, **{name: getattr(given, name) for name in as_given})
+
+
+def _health(given: argparse.Namespace) -> HealthRules:
+    never = 2**31
+    return HealthRules(
+        probe_failures=given.health_failure_threshold,
+        request_failures=never if given.disable_circuit_breaker else given.cb_failure_threshold,
+        eject_s=given.cb_timeout_duration_secs,
+        longest_eject_s=max(60.0, given.cb_timeout_duration_secs),
     )
 
 
-def _check_policies(given: argparse.Namespace) -> None:
-    for flag in ("policy", "prefill_policy", "decode_policy"):
-        name = getattr(given, flag)
-        if name and name not in POLICIES:
-            known = ", ".join(POLICIES)
-            raise OptionError(f"--{flag.replace('_', '-')}: must be one of {known}, got {name!r}")
-
-
-def _check_files(given: argparse.Namespace) -> None:
-    if given.log_level not in _LOG_LEVELS:
-        known = ", ".join(_LOG_LEVELS)
-        raise OptionError(f"--log-level: must be one of {known}, got {given.log_level!r}")
-    if bool(given.tls_cert_path) != bool(given.tls_key_path):
+def _check_certificates(given: argparse.Namespace) -> None:
+    if bool(given.tls_cert) != bool(given.tls_key):
         raise OptionError("--tls-cert-path and --tls-key-path: one needs the other")
-    if given.client_key_path and not given.client_cert_path:
+    if given.client_key and not given.client_cert:
         raise OptionError("--client-key-path: needs --client-cert-path")
-    for flag in (
-        "tls_cert_path",
-        "tls_key_path",
-        "ca_cert_path",
-        "client_cert_path",
-        "client_key_path",
-    ):
-        paths = getattr(given, flag)
-        for path in [paths] if isinstance(paths, str) else paths:
-            if path and not os.access(path, os.R_OK):
-                raise OptionError(f"--{flag.replace('_', '-')}: cannot be read: {path}")
 
 
 def _pods(given: argparse.Namespace) -> Pods | None:
@@ -220,38 +181,6 @@ def _selector(flag: str, words: Sequence[str]) -> str:
         if not _LABEL.fullmatch(label):
             raise OptionError(f"{flag}: must be LABEL=VALUE, got {label!r}")
     return ",".join(labels)
-
-
-def _check_ranges(given: argparse.Namespace) -> None:
-    for name, low, high in (
-        ("port", 0, 65535),
-        ("prometheus_port", 0, 65535),
-        ("service_discovery_port", 1, 65535),
-        ("cache_threshold", 0, 1),
-        ("balance_abs_threshold", 0, 1_000_000),
-        ("balance_rel_threshold", 1, 1_000_000),
-        ("health_check_interval_secs", 0.5, 3600),
-        ("health_success_threshold", 1, 1000),
-        ("max_retries", 0, 100),
-        ("poll_interval_secs", 0.5, 3600),
-        ("request_timeout_secs", 0.1, 1_000_000),
-        ("connect_timeout_secs", 0.05, 600),
-        ("health_check_timeout_secs", 0.1, 600),
-        ("health_failure_threshold", 1, 1000),
-        ("cb_failure_threshold", 1, 1_000_000),
-        ("cb_timeout_duration_secs", 0.1, 3600),
-        ("max_concurrent_requests", -1, 1_000_000),
-        ("max_payload_size", 1024, 2**40),
-        ("max_held_bytes", 1024, 2**50),
-        ("shutdown_grace_period_secs", 0, 86_400),
-        ("drain_delay_secs", 0, 3600),
-    ):
-        value = getattr(given, name)
-        if value is None:
-            continue
-        if not low <= value <= high:
-            flag = "--" + name.replace("_", "-")
-            raise OptionError(f"{flag}: must be between {low} and {high}, got {value}")
 
 
 def _overload(words: Sequence[str]) -> tuple[Overload, tuple[tuple[str, Overload], ...]]:

@@ -1,4 +1,4 @@
-"""`python -m sglang_kairos.sim`: policies against each other, or `plan`: how many servers."""
+"""``kairos sim``: policies against each other; ``kairos plan``: how many servers."""
 
 from __future__ import annotations
 

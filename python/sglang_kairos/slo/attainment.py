@@ -13,6 +13,7 @@ from collections.abc import Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from sglang_kairos.names import with_old_keys
 from sglang_kairos.slo.targets import Slo
 
 TTFT, TPOT, BOTH = "ttft", "tpot", "both"
@@ -24,7 +25,7 @@ TTFT_EDGES_S = (
 )  # fmt: skip
 TPOT_EDGES_S = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2)
 
-# How a request ended. Each is counted once, under one of these.
+# What became of a request. Every one is counted under one of these, once.
 SERVED = "served"
 RETRACTED = "served_after_retraction"  # it lost its KV on the way, and got it back
 AGAIN = "prefilled_again"  # a prefill that decode asked for a second time: no request of its own
@@ -138,9 +139,9 @@ class Attainment:
 
     def report(self) -> dict[str, Any]:
         """Returns plain data for /server_info."""
-        return {
+        report = {
             "requests": dict(self.outcomes),
-            "longest_silence_s": self.longest_silence_s,
+            "max_itl_s": self.longest_silence_s,
             "classes": {
                 name: {
                     "met": dict(tally.met),
@@ -152,6 +153,7 @@ class Attainment:
                 for name, tally in self.classes.items()
             },
         }
+        return with_old_keys("server_info", report)
 
 
 class Recent:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sglang_kairos
+from sglang_kairos.commands import parser_of
 from sglang_kairos.config import ConfigError
 from sglang_kairos.cpu import runtime, site
 from sglang_kairos.engine.fingerprints import known_texts
@@ -129,7 +130,7 @@ def about_runtime() -> Check:
         return Check("runtime", not decision.refused, f"stock: {decision.reason}")
     hook = site.site_packages() / site.PTH_NAME
     installed = hook.is_file() and hook.read_text(encoding="utf-8") == site.PTH_LINE
-    cure = () if installed else ("python -m sglang_kairos.cpu install", site.status())
+    cure = () if installed else ("kairos cpu install", site.status())
     state = "start-up hook installed" if installed else "start-up hook missing"
     return Check("runtime", installed, f"CPU: {decision.reason}; {state}", cure)
 
@@ -256,13 +257,9 @@ def about_patches(tree: patch.SglangTree, version: str) -> Check:
     return Check("patches", all(fit), headline, tuple(details))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line. Returns 0 when all is well, else 1."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sglang_kairos.versions.doctor",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of ``kairos doctor``."""
+    parser = parser_of("doctor", description=__doc__)
     parser.add_argument(
         "--sglang",
         metavar="WHERE",
@@ -275,28 +272,17 @@ def main(argv: list[str] | None = None) -> int:
         help="show what changed in the functions that Kairos does not know (downloads the version "
         "to compare with where it is not here)",
     )
-    more = parser.add_argument_group("add a version", port.__doc__)
+    more = parser.add_argument_group("add a version", "As `kairos port` does, with its flags.")
     more.add_argument("--port", metavar="VERSION|TREE", help="add this SGLang to what Kairos knows")
-    more.add_argument("--version", default="", help="of a tree that does not say it")
-    more.add_argument("--dry-run", action="store_true", help="judge, write and start nothing")
-    more.add_argument(
-        "--write", default="", metavar="FILE", help="write a file for KAIROS_SEAMS instead"
-    )
-    more.add_argument(
-        "--accept",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a seam that you have looked at",
-    )
-    more.add_argument("--no-identity", action="store_true", help="do not start a pair")
-    args = parser.parse_args(argv)
+    port.add_flags(more)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print each check. Returns 0 when all is well, else 1."""
+    args = build_parser().parse_args(argv)
     if args.port:
-        return port.run(
-            port.Options(
-                args.port, args.version, args.dry_run, args.write, args.accept, not args.no_identity
-            )
-        )
+        return port.run(port.options_of(args.port, args))
     well = True
     for check in examine(args.sglang):
         print(check)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from sglang_kairos.commands import parser_of
 from sglang_kairos.engine.fingerprints.known_texts import release
 
 # Contents by path inside the package; None is a file that does not exist.
@@ -432,13 +433,9 @@ def _change(tree: SglangTree, standing: Standing, goal: Files, verb: str, idle: 
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line. Returns 0 when all is well, 1 when a patch does not fit, 2 on other errors."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sglang_kairos.versions.patch",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of ``kairos patch``."""
+    parser = parser_of("patch", description=__doc__)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--patches", type=Path, help="folder of the patches (default: Kairos' own)")
     versioned = argparse.ArgumentParser(add_help=False)
@@ -455,7 +452,12 @@ def main(argv: list[str] | None = None) -> int:
     ):
         verb = verbs.add_parser(name, parents=[common, versioned, treed], help=text)
         verb.set_defaults(run=run)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb. Returns 0 when all is well, 1 when a patch does not fit, 2 on other errors."""
+    args = build_parser().parse_args(argv)
     try:
         return int(args.run(args))
     except Misfit as error:

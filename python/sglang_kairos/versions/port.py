@@ -1,4 +1,4 @@
-"""Adds an SGLang version to Kairos: ``doctor --port VERSION`` or ``--port TREE``.
+"""Adds an SGLang version to Kairos: ``kairos port VERSION`` or ``kairos port TREE``.
 
 Judges each seam (`engine.fingerprints.judge`), writes what changed beside it, and where nothing
 needs a person, the table's column and the patches; then imports that SGLang and runs the identity
@@ -11,6 +11,7 @@ failed.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -18,11 +19,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from sglang_kairos.commands import parser_of
 from sglang_kairos.engine.fingerprints import known_texts
 from sglang_kairos.engine.judge import Judge, SeamVerdict
 from sglang_kairos.other_sglang import NoSuchSglang, fetch, folder_of
@@ -86,6 +88,42 @@ class Options:
     write: str = ""
     accept: Collection[str] = ()
     identity: bool = True
+
+
+def add_flags(group: argparse._ActionsContainer) -> None:
+    """Every flag of ``kairos port``; ``kairos doctor --port`` takes them too."""
+    group.add_argument("--version", default="", help="of a tree that does not say it")
+    group.add_argument("--dry-run", action="store_true", help="judge, write and start nothing")
+    group.add_argument(
+        "--write", default="", metavar="FILE", help="write a file for KAIROS_SEAMS instead"
+    )
+    group.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a seam that you have looked at",
+    )
+    group.add_argument("--no-identity", action="store_true", help="do not start a pair")
+
+
+def options_of(where: str, args: argparse.Namespace) -> Options:
+    """What the flags of `add_flags` ask for."""
+    return Options(where, args.version, args.dry_run, args.write, args.accept, not args.no_identity)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of ``kairos port``."""
+    parser = parser_of("port", description=__doc__)
+    parser.add_argument("where", metavar="VERSION|TREE", help="the SGLang to add")
+    add_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Add a version. Returns one of the exit codes above."""
+    args = build_parser().parse_args(argv)
+    return run(options_of(args.where, args))
 
 
 def checkout() -> Path | None:

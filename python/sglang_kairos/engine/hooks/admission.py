@@ -30,7 +30,7 @@ def reserve(state: KairosState, original: Callable[..., Any], queue: Any) -> Any
     if plan is None:
         return original(queue)
     entries = [queue.queue[index] for index in plan.order]
-    first = set(map(id, entries[: plan.sustained]))
+    first = set(map(id, entries[: plan.kept]))
     starving = queue.queue[plan.starving] if plan.starving >= 0 else None
     queue.queue[:] = entries
     if plan.count == len(entries):
@@ -46,7 +46,7 @@ def reserve(state: KairosState, original: Callable[..., Any], queue: Any) -> Any
     now, planner = state.now(), memory_of(state).planner
     for entry in result[0]:
         promise = state.promise(entry.req)
-        promise.sustained, promise.reserved_s = id(entry) in first, now
+        promise.kept, promise.reserved_s = id(entry) in first, now
         planner.let_in(len(entry.req.origin_input_ids), entry is starving)
     return result
 
@@ -190,14 +190,12 @@ def clock_s(state: KairosState, queue: Any, now: float) -> NDArray[np.float64]:
 def _occupancy(state: KairosState, queue: Any) -> Occupancy:
     scheduler = state.scheduler
     joining = [entry.req for entry in queue.transfer_queue.queue] + list(scheduler.waiting_queue)
-    sustained = [req for req in joining if state.promise(req).sustained]
+    kept = [req for req in joining if state.promise(req).kept]
     size = float(scheduler.max_total_num_tokens)
     return Occupancy(
         # One that comes back from retraction brings its output.
-        np.array(
-            [len(req.origin_input_ids) + max(0, len(req.output_ids) - 1) for req in sustained]
-        ),
-        np.array([state.promise(req).slo.tpot_ms / 1e3 for req in sustained]),
+        np.array([len(req.origin_input_ids) + max(0, len(req.output_ids) - 1) for req in kept]),
+        np.array([state.promise(req).slo.tpot_ms / 1e3 for req in kept]),
         size,
         min(scheduler.req_to_token_pool.size, scheduler.max_running_requests),
         size - scheduler.token_to_kv_pool_allocator.available_size(),

@@ -18,7 +18,7 @@ import numpy as np
 from sglang_kairos.engine import features
 from sglang_kairos.engine.hooks import admission
 from sglang_kairos.engine.hooks.attainment import count_ended
-from sglang_kairos.engine.state.running_table import SUSTAINED, memory_of, tell_breaker
+from sglang_kairos.engine.state.running_table import SERVED, memory_of, tell_breaker
 from sglang_kairos.engine.state.scheduler_state import KairosState, current
 from sglang_kairos.engine.state.subset_view import SubsetView
 from sglang_kairos.policy.decode_planner import RunningView
@@ -148,7 +148,7 @@ def _choose(state: KairosState, batch: Any) -> list[int] | None:
         tell_breaker(state, memory.planner.breaker)
         if choice is None:
             return None
-        memory.table.columns[SUSTAINED] = choice.sustained
+        memory.table.columns[SERVED] = choice.served
         if state.logging:
             _record(state, view, choice)
         return choice.run
@@ -165,7 +165,7 @@ def _record(state: KairosState, view: RunningView, choice: StepChoice) -> None:
         tpot_s=view.tpot_s.tolist(),
         context_tokens=view.context_tokens.tolist(),
         silent_s=view.silent_s.tolist(),
-        served=view.sustained.tolist(),
+        served=view.served.tolist(),
         error=dataclasses.asdict(state.step_time.error),
         expected_output=planner.statistics.output_tokens,
         reserve_tokens=reserve_of(state.step_time.error.mape),

@@ -1,7 +1,7 @@
 """Where the predictors of a server start, and the file in which they keep what they learnt.
 
-A server starts from its own entry of ``--kairos-profile FILE``, else from the profile that ships for
-its (model, GPU, TP), else from a generic law that some ten steps replace.
+A server starts from its own entry of ``--kairos-latency-model FILE``, else from the model that ships
+for its (model, GPU, TP), else from a generic law that some ten steps replace.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Profile:
                 resume(learnt, decode=decode)
                 self.source = "file"
             except ProfileError as error:
-                logger.warning("Kairos: --kairos-profile %s: %s: not used", self._path, error)
+                logger.warning("Kairos: --kairos-latency-model %s: %s: not used", self._path, error)
         return prefill, decode
 
     def keep(self, now_s: float, prefill: Callable[[], Any], decode: Callable[[], Any]) -> None:
@@ -81,7 +81,7 @@ class Profile:
                 save_profile(self._path, self.key, prefill_state=prefill, decode_state=decode)
             except OSError as error:
                 logger.warning(
-                    "Kairos: --kairos-profile %s cannot be written: %s", self._path, error
+                    "Kairos: --kairos-latency-model %s cannot be written: %s", self._path, error
                 )
 
     def _load(self) -> Seed | None:
@@ -90,7 +90,7 @@ class Profile:
         try:
             return load_profile(self._path, self.key)
         except ProfileError as error:
-            logger.warning("Kairos: --kairos-profile ignored: %s", error)
+            logger.warning("Kairos: --kairos-latency-model ignored: %s", error)
             return None
 
 

@@ -11,6 +11,7 @@ from collections import Counter as Counts
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sglang_kairos import names
 from sglang_kairos.engine import compat
 from sglang_kairos.engine.state.tp_sync import leads
 from sglang_kairos.predict.prediction_error import PredictError
@@ -66,11 +67,12 @@ class SchedulerMetrics:
             "How late those were that missed: the first token, or the last counted from the first"
         )
         self._late = of(histogram("lateness", late, TTFT_EDGES_S, "target"))
-        silent = "The longest wait of a request for its next token"
-        self._silent = of(histogram("silence", silent, TTFT_EDGES_S))
-        self._silence = gauge(
-            "silence_max_seconds", "The longest wait for a next token so far", of_all="max"
-        )
+        itl = "The longest time between two tokens of a request"
+        self._itl = [of(histogram(name, itl, TTFT_EDGES_S)) for name in both("request_max_itl")]
+        longest = "The longest time between two tokens of any request so far"
+        self._longest_itl = [
+            gauge(f"{name}_seconds", longest, of_all="max") for name in both("max_itl")
+        ]
         self._told: Counts[str] = Counts()
         self._due_s = float("-inf")
 
@@ -101,8 +103,10 @@ class SchedulerMetrics:
             self._late(label, target).observe(late_s)
         if verdict.tpot_s is not None:
             self._tpot(label).observe(verdict.tpot_s)
-            self._silent(label).observe(verdict.silent_s)
-            self._silence.labels(*self._labels).set(longest_silence_s)
+            for metric in self._itl:
+                metric(label).observe(verdict.silent_s)
+            for metric in self._longest_itl:
+                metric.labels(*self._labels).set(longest_silence_s)
 
     def tell(
         self, error: PredictError, *, breaker_open: bool, paused: int, counters: Counts[str]
@@ -116,6 +120,13 @@ class SchedulerMetrics:
         for event, count in counters.items():
             self._events.labels(*self._labels, event).inc(count - self._told[event])
         self._told = counters.copy()
+
+
+def both(name: str) -> list[str]:
+    """The name of a metric in seconds, without ``kairos_`` and unit, and its old one."""
+    new = f"kairos_{name}_seconds"
+    found = [new, *filter(None, [names.old_name("metric", new)])]
+    return [each.removeprefix("kairos_").removesuffix("_seconds") for each in found]
 
 
 def header_counter(server_args: Any) -> Callable[[str], None]:

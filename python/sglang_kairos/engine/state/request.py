@@ -15,7 +15,7 @@ class RequestState:
 
     Of a chunked prefill: `paused_s` is how long it sat out in all, the pause it may be in excepted,
     which began at `paused_since_s`; `aborted`: it was while it sat out, and is to be torn down.
-    Of decode: `ready_s` is when it had shaken hands, `reserved_s` when its KV was reserved, `sustained`
+    Of decode: `ready_s` is when it had shaken hands, `reserved_s` when its KV was reserved, `kept`
     whether that was for its SLO, `fits` whether the server has KV for it at all. Of its stream, for
     `slo.attainment.Silences`: when it got its first and a later token, its longest wait for one, and
     how many of its retractions were seen.
@@ -30,7 +30,7 @@ class RequestState:
     aborted: bool = False
     ready_s: float | None = None
     reserved_s: float | None = None
-    sustained: bool = True
+    kept: bool = True
     fits: bool = False
     last_token_s: float | None = None
     silent_s: float = 0.0

@@ -19,7 +19,7 @@ from sglang_kairos.policy.chaos_decode import ChaosDecodePlanner
 from sglang_kairos.policy.decode_planner import DecodePlanner, RunningView
 from sglang_kairos.predict.prediction_error import LEARNT_STEPS, PredictError
 
-FIRST_S, TPOT_S, EMITTED, LAST_S, SUSTAINED, RAN = range(6)
+FIRST_S, TPOT_S, EMITTED, LAST_S, SERVED, RAN = range(6)
 Entry = tuple[float, float, float, float, bool]
 
 
@@ -98,7 +98,7 @@ class DecodeMemory:
             columns[EMITTED],
             columns[TPOT_S],
             columns[LAST_S],
-            columns[SUSTAINED] > 0.0,
+            columns[SERVED] > 0.0,
             batch.seq_lens_cpu.numpy() if batch.reqs else _NOBODY,
             table.tightest_s,
         )
@@ -122,7 +122,7 @@ def _entry(state: KairosState, req: Any) -> Entry:
         promise.first_token_s = req.time_stats.decode_prebuilt_finish_time or state.now()
     last = req.time_stats.last_decode_finish_time or promise.first_token_s
     emitted = float(len(req.output_ids))
-    return promise.first_token_s, promise.slo.tpot_ms / 1e3, emitted, last, promise.sustained
+    return promise.first_token_s, promise.slo.tpot_ms / 1e3, emitted, last, promise.kept
 
 
 def tell_breaker(state: KairosState, error: PredictError | None) -> None:

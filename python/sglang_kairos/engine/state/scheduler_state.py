@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from sglang_kairos import names
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine import features
 from sglang_kairos.engine.installed import INSTALLED, MISSING, VOUCHED_FOR
@@ -39,7 +40,7 @@ class KairosState:
         self.config = config
         self.scheduler = scheduler
         self.table: SloTable = config.slo_table()
-        self.profile = Profile(scheduler, config.profile)
+        self.profile = Profile(scheduler, config.latency_model)
         self.captured_sizes = captured_sizes(scheduler)
         self.prefill_time, self.step_time = self.profile.start(self.captured_sizes)
         self.steps = LatestSteps()
@@ -180,8 +181,8 @@ class KairosState:
             "seams": dict(INSTALLED),
             "lost": dict(MISSING),
             "vouched_for": list(VOUCHED_FOR),
-            "profile": self.profile.source,
-            "profile_key": dataclasses.asdict(self.profile.key),
+            "latency_model": self.profile.source,
+            "latency_model_key": dataclasses.asdict(self.profile.key),
             "captured_sizes": self.captured_sizes,
             "steps": self.steps.report(),
             "attainment": self.attainment.report(),
@@ -200,7 +201,7 @@ class KairosState:
             report["paused"] = len(self.paused)
             report["paused_tokens"] = sum(map(kv_tokens, self.paused))
             report["cannot_pause"] = self.cannot_pause
-        return report
+        return names.with_old_keys("server_info", report)
 
 
 CURRENT: KairosState | None = None

@@ -1,7 +1,7 @@
 """A throw-away view of SGLang's running batch that holds some of its rows, for one step or many.
 
 Making one costs a gather per row tensor; while neither the running batch nor the choice changes, the
-same view goes on, and a step costs only the write-back of the lengths (`benchmark.decode_cost`
+same view goes on, and a step costs only the write-back of the lengths (`benchmark.micro.decode_cost`
 counts both).
 """
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
+from sglang_kairos.commands import parser_of
 from sglang_kairos.reports.report import Run, by_policy, table, write_json
 from sglang_kairos.sim.cli import options
 from sglang_kairos.sim.cli.grid import Cell, SimResult, bound_available, run_grid
@@ -19,10 +20,10 @@ DEFAULT_POLICIES = ("fcfs", "lpm", "hrrn", "shortest-prefill-first", "priority",
 
 def parser() -> argparse.ArgumentParser:
     """The command line without a subcommand."""
-    made = argparse.ArgumentParser(
-        prog="python -m sglang_kairos.sim",
-        description="Simulates a PD cluster under a trace, with the servers' own decisions.",
-        epilog="`python -m sglang_kairos.sim plan --help`: how many servers do I need?",
+    made = parser_of(
+        "sim",
+        description="Simulate a PD cluster under a trace, with the servers' own decisions.\n"
+        "How many servers do I need? `kairos plan` says it.",
     )
     options.add_trace_options(made)
     options.add_run_options(made, DEFAULT_POLICIES)

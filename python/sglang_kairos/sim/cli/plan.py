@@ -1,4 +1,4 @@
-"""`python -m sglang_kairos.sim plan`: how many prefill and decode servers do I need?"""
+"""``kairos plan``: how many prefill and decode servers do I need?"""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sglang_kairos.commands import parser_of
 from sglang_kairos.loads.traces import rate_of
 from sglang_kairos.sim.cli import options
 from sglang_kairos.sim.cli.grid import Cell, run_grid
@@ -24,7 +25,7 @@ METRICS = {
 
 
 class Question(NamedTuple):
-    """One search: how many servers does this policy need for that?"""
+    """One search: the servers that this policy needs for this rate and SLO."""
 
     rate: float | None
     slo: options.TargetSet
@@ -40,11 +41,11 @@ class Attained(NamedTuple):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of `plan`."""
-    made = argparse.ArgumentParser(
-        prog="python -m sglang_kairos.sim plan",
-        description="The fewest prefill and decode servers, per policy, that keep the promise; "
-        "of equally many those with fewer prefill servers.",
+    """Returns the parser of ``kairos plan``."""
+    made = parser_of(
+        "plan",
+        description="Find the fewest prefill and decode servers, per policy, that keep the promise."
+        "\nOf equally many it takes those with fewer prefill servers.",
     )
     made.add_argument(
         "--attain",
@@ -118,7 +119,7 @@ class _Bench:
         self.attained: dict[Question, dict[Shape, Attained]] = {}
 
     def probe(self, pairs: Sequence[tuple[Question, Shape]]) -> list[float]:
-        """What counts, for each."""
+        """Returns the attainment that counts, for each pair."""
         args = self._args
         cells = [
             Cell(

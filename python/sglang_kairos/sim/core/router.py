@@ -1,7 +1,7 @@
 """The router: pairs by `policy.placement`, or in turn as a router that knows nothing does.
 
-Its books are the real router's (`router.fleet.servers`), which hears of the servers what ``/server_info``
-of real ones would say.
+Its books are the real router's (`router.fleet.servers`), which hears of the servers what
+``/server_info`` of real ones would say.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SimRouter:
         self._turn = 0
 
     def place(self, req: SimRequest, now_s: float) -> None:
-        """Sets the request's servers."""
+        """Chooses the request's servers."""
         turn, width = self._turn, len(self._prefills)
         self._turn += 1
         req.prefill, req.decode = turn % width, turn // width % len(self._decodes)
@@ -76,12 +76,12 @@ class SimRouter:
         self._decodes[req.decode][0].join(*_grown(req))
 
     def prefilled(self, req: SimRequest, now_s: float) -> None:
-        """Its prompt is done."""
+        """Notes that its prompt is done."""
         if req in self._tickets:
             self._prefills[req.prefill][0].settle(self._tickets[req], now_s, served=True)
 
     def finished(self, req: SimRequest) -> None:
-        """Its last token is out."""
+        """Notes that its last token is out."""
         if self._tickets.pop(req, None) is not None:
             self._decodes[req.decode][0].leave(*_grown(req))
 
