@@ -83,7 +83,7 @@ def test_an_unknown_value_warns_and_is_off(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert not runtime.should_activate({"KAIROS_CPU": "yes"}, machine(tmp_path))
-    assert "'yes' is none of auto, on, off" in capsys.readouterr().err
+    assert "KAIROS_CPU must be one of auto, on, off, got 'yes'" in capsys.readouterr().err
 
 
 def test_activate_refuses_on_a_machine_with_a_gpu(

@@ -14,8 +14,8 @@ from sglang_kairos.policy.packing import (
     MOST_RESERVE,
     StepChoice,
     choose_step,
+    longest_full_step_s,
     reserve_of,
-    room_s,
 )
 from sglang_kairos.predict.decode_latency import StepTimeModel
 
@@ -293,7 +293,7 @@ def test_nobody_is_silent_past_the_cap_although_steps_scatter() -> None:
 def test_the_reserve_grows_with_the_error_up_to_a_limit_and_shortens_the_room() -> None:
     reserves = [reserve_of(error) for error in (0.0, 0.01, 0.1, 10.0)]
     assert reserves[0] == 0.0 and reserves == sorted(reserves) and reserves[-1] == MOST_RESERVE
-    rooms = [room_s(TPOT, reserve) for reserve in reserves]
+    rooms = [longest_full_step_s(TPOT, reserve) for reserve in reserves]
     assert rooms[0] == TPOT and rooms == sorted(rooms, reverse=True) and rooms[-1] > 0.7 * TPOT
 
 

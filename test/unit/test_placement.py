@@ -255,7 +255,7 @@ def test_prefill_outlook(
 ) -> None:
     found = prefill_outlook(server, request_)
     assert found.end_s == pytest.approx(end), name
-    assert (found.kept, found.harmless) == (kept, harmless), name
+    assert (found.gain, found.harmless) == (kept, harmless), name
 
 
 on_one_server = st.lists(st.tuples(st.floats(0.05, 10), st.floats(0.01, 3)), max_size=7)
@@ -310,7 +310,7 @@ def test_a_late_everywhere_request_goes_where_it_pushes_nobody_out() -> None:
     ],
 )
 def test_decode_outlook(name: str, server: DecodeState, tpot: float, kept: float) -> None:
-    assert decode_outlook(server, PlacedRequest(1, 1.0, tpot_s=tpot)).kept == kept, name
+    assert decode_outlook(server, PlacedRequest(1, 1.0, tpot_s=tpot)).gain == kept, name
 
 
 def test_knees_flatten_the_step_cost() -> None:

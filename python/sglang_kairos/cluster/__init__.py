@@ -1,1 +1,1 @@
-"""A prefill/decode cluster on one machine: its processes, ports and command lines."""
+"""Runs a prefill/decode cluster on one machine: what to start (`layout`), starting and ending (`run`)."""

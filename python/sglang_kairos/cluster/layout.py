@@ -1,4 +1,4 @@
-"""What a cluster's parts are called with: its spec, their ports, their command lines."""
+"""The parts of a cluster: what to start, on which ports, with which command lines."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ ROUTER_MODULES = {
     "random": "sglang_router.launch_router",
 }
 ROUTERS = (*ROUTER_MODULES, "none")
-# What the cluster decides for each server; given by the user they would break its wiring.
+# Flags that the cluster sets for each server. Values from the user would break its wiring.
 OWN_FLAGS = ("--port", "--disaggregation-mode", "--disaggregation-bootstrap-port")
 
 
 class ClusterError(RuntimeError):
-    """A cluster that cannot start or has lost a part; the text names the part and its log."""
+    """The cluster cannot start or has lost a part. The text names the part and its log."""
 
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """What to start. Every flag list goes behind the cluster's own flags, so it wins.
+    """What to start. The user's flags go behind the cluster's own flags, so they win.
 
     `model_path`: empty means a generated tiny model, without a GPU only.
-    `router`: kairos, random (sglang_router's mini load balancer) or none; without one, one side
-    alone will do.
+    `router`: kairos, random (sglang_router's mini load balancer) or none. Without a router, servers
+    of one role alone are enough.
     `launcher`: the module behind ``python -m`` for each server.
     `kairos`: off, on, or on with these `KairosConfig` settings.
-    `log_dir`: kept when given; otherwise a temporary folder that outlives only a failure.
-    `stop_grace_s`: seconds a part has to end by itself before its group is killed.
+    `log_dir`: kept when given; otherwise a temporary folder, which is left only after a failure.
+    `stop_grace_s`: seconds that a part has to end by itself before its group is killed.
     `zygote`: starts the parts by forking (see `sglang_kairos.cpu.zygote`) instead of anew.
     """
 
@@ -70,13 +70,13 @@ class ClusterSpec:
 
     def __post_init__(self) -> None:
         if self.router not in ROUTERS:
-            raise ClusterError(f"router {self.router!r} is none of {', '.join(ROUTERS)}")
+            raise ClusterError(f"router: must be one of {', '.join(ROUTERS)}, got {self.router!r}")
         fewest, sides = min(self.prefill, self.decode), self.prefill + self.decode
         if fewest < 0 or sides < 1 or (fewest < 1 and self.router != "none"):
             raise ClusterError("needs at least one prefill and one decode server")
         for word in (*self.server_args, *self.prefill_args, *self.decode_args):
             if word.split("=", 1)[0] in OWN_FLAGS:
-                raise ClusterError(f"{word}: each server's is chosen by the cluster")
+                raise ClusterError(f"{word}: leave it out; the cluster sets it for each server")
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class PortBlock:
 class PortBook:
     """Hands out free ports, each once.
 
-    They lie below the ephemeral range, so no outgoing connection takes one meanwhile, and blocks
-    start at multiples of 16: what SGLang derives from one then never meets another's.
+    They lie below the ephemeral range, so no outgoing connection takes one meanwhile. Blocks start
+    at multiples of 16, so the ports that SGLang derives from one never meet another's.
     """
 
     def __init__(self, low: int = 20_000, high: int = 32_000) -> None:
@@ -106,16 +106,16 @@ class PortBook:
         random.SystemRandom().shuffle(self._bases)
 
     def take(self) -> PortBlock:
-        """A block that is free now; another program may still take it before its server does."""
+        """Returns a block that is free now; another program may still take it before its server does."""
         while self._bases:
             block = PortBlock(self._bases.pop())
             if all(port_is_free("", port) for port in (block.http, block.nccl, block.bootstrap)):
                 return block
-        raise ClusterError("no free ports left")
+        raise ClusterError("no free ports left; end servers that are not needed")
 
 
 def port_is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there now."""
+    """Returns whether a server could listen there now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -141,7 +141,7 @@ class Layout:
         self._version = _sglang_version(spec.python, spec.env) if self.cpu else ""
 
     def server_argv(self, role: str, index: int, block: PortBlock) -> list[str]:
-        """Arguments of one prefill or decode server."""
+        """Returns the arguments of one prefill or decode server."""
         spec = self.spec
         role_args = spec.prefill_args if role == "prefill" else spec.decode_args
         given = [*spec.server_args, *role_args]
@@ -149,7 +149,7 @@ class Layout:
         argv += ["--disaggregation-mode", role]
         if role == "prefill":
             argv += ["--disaggregation-bootstrap-port", str(block.bootstrap)]
-        # Each rank of a data-parallel server needs a port of its own: it draws them itself.
+        # Each rank of a data-parallel server needs a port of its own, and draws it itself.
         if not flag_value(given, "--dp", "--dp-size", "--data-parallel-size"):
             argv += ["--nccl-port", str(block.nccl)]
         if self.cpu:
@@ -162,7 +162,7 @@ class Layout:
     def router_argv(
         self, prefill: Sequence[str], bootstrap: Sequence[int], decode: Sequence[str], port: int
     ) -> list[str]:
-        """Arguments of the router in front of these servers."""
+        """Returns the arguments of the router in front of these servers."""
         argv = ["--pd-disaggregation", "--host", self.spec.host, "--port", str(port)]
         for url, bootstrap_port in zip(prefill, bootstrap, strict=True):
             argv += ["--prefill", url, str(bootstrap_port)]
@@ -171,8 +171,8 @@ class Layout:
         if self.spec.router == "random":
             argv += ["--mini-lb", "--policy", "random"]
         elif self.api_key:
-            # Its clients need the key that they would need at a server, and it asks for it itself:
-            # what it answers from its own knowledge is not for everybody either.
+            # Clients need the same key at the router as at a server. The router checks it itself,
+            # since it answers some requests without asking a server.
             argv += ["--api-key", self.api_key, "--client-api-key", self.api_key]
         if self.admin_api_key and self.spec.router == "kairos":
             argv += ["--admin-api-key", self.admin_api_key]
@@ -203,7 +203,7 @@ class Layout:
 
 
 def _one_key(spec: ClusterSpec, flag: str) -> str:
-    """The key that the servers are given by that flag; ClusterError if there are two.
+    """Returns the key that `flag` gives the servers. Raises ClusterError if there are two.
 
     A server that is given none takes any.
     """
@@ -220,7 +220,7 @@ def _one_key(spec: ClusterSpec, flag: str) -> str:
 
 
 def flag_value(argv: Sequence[str], *names: str) -> str:
-    """The last value given to any of these spellings of a flag; empty if it is not there."""
+    """Returns the last value given to any of these spellings of a flag; empty if it is not there."""
     found = ""
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
         flag, equals, value = word.partition("=")
@@ -230,11 +230,12 @@ def flag_value(argv: Sequence[str], *names: str) -> str:
 
 
 def reachable(host: str) -> str:
+    """Returns the address at which a server that listens on `host` can be called from here."""
     return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
 
 
 def _sglang_version(python: str, env: Mapping[str, str]) -> str:
-    """SGLang's version for that interpreter with `env` added to the environment."""
+    """Returns SGLang's version for that interpreter, with `env` added to the environment."""
     try:
         if python == sys.executable and "PYTHONPATH" not in env:
             return importable_version()
@@ -248,7 +249,7 @@ def _sglang_version(python: str, env: Mapping[str, str]) -> str:
         )
         return found.strip()
     except (NoSuchSglang, OSError, subprocess.SubprocessError):
-        raise ClusterError(f"SGLang is not installed for {python}") from None
+        raise ClusterError(f"SGLang is not installed for {python}; name another --python") from None
 
 
 def _gpu_count() -> int:

@@ -1,12 +1,12 @@
-"""A whole prefill/decode cluster on one machine: prefill servers, decode servers, a router.
+"""Runs a whole prefill/decode cluster on one machine: prefill servers, decode servers, a router.
 
     with Cluster(ClusterSpec(prefill=1, decode=1)) as cluster:
         requests.post(cluster.url + "/generate", json={...})
 
 Every part is a process group of its own with a log file of its own. Entering the context returns
-once a request has gone through the router; leaving it kills every group. Should this process be
-killed outright, a small guard process does the killing; should the guard be killed too, the kernel
-does it for parts that the main thread started.
+once a request has gone through the router. Leaving it kills every group. If this process is killed
+outright, a small guard process ends the groups. If the guard is killed too, the kernel ends the
+parts that the main thread started.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PROGRESS_EVERY_S = 5.0
 
 
 class _PortTaken(ClusterError):
-    """A part found its port in use: worth another try with other ports."""
+    """A part found its port in use, so another try with other ports may succeed."""
 
     def __init__(self, text: str, part: str) -> None:
         super().__init__(text)
@@ -60,7 +60,7 @@ class _PortTaken(ClusterError):
 
 
 class _Process(Protocol):
-    """What `subprocess.Popen` and the zygote's `ForkedProcess` have in common."""
+    """The methods that `subprocess.Popen` and the zygote's `ForkedProcess` have in common."""
 
     @property
     def pid(self) -> int: ...
@@ -80,15 +80,15 @@ class Part:
     ready: bool = False
 
     def exit_code(self) -> int | None:
-        """Its exit code (negative: the signal that killed it), or None while it runs."""
+        """Returns its exit code (negative: the signal that killed it); None while it runs."""
         try:
             return self.process.poll()
         except RuntimeError:
-            # The zygote that forked it has ended, and takes along whatever it started.
+            # The zygote that forked it has ended, and has ended all that it started.
             return -int(signal.SIGKILL)
 
     def tail(self, lines: int = 15) -> str:
-        """The last lines of its log."""
+        """Returns the last lines of its log."""
         try:
             with self.log.open("rb") as file:
                 file.seek(max(0, self.log.stat().st_size - 20_000))
@@ -98,7 +98,7 @@ class Part:
         return "\n".join(line[:400] for line in text.splitlines()[-lines:])
 
     def obituary(self) -> str:
-        """What to tell a person when it has died."""
+        """Returns what to tell a person when it has died."""
         code = self.exit_code()
         ended = (
             f"exited with code {code}"
@@ -127,13 +127,13 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        """Where to send requests: the router, or the first server without one."""
+        """Returns where to send requests: the router, or the first server if there is no router."""
         routers = [part.url for part in self.parts if part.name == "router"]
         return [*routers, *self.prefill_urls, *self.decode_urls][0]
 
     @property
     def logs(self) -> dict[str, Path]:
-        """Log file of each part, by name."""
+        """Returns the log file of each part, by name."""
         return {part.name: part.log for part in self.parts}
 
     def __enter__(self) -> Cluster:
@@ -171,7 +171,7 @@ class Cluster:
         self.started_in_s = time.monotonic() - begun
 
     def dead(self) -> Part | None:
-        """The first part found to have ended by itself, or None."""
+        """Returns the first part found to have ended by itself; None: all run."""
         with self._lock:
             return next((part for part in self.parts if part.exit_code() is not None), None)
 
@@ -219,7 +219,6 @@ class Cluster:
         self.bootstrap_ports = bootstrap = []
         for role, count in (("prefill", spec.prefill), ("decode", spec.decode)):
             for index in range(count):
-                # With several servers and no router, only the user can tell them apart: by port.
                 block = book.take()
                 argv = layout.server_argv(role, index, block)
                 url = f"http://{reachable(layout.server_host)}:{block.http}"
@@ -231,7 +230,7 @@ class Cluster:
                 else:
                     self.decode_urls.append(url)
         self._wait_ready(begun)
-        # SGLang wants the administrator's key there as soon as there is one.
+        # SGLang asks for the administrator's key there as soon as there is one.
         self._freeze_garbage(layout.admin_api_key or layout.api_key)
         if spec.router != "none":
             port = spec.port or book.take().http
@@ -263,7 +262,7 @@ class Cluster:
         else:
             with log.open("wb") as file:
                 words = [spec.python, "-m", module, *argv]
-                # The kernel's word for it counts a thread's end as its process'.
+                # The kernel takes the end of the thread that started a child for its parent's end.
                 if threading.current_thread() is threading.main_thread():
                     trampoline = ["-ISc", processes.EXEC_WITH_PARENT, str(os.getpid())]
                     words = [sys.executable, *trampoline, *words]
@@ -304,7 +303,7 @@ class Cluster:
             time.sleep(0.1)
 
     def _freeze_garbage(self, api_key: str) -> None:
-        """What a server does for itself once up, and often too early for its own port to be open.
+        """Asks each server to freeze its garbage, as SGLang does at start, often before its port is open.
 
         A full collection stops its HTTP process, and with it every stream, for one to two seconds.
         """
@@ -319,7 +318,7 @@ class Cluster:
                 self.spec.say(f"{part.name} keeps collecting garbage of its start: {error}")
 
     def _probe(self, api_key: str) -> None:
-        """One request all the way through: wiring mistakes show here, not in the first user's."""
+        """Sends one request all the way through, so that wiring mistakes show before the first user's."""
         body = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 2, "temperature": 0}}
         request = urllib.request.Request(
             self.url + "/generate",
@@ -361,9 +360,9 @@ class Cluster:
 
 @contextlib.contextmanager
 def quiet_zygote(log: Path, router: str = "kairos") -> Iterator[Zygote]:
-    """A zygote for `ClusterSpec.zygote`, without a GPU only. What its imports print goes to `log`.
+    """Yields a zygote for `ClusterSpec.zygote`, without a GPU only. Its imports print to `log`.
 
-    `router` is the kind that will be started from it.
+    `router`: the kind of router that will be started from it.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     modules = {
@@ -382,7 +381,7 @@ def quiet_zygote(log: Path, router: str = "kairos") -> Iterator[Zygote]:
     try:
         yield zygote
     finally:
-        # A zygote that has died already breaks the pipe.
+        # The pipe is broken if the zygote has died already.
         with contextlib.suppress(OSError):
             zygote.close()
 
@@ -413,7 +412,7 @@ for group in groups:
 
 
 def _kairos_env(kairos: bool | Mapping[str, Any]) -> dict[str, str]:
-    """Kairos' settings as variables: they work under every launcher, stock ones too."""
+    """Returns Kairos' settings as environment variables, which work under every launcher."""
     if isinstance(kairos, bool):
         env = {"KAIROS": "on" if kairos else "off"}
     else:
@@ -423,7 +422,7 @@ def _kairos_env(kairos: bool | Mapping[str, Any]) -> dict[str, str]:
 
 
 def _source_path() -> dict[str, str]:
-    """Lets children import this package when it is run from its source tree."""
+    """Returns the environment that lets children import this package when run from its source tree."""
     root = Path(__file__).resolve().parents[2]
     if root.name == "site-packages":
         return {}
@@ -442,7 +441,7 @@ def _authorization(api_key: str) -> dict[str, str]:
 
 
 def _status(url: str) -> int:
-    """HTTP status, or 0 when nothing answers."""
+    """Returns the HTTP status, or 0 when nothing answers."""
     try:
         with open_url(url, timeout=5.0) as response:
             return int(response.status)

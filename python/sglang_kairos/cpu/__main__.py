@@ -1,4 +1,4 @@
-"""``kairos cpu install|uninstall|status``."""
+"""Switches the CPU runtime on or off: ``kairos cpu install|uninstall|status``."""
 
 from __future__ import annotations
 

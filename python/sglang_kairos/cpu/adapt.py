@@ -1,19 +1,17 @@
-"""What is done to the few modules that stop stock SGLang from running without a GPU.
+"""Changes the few modules that stop stock SGLang from running without a GPU.
 
-======================================  ===========================================================
-import of                               what is done
-======================================  ===========================================================
-``sglang``                              `ENV_DEFAULTS` are set before its first line runs
-``sgl_kernel``                          `sgl_kernel_standin` takes its place: its wheels need CUDA
-``torchvision``                         operator schemas that its CUDA extension lacks are declared
-``sglang.srt.disaggregation.prefill``   its `torch` gets portable events and pageable host buffers
-``sglang.srt.entrypoints.engine``       with ``KAIROS_CPU_START=fork`` its children are forked
-``sglang.srt.disaggregation.checksum``  KV checksums are made by zlib instead of a CUDA kernel
-``nixl_cu13._api``, ``nixl_cu12._api``  what it is told is a GPU's memory is the host's
-======================================  ===========================================================
+This is what is done when one of them is imported:
 
-Each step looks first whether it is needed: a source tree patched to be portable, or a CPU build
-of a package, is left as it is.
+    sglang                              `ENV_DEFAULTS` are set before its first line runs
+    sgl_kernel                          `sgl_kernel_standin` takes its place: wheels need CUDA
+    torchvision                         operator schemas of its CUDA extension are declared
+    sglang.srt.disaggregation.prefill   its `torch` gets portable events, pageable host buffers
+    sglang.srt.entrypoints.engine       with ``KAIROS_CPU_START=fork`` its children are forked
+    sglang.srt.disaggregation.checksum  zlib makes KV checksums instead of a CUDA kernel
+    nixl_cu13._api, nixl_cu12._api      memory that is called a GPU's is treated as the host's
+
+Each step looks first whether it is needed. A source tree patched to be portable, or a CPU build of
+a package, is left as it is.
 """
 
 from __future__ import annotations
@@ -39,8 +37,8 @@ ENV_DEFAULTS = {
     "HF_HUB_OFFLINE": "1",
 }
 
-# Forked children start in no time because they inherit the imports (about 10 s of CPU each).
-# SGLang spawns them for the sake of CUDA contexts, which do not exist here.
+# Forked children start at once: they inherit the imports, which cost about 10 s of CPU each.
+# SGLang spawns them because of CUDA contexts, which do not exist here.
 START_VARIABLE = "KAIROS_CPU_START"
 
 
@@ -51,7 +49,7 @@ def set_env_defaults(env: MutableMapping[str, str] | None = None) -> None:
 
 
 def adapted(name: str, spec: ModuleSpec | None) -> ModuleSpec | None:
-    """The spec to import `name` with, given the one found without us."""
+    """Returns the spec to import `name` with. `spec`: the one found without this package."""
     if name == "sgl_kernel":
         return spec if _built_for_cpu(spec) else _standin_spec()
     if spec is not None and spec.loader is not None:
@@ -60,7 +58,7 @@ def adapted(name: str, spec: ModuleSpec | None) -> ModuleSpec | None:
 
 
 def adapt_loaded(names: Iterable[str]) -> None:
-    """Does for modules that are imported already what can still be done."""
+    """Changes modules that are imported already, as far as that is still possible."""
     for name in names:
         if name == "sglang":
             set_env_defaults()
@@ -92,7 +90,7 @@ def _wrap_exec(
 
 
 def _built_for_cpu(spec: ModuleSpec | None) -> bool:
-    """Whether an installed `sgl_kernel` is a CPU build: CUDA wheels carry ``sm*`` folders."""
+    """Returns whether an installed `sgl_kernel` is a CPU build: CUDA wheels carry ``sm*`` folders."""
     if spec is None or spec.origin is None:
         return False
     return not glob.glob(os.path.join(glob.escape(os.path.dirname(spec.origin)), "sm[0-9]*"))
@@ -108,8 +106,8 @@ def _standin_spec() -> ModuleSpec:
 def _declare_torchvision_ops() -> None:
     """Declares the schemas for which torchvision registers fake kernels when it is imported.
 
-    The wheels on the package index are built for CUDA: their extension does not load here, and
-    the import fails for want of these two names. An extension that loads brings them itself.
+    The wheels on the package index are built for CUDA. Their extension does not load here, and
+    without these two names the import fails. An extension that loads brings the names itself.
     """
     import torch
 
@@ -170,9 +168,9 @@ def _checksum_on_host(module: ModuleType) -> None:
 
 
 def _host_memory_only(module: ModuleType) -> None:
-    """Has NIXL take memory named ``VRAM`` for the host's, which all memory is here.
+    """Makes NIXL treat memory named ``VRAM`` as the host's, which all memory is here.
 
-    SGLang says so of every pool, and UCX refuses host memory under that name.
+    SGLang names every pool so, and UCX refuses host memory under that name.
     """
     agent = getattr(module, "nixl_agent", None)
     if agent is None:
@@ -188,7 +186,7 @@ def _host_memory_only(module: ModuleType) -> None:
 
 
 class _Overlay(ModuleType):
-    """A module that answers for another one, save for the names given."""
+    """A module that answers for another one, except for the names given."""
 
     def __init__(self, base: ModuleType, **names: Any) -> None:
         super().__init__(base.__name__, base.__doc__)

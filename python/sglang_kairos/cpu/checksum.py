@@ -1,4 +1,4 @@
-"""SGLang's KV checksum (``--disaggregation-enable-kv-checksum``) without its CUDA kernel."""
+"""Computes SGLang's KV checksum (``--disaggregation-enable-kv-checksum``) without a CUDA kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def compute(computer: Any, kv_page_indices: Any, state_indices: Any = None) -> int:
-    """Stands in for `KvChecksumComputer.compute`: Adler-32 of the same bytes in the same order.
+    """Replaces `KvChecksumComputer.compute`: Adler-32 of the same bytes in the same order.
 
     `kv_page_indices`, `state_indices`: 1-D integer tensors on the host, rows of each buffer.
     """
@@ -26,7 +26,7 @@ def compute(computer: Any, kv_page_indices: Any, state_indices: Any = None) -> i
 
 
 def rows(address: int, length: int, indices: Any) -> bytes:
-    """The bytes of rows `indices` of a table at `address` whose rows have `length` bytes."""
+    """Returns the bytes of rows `indices` of a table at `address` whose rows have `length` bytes."""
     if not len(indices) or not length:
         return b""
     table = (ctypes.c_uint8 * (length * (int(indices.max()) + 1))).from_address(address)

@@ -1,4 +1,4 @@
-"""The server flags that a machine without a GPU needs.
+"""Adds the server flags that a machine without a GPU needs.
 
 Pure functions: arguments in, arguments out. A flag that the user gave is never changed or repeated.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 Mode = str
 MODES: tuple[Mode, ...] = ("null", "prefill", "decode")
 
-# The first version that has the flag; those before neither have nor need it.
+# The first version that has the flag. Earlier ones neither have nor need it.
 _RETRACTION_BACKUP_SINCE = (0, 5, 18)
 
 _ALWAYS: dict[str, str | None] = {
@@ -44,10 +44,10 @@ _SYNONYMS = {
 def with_server_flags(
     argv: Sequence[str], *, version: str = "0.5.23", fast_start: bool = False
 ) -> list[str]:
-    """`argv` of a server with the flags it still lacks appended; the mode is read from it.
+    """Returns `argv` of a server with the flags it still lacks appended; the mode is read from `argv`.
 
     `version` is SGLang's. `fast_start` leaves out the warm-up request, so the first request pays
-    for it. ValueError for an unknown mode.
+    for it. Raises ValueError for an unknown mode.
     """
     given = {argument.split("=", 1)[0] for argument in argv if argument.startswith("--")}
     wanted = _wanted(mode_of(argv), version, fast_start)
@@ -60,7 +60,7 @@ def with_server_flags(
 
 
 def mode_of(argv: Sequence[str]) -> Mode:
-    """The disaggregation mode that `argv` asks for: the last one given, else null."""
+    """Returns the disaggregation mode that `argv` asks for: the last one given, else null."""
     return _value_of(argv, ("--disaggregation-mode",), "null")
 
 
@@ -75,7 +75,7 @@ def _value_of(argv: Sequence[str], names: Sequence[str], default: str) -> str:
 
 def _wanted(mode: Mode, version: str, fast_start: bool) -> dict[str, str | None]:
     if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
+        raise ValueError(f"--disaggregation-mode: must be one of {', '.join(MODES)}, got {mode!r}")
     flags = dict(_ALWAYS)
     if mode != "null":
         flags |= _DISAGGREGATED
@@ -87,7 +87,7 @@ def _wanted(mode: Mode, version: str, fast_start: bool) -> dict[str, str | None]
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The leading number of each of the first three parts: ``0.5.23.post1`` is (0, 5, 23)."""
+    """Returns the leading number of each of the first three parts: ``0.5.23.post1`` is (0, 5, 23)."""
     parts = version.lstrip("v").split(".")[:3]
     return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in parts)
 

@@ -1,9 +1,9 @@
 """Decides whether this process needs the CPU runtime, and switches it on.
 
-Runs at the start of every Python process of an environment (see `site`), so it imports nothing
-but os and sys: `activate` installs one import hook, and `adapt` does the rest when, and only if,
-one of the modules in `HOOKED` is imported. `KAIROS_CPU` says auto (the default: on where there is
-no GPU), on or off.
+This runs at the start of every Python process of an environment (see `site`), so it imports only os
+and sys. `activate` installs one import hook. `adapt` does the rest when, and only if, one of the
+modules in `HOOKED` is imported. `KAIROS_CPU` is auto (default: on where there is no GPU), on or
+off.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MODE_VARIABLE = "KAIROS_CPU"
 MODES = ("auto", "on", "off")
 
-# What `adapt` knows how to treat.
+# The modules that `adapt` knows how to change.
 HOOKED = frozenset(
     {
         "nixl_cu12._api",
@@ -34,7 +34,7 @@ HOOKED = frozenset(
     }
 )
 
-# Device nodes are numbered, so those are looked up by how their names start.
+# Device nodes are numbered, so they are found by the start of their names.
 _DEVICE_PREFIXES = ("nvidia", "kfd", "dxg")  # ROCm (kfd) answers to torch.cuda too; dxg: WSL
 _CUDA_FILES = (
     "proc/driver/nvidia",
@@ -48,7 +48,7 @@ _CUDA_FILES = (
 class Decision:
     """Whether the CPU runtime applies here.
 
-    `reason` is a sentence for people; `refused` is True if it was asked for and cannot be had.
+    `reason` is a sentence for people. `refused`: the runtime was asked for and cannot be had.
     """
 
     __slots__ = ("active", "reason", "refused")
@@ -60,7 +60,7 @@ class Decision:
 
 
 def cuda_sign(root: str = "/") -> str | None:
-    """A file under `root` that shows a GPU or its driver, or None. Does not import torch."""
+    """Returns a file under `root` that shows a GPU or its driver, without torch; None: no GPU."""
     for name in _CUDA_FILES:
         path = os.path.join(root, name)
         if os.path.exists(path):
@@ -72,20 +72,20 @@ def cuda_sign(root: str = "/") -> str | None:
 
 
 def cuda_present(root: str = "/") -> bool:
-    """Whether this machine has a CUDA (or ROCm) device or driver. Well under a millisecond."""
+    """Returns whether this machine has a CUDA (or ROCm) device or driver, in well under a millisecond."""
     return cuda_sign(root) is not None
 
 
 def decide(env: Mapping[str, str] | None = None, root: str = "/") -> Decision:
     """Applies `KAIROS_CPU` to this machine.
 
-    With a GPU the answer is always no: there, a stand-in would only hide a broken installation.
+    With a GPU the answer is always no: there a stand-in would only hide a broken installation.
     """
     asked = (os.environ if env is None else env).get(MODE_VARIABLE, "").strip().lower() or "auto"
     if asked == "off":
         return Decision(False, f"{MODE_VARIABLE}=off")
     if asked not in MODES:
-        reason = f"{MODE_VARIABLE}={asked!r} is none of {', '.join(MODES)}"
+        reason = f"{MODE_VARIABLE} must be one of {', '.join(MODES)}, got {asked!r}"
         return Decision(False, reason, refused=True)
     sign = cuda_sign(root)
     if sign is not None:
@@ -98,7 +98,7 @@ def decide(env: Mapping[str, str] | None = None, root: str = "/") -> Decision:
 
 
 def should_activate(env: Mapping[str, str] | None = None, root: str = "/") -> bool:
-    """`decide` as a yes or no; warns on stderr when the runtime was asked for and is refused."""
+    """Returns `decide` as yes or no; warns on stderr if the runtime was asked for and is refused."""
     decision = decide(env, root)
     if decision.refused:
         print(f"sglang_kairos.cpu: not activated: {decision.reason}", file=sys.stderr)
@@ -106,7 +106,7 @@ def should_activate(env: Mapping[str, str] | None = None, root: str = "/") -> bo
 
 
 def activate() -> None:
-    """Installs the import hook. Idempotent; modules imported earlier are treated at once.
+    """Installs the import hook. Idempotent; modules imported earlier are changed at once.
 
     Raises RuntimeError on a machine with a GPU.
     """
@@ -124,13 +124,13 @@ def activate() -> None:
 
 
 def activate_if_wanted() -> None:
-    """What the `.pth` line calls at interpreter start."""
+    """Activates the runtime where it is wanted. The `.pth` line calls this at interpreter start."""
     if should_activate():
         activate()
 
 
 def is_active() -> bool:
-    """Whether `activate` has run in this process."""
+    """Returns whether `activate` has run in this process."""
     return any(isinstance(finder, ImportHook) for finder in sys.meta_path)
 
 
@@ -140,7 +140,7 @@ class ImportHook:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of `name`, with our steps around its execution; None if it is not ours."""
+        """Returns the spec of `name` with our steps around its execution; None if it is not ours."""
         if name not in HOOKED:
             return None
         from sglang_kairos.cpu import adapt

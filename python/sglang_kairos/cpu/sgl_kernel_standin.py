@@ -1,11 +1,11 @@
-"""Stands in for `sgl_kernel`, whose published wheels need CUDA, on machines without a GPU.
+"""Replaces `sgl_kernel`, whose published wheels need CUDA, on machines without a GPU.
 
-SGLang imports names from it at module level on a CPU but, without AMX, takes its own
-``forward_native`` paths; the only function that serving text really calls is implemented here.
-Any other name can be imported and raises `NotImplementedError` when called; so does any operator
+On a CPU without AMX, SGLang imports names from it at module level but runs its own
+``forward_native`` paths. Serving text calls one function of it, which is implemented here.
+Any other name can be imported and raises `NotImplementedError` when called. So does any operator
 that SGLang's model files take from ``torch.ops.sgl_kernel`` while they are imported.
 
-Loaded under the name ``sgl_kernel``, so it must not import its neighbours relatively.
+It is loaded under the name ``sgl_kernel``, so it must not import its neighbours relatively.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ def assign_req_to_token_pool_cpu(
 ) -> None:
     """Writes each request's new KV slots into its row of the request-to-token table, in place.
 
-    Request i owns row ``req_pool_indices[i]``; its columns ``start_offset[i]:end_offset[i]`` take
+    Request i owns row ``req_pool_indices[i]``. Its columns ``start_offset[i]:end_offset[i]`` take
     the next ``end_offset[i] - start_offset[i]`` entries of `out_cache_loc`. `stride`, the row
-    length in tokens, is implied by `req_to_token` [rows, tokens] and only there for the signature.
+    length in tokens, is implied by `req_to_token` [rows, tokens]; it is only there for the
+    signature.
     """
     taken = 0
     for row, start, end in zip(
@@ -47,7 +48,7 @@ def assign_req_to_token_pool_cpu(
 
 
 class Unavailable:
-    """A kernel that can be looked up, its overloads too, and not be called."""
+    """A kernel that can be looked up, as can its overloads, but not called."""
 
     def __init__(self, name: str) -> None:
         self.__name__ = self.__qualname__ = name
@@ -71,9 +72,9 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
 
 
 def _is_written_out(frame: FrameType) -> bool:
-    """Whether that module or class body names the attribute itself, as ``ops.sgl_kernel.name``.
+    """Returns whether that module or class body names the attribute, as ``ops.sgl_kernel.name``.
 
-    `hasattr`, `getattr` and ``try`` ask whether there is a kernel: they must hear that there is
+    `hasattr`, `getattr` and ``try`` ask whether there is a kernel, and must learn that there is
     none. So must functions, which run later.
     """
     code, at = frame.f_code, frame.f_lasti
@@ -85,12 +86,12 @@ def _is_written_out(frame: FrameType) -> bool:
 
 
 def _guarded(code: CodeType) -> Iterable[Any]:
-    """The stretches of bytecode that stand in a ``try`` (or ``with``)."""
+    """Returns the stretches of bytecode that stand in a ``try`` (or ``with``)."""
     return getattr(dis.Bytecode(code), "exception_entries", ())
 
 
 def _answer_for_operators() -> None:
-    """Lets ``torch.ops.sgl_kernel`` answer what modules take from it while they are imported."""
+    """Makes ``torch.ops.sgl_kernel`` answer what modules take from it while they are imported."""
     import torch
 
     known = type(torch.ops.sgl_kernel)
@@ -106,7 +107,7 @@ def _answer_for_operators() -> None:
                     raise
                 return Unavailable(name)
 
-    # The namespace that others may hold already, with what it has found.
+    # Others may hold this namespace already, with what it has found, so it is changed in place.
     torch.ops.sgl_kernel.__class__ = _Operators
 
 

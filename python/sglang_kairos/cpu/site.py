@@ -1,8 +1,8 @@
 """Switches the CPU runtime on for every Python process of an environment.
 
-SGLang's schedulers, detokenizers and workers are separate processes started by several
-launchers; the one thing they all do is run ``site``, which executes the ``import`` line of each
-``.pth`` file in site-packages.
+SGLang's schedulers, detokenizers and workers are processes of their own, started by several
+launchers. All of them run ``site``, which executes the ``import`` line of each ``.pth`` file in
+site-packages.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from sglang_kairos.cpu import runtime
 
 PTH_NAME = "kairos_cpu.pth"
 
-# A `.pth` line may run only if it starts with "import"; a package that was removed must not
-# make each interpreter start complain, any other error must.
+# A `.pth` line runs only if it starts with "import". If the package was removed, interpreters must
+# start without a complaint; any other error must show.
 PTH_LINE = (
     "import sys; exec("
     '"try:\\n import sglang_kairos.cpu.runtime as r\\nexcept ImportError:\\n pass\\n'
@@ -24,19 +24,19 @@ PTH_LINE = (
 
 
 def site_packages() -> Path:
-    """The site-packages folder of the running environment."""
+    """Returns the site-packages folder of the running environment."""
     return Path(sysconfig.get_path("purelib"))
 
 
 def install(folder: Path | None = None) -> Path:
-    """Writes the `.pth` file into `folder` (this environment's site-packages); returns its path."""
+    """Writes the `.pth` file into `folder` (this environment's site-packages). Returns its path."""
     path = (folder or site_packages()) / PTH_NAME
     path.write_text(PTH_LINE, encoding="utf-8")
     return path
 
 
 def uninstall(folder: Path | None = None) -> bool:
-    """Removes the `.pth` file; False if there was none."""
+    """Removes the `.pth` file. Returns False if there was none."""
     path = (folder or site_packages()) / PTH_NAME
     existed = path.exists()
     path.unlink(missing_ok=True)
@@ -44,7 +44,7 @@ def uninstall(folder: Path | None = None) -> bool:
 
 
 def status(folder: Path | None = None) -> str:
-    """What is active and why, in sentences for people."""
+    """Returns what is active and why, in sentences for people."""
     path = (folder or site_packages()) / PTH_NAME
     decision = runtime.decide()
     if not path.exists():

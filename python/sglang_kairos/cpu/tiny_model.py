@@ -3,13 +3,15 @@
 ``kairos tiny-model OUT_DIR`` writes config, tokenizer, chat template and
 float32 weights, a few megabytes in all. The same arguments give the same bytes.
 
-With default initialisation a random model repeats one token for ever under greedy decoding, and
-a test that compares outputs proves little. Here attention is sharp and every layer adds about as
-much as it receives, so the next token depends on the whole context: 1,000 greedy tokens hold about
-500 different ones. In the output head the rows of special tokens, and of tokens that are not
-printable ASCII by themselves, are zero: their logit is 0 while the largest of the others is far
-above it. So greedy decoding never stops by itself (sampling hardly ever does; pass `ignore_eos`
-where the length matters), and every token is visible text as soon as it is streamed.
+With default initialisation a random model repeats one token for ever under greedy decoding. A test
+that compares outputs then proves little. Here attention is sharp and every layer adds about as much
+as it receives, so the next token depends on the whole context. 1,000 greedy tokens hold about 500
+different ones.
+
+Some rows of the output head are zero: special tokens, and tokens that are not printable ASCII by
+themselves. Their logit is 0 while the largest of the others is far above it. So every token is
+visible text as soon as it is streamed, and greedy decoding never stops by itself. Sampling hardly
+ever does: pass `ignore_eos` where the length matters.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
     Weights = dict[str, NDArray[np.float32]]
 
-# Part of the stamp: change it whenever the same arguments would give other files.
+# Part of the stamp. Change it whenever the same arguments would give other files.
 FORMAT = 2
 STAMP_NAME = "kairos_tiny_model.json"
 
@@ -76,7 +78,7 @@ class TinyModel:
 
     def __post_init__(self) -> None:
         if self.heads % 2 or self.hidden % (2 * self.heads):
-            raise ValueError("heads must be even and hidden a multiple of twice the heads")
+            raise ValueError("heads must be even, and hidden a multiple of twice the heads")
         if self.vocab < 512:
             raise ValueError("vocab must be at least 512: bytes and special tokens take 259")
 
@@ -90,10 +92,10 @@ class TinyModel:
 
 
 def make_tiny_model(path: str | os.PathLike[str], shape: TinyModel | None = None) -> Path:
-    """Writes the model folder `path` unless it already holds this very model; returns its path.
+    """Writes the model folder `path` unless it already holds this very model. Returns its path.
 
-    Safe against several processes making the same model at once: each writes a folder of its
-    own and renames it. Raises FileExistsError if `path` holds anything that was not made here.
+    Several processes may make the same model at once: each writes a folder of its own and renames
+    it. Raises FileExistsError if `path` holds anything that was not made here.
     """
     shape = shape or TinyModel()
     target = Path(path)
@@ -101,7 +103,7 @@ def make_tiny_model(path: str | os.PathLike[str], shape: TinyModel | None = None
     if _stamp_of(target) == stamp:
         return target
     if target.exists() and _stamp_of(target) is None and any(target.iterdir()):
-        raise FileExistsError(f"{target} exists and is not a tiny model")
+        raise FileExistsError(f"{target} exists and is not a tiny model; name another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -140,7 +142,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _special_ids(shape: TinyModel) -> dict[str, int]:
-    """Token ids of `SPECIAL_TOKENS`: the last of the vocabulary."""
+    """Returns the token ids of `SPECIAL_TOKENS`: the last of the vocabulary."""
     first = shape.vocab - len(SPECIAL_TOKENS)
     return {token: first + i for i, token in enumerate(SPECIAL_TOKENS)}
 
@@ -181,7 +183,7 @@ def _generation_config(shape: TinyModel) -> dict[str, Any]:
 
 
 def _write_tokenizer(folder: Path, shape: TinyModel) -> list[int]:
-    """A byte-level BPE trained on generated sentences, padded to exactly `shape.vocab` ids.
+    """Writes a byte-level BPE trained on generated sentences, padded to exactly `shape.vocab` ids.
 
     Returns the ids of the tokens that are printable ASCII text.
     """
@@ -204,7 +206,7 @@ def _write_tokenizer(folder: Path, shape: TinyModel) -> list[int]:
         for token_id in range(tokenizer.get_vocab_size())
         if (text := tokenizer.decode([token_id])).isascii() and text.isprintable()
     ]
-    # A vocabulary larger than the text supports: unused ids keep the special ones last.
+    # The text may support fewer ids than the vocabulary has. Unused ids keep the special ones last.
     missing = trained - tokenizer.get_vocab_size()
     tokenizer.add_tokens([f"<unused{i}>" for i in range(missing)])
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
@@ -228,7 +230,7 @@ def _write_tokenizer(folder: Path, shape: TinyModel) -> list[int]:
 
 
 def _sentences(count: int = 3000) -> list[str]:
-    """The training text: common words in random order, with random endings."""
+    """Returns the training text: common words in random order, with random endings."""
     sentences = []
     state = 1
     for _ in range(count):
@@ -250,7 +252,7 @@ def _write_weights(path: Path, shape: TinyModel, visible: list[int]) -> None:
 
 
 def _weights(shape: TinyModel, visible: list[int]) -> Weights:
-    """Random weights; only `visible` tokens get a logit other than 0."""
+    """Returns random weights; only `visible` tokens get a logit other than 0."""
     import numpy as np
 
     # The legacy generator's stream is frozen, unlike default_rng's.

@@ -5,8 +5,8 @@ nearly all of a tiny model's start-up. `Zygote` pays it once; a server then need
 and its processes share the memory of the imported code. For tests and local clusters without a
 GPU; it starts the same modules with the same arguments as ``python -m`` would.
 
-Differences to know: variables that SGLang reads while being imported must be set when the zygote
-is made, and a server's children inherit what its launcher loaded, plugins included.
+Two differences. Variables that SGLang reads while being imported must be set when the zygote is
+made. A server's children inherit what its launcher loaded, plugins included.
 
     with Zygote() as zygote:
         server = zygote.start("sglang.launch_server", ["--model-path", ...], log="server.log")
@@ -38,12 +38,12 @@ from typing import IO, Any, NoReturn
 from sglang_kairos import processes
 from sglang_kairos.cpu import adapt
 
-# An order is carried out in no time, the first one once everything is imported.
+# Orders are carried out at once, except that the first one waits until everything is imported.
 ANSWER_WITHIN_S = 30.0
 IMPORTS_WITHIN_S = 600.0
 CLOSE_WITHIN_S = 10.0
 
-# What a server imports on its way up; a module this SGLang lacks is skipped.
+# The modules a server imports at start. A module that this SGLang lacks is skipped.
 PRELOADED = (
     "sglang.launch_server",
     "sglang.srt.entrypoints.http_server",
@@ -63,12 +63,12 @@ class ForkedProcess:
     zygote: Zygote
 
     def poll(self) -> int | None:
-        """Its exit status (negative: killed by that signal), or None while it runs."""
+        """Returns its exit status (negative: killed by that signal); None while it runs."""
         status: int | None = self.zygote.ask({"do": "poll", "pid": self.pid})["status"]
         return status
 
     def wait(self, timeout_s: float) -> int | None:
-        """Waits at most `timeout_s` seconds for it to end; its exit status, or None."""
+        """Waits at most `timeout_s` seconds for it to end. Returns its exit status, or None."""
         deadline = time.monotonic() + timeout_s
         while (status := self.poll()) is None and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -147,8 +147,8 @@ class Zygote:
         assert stdout is not None
         within_s = ANSWER_WITHIN_S if self._imported else IMPORTS_WITHIN_S
         deadline = time.monotonic() + within_s
-        # Several answers may be there at once, and a signal may come in the middle of one: what was
-        # read stays here, where `select` does not look.
+        # Several answers may be there at once, and a signal may come in the middle of one. So what
+        # was read stays in `_read`, which `select` does not see.
         while b"\n" not in self._read:
             if select.select([stdout], [], [], 0.5)[0]:
                 some = os.read(stdout.fileno(), 65536)
@@ -158,11 +158,11 @@ class Zygote:
                     raise RuntimeError(f"the zygote has ended with status {self._process.poll()}")
                 self._read += some
                 continue
-            # Whoever inherited the pipe keeps it open: its end alone does not tell.
+            # A process that inherited the pipe keeps it open, so its end alone does not tell.
             if self._process.poll() is not None:
                 raise RuntimeError(f"the zygote has ended with status {self._process.poll()}")
             if time.monotonic() > deadline:
-                # Its children go with it; nobody else has to wait as long.
+                # Its children end with it, and nobody else has to wait as long.
                 self._process.kill()
                 raise RuntimeError(f"the zygote has not answered within {within_s:g} s")
         line, _, self._read = self._read.partition(b"\n")
@@ -175,7 +175,7 @@ class Zygote:
         assert stdin is not None
         assert stdout is not None
         with self._lock:
-            # What was not sent can no longer be: the zygote may have ended.
+            # The zygote may have ended; then what was not sent cannot be sent any more.
             with contextlib.suppress(OSError):
                 stdin.close()
             try:
@@ -220,7 +220,7 @@ def _serve(orders: IO[str], answers: IO[str]) -> None:
 
 
 def _poll(pid: int, statuses: dict[int, int | None]) -> int | None:
-    """How this child ended, None if it has not. Buries adopted orphans on the way."""
+    """Returns how this child ended; None: it runs. Reaps adopted orphans on the way."""
     with contextlib.suppress(ChildProcessError):  # no child is left
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             child, status = ended
@@ -245,7 +245,7 @@ def _become(order: dict[str, Any], log: int, parent: int, channels: Sequence[int
     try:
         os.setsid()
         processes.end_with_parent(parent)
-        # A child that kept them would let whoever waits for the zygote's end wait for its own.
+        # If a child kept them open, a caller that waits for the zygote's end would wait for it too.
         for channel in channels:
             os.close(channel)
         nothing = os.open(os.devnull, os.O_RDONLY)
@@ -266,9 +266,9 @@ def _become(order: dict[str, Any], log: int, parent: int, channels: Sequence[int
 
 
 def _reseed() -> None:
-    """Or every fork, and every fork of a fork, would draw the same "random" ports, ids and rooms.
+    """Seeds the random generators anew. Otherwise every fork would draw the same ports, ids and rooms.
 
-    Generators that a module keeps for itself are that module's to seed again.
+    Generators that a module keeps for itself are for that module to seed.
     """
     random.seed()
     if "numpy" in sys.modules:
@@ -276,10 +276,10 @@ def _reseed() -> None:
 
 
 def main(modules: Sequence[str]) -> None:
-    """The zygote process: imports `modules`, then serves orders from stdin."""
+    """Runs the zygote process: imports `modules`, then serves orders from stdin."""
     processes.adopt_orphans()
     os.register_at_fork(after_in_child=_reseed)
-    # stdout is the answer channel; what the imports print must not get into it.
+    # stdout is the answer channel. Output of the imports must not get into it.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     orders = os.fdopen(os.dup(0), "r", encoding="utf-8")
     os.dup2(2, 1)

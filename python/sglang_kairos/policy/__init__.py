@@ -1,1 +1,1 @@
-"""Pure decisions: arrays in, indices out. No clock, no I/O, no torch, no SGLang."""
+"""Scheduling policies as pure functions: arrays in, indices out. No clock, I/O, torch or SGLang."""

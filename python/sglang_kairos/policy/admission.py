@@ -1,30 +1,38 @@
-"""Who gets KV on a decode server, and so may start to prefill: the ones that can be kept on pace.
+"""Decides which waiting requests get KV on a decode server, and with it the right to prefill.
 
-All arrays have shape (n,), one entry per waiting request; times in seconds.
-    share_i = the largest of  cost_i / (tpot_i - base),  its part of the KV cache, and of the slots
-    work_i  = share_i * expected output tokens * tpot_i       how long the server would be his alone
+Why choose it: the first token of a waiting request has a deadline, but every token of a running one
+has. So a request waits when the steps would become too long for those that run already. Stock
+SGLang admits whatever fits into memory, and then everybody misses TPOT.
 
-Waiting here costs nothing until the first token is due; running behind one's TPOT costs with every
-token. So whoever would make the steps too long for those running waits. The order is Moore-
-Hodgson's on (work, latest start): as many in time as possible, late ones last, shortest first. In
-that order they are *kept*, admitted to run at their TPOT, while
-    base / min tpot + sum of cost / tpot over the committed and the kept <= TARGET
-(`load`). While memory is plentiful, shutting others out saves nothing: who would else miss its
-first token is let in too, to be parked until there is room for it (`packing`). So is, at once, whose
-TPOT target is out of reach: shorter than a step of its own. Where nobody's is within reach, there is
-no gate. And as many are let in as it takes to make `min_throughput` times the tokens per second of
-a server that lets in all it has memory for.
+Formula. Arrays have shape (n,), one entry per waiting request. Times are in seconds.
+    share_i = max(cost_i / (tpot_i - base), part of the KV cache, part of the slots)
+    work_i  = share_i * expected output tokens * tpot_i     time for which it would fill the server
+`base` and `cost_i` are the parts of a decode step (`load`). The order is Moore-Hodgson's on work
+and latest start (`urgency`): as many in time as possible, late ones last, shortest first.
+In that order requests are admitted *on pace*, to run at their TPOT, while
+    base / min tpot + sum of cost / tpot over those on pace, running or admitted  <=  TARGET
 
-Two things come before all of that, because a request is lost otherwise, not late:
-- *The clock.* SGLang gives a request up that waits too long. Whoever has used up half of that time
-  (*pressed*) goes first, least time left first, and is let in whatever the load; where memory is
-  short nobody passes it, as in stock. Whose time is up, which may be lost already, goes behind it.
-- *No circular wait between prefill's and decode's memory.* Only requests that are `ready`, that
-  could be reserved this moment, are planned. Where prefill computes first and asks then
-  (``prefill_complete``), ready means that its KV waits there; a place kept for somebody who still
-  needs room on prefill would wait for those very requests. The other such wait, of requests that
-  prefill computed before it was asked to, ends on the prefill server (`policy.standstill`).
-Our own design. Constants: chosen in simulation, flat around these values (docs/decode.md).
+Four kinds of request are admitted beyond that number. They run in the capacity that is left.
+- One that would otherwise miss its first token, while KV and slots are used less than PLENTY. It
+  may be parked later (`packing`).
+- One whose TPOT target is shorter than a step of its own, under the same condition. Waiting cannot
+  help it. If no target in the queue can be met, nobody is held back.
+- As many as it takes to reach `min_throughput` times the tokens/s of a server that admits all.
+- *Pressed* ones. SGLang aborts a request that waits too long for KV; one that has used up half of
+  that time is pressed. The least time left goes first, whatever the load. Where memory is short
+  nobody passes it, as in stock SGLang. One whose time is up may be lost already and goes behind.
+
+No circular wait between prefill's and decode's memory: only `ready` requests are planned, those
+that could be reserved now. With ``prefill_complete`` a request is ready when its KV waits on
+prefill. KV set aside for one that still needs prefill's memory would wait for these very requests.
+`policy.standstill` ends the other such wait, of requests prefilled before they had a reservation.
+
+Trade-offs. Under overload, long requests wait longest. Three bounds keep them from starving: the
+`starving` request goes first (``--kairos-max-wait``), pressed ones pass the gate, and an empty
+server always admits one. A high `min_throughput` trades TPOT attainment for tokens/s.
+
+Source: our own design. The constants were chosen in simulation, and results are flat around them
+(docs/decode.md).
 """
 
 from __future__ import annotations
@@ -46,12 +54,14 @@ PRESSED = 0.5
 
 @dataclass(frozen=True, slots=True)
 class QueueView:
-    """Who waits, for KV or for a slot. Columns (n,), seconds of any one clock, tokens.
+    """The requests that wait for KV or for a slot on a decode server.
 
-    `clock_s`: when SGLang's time-out of it began, `now_s` if it has not; None: it has none here.
-    `weight`: of its SLO class, None where all are equal. `ready`: who can be reserved now, None for
-    all. `growth_tokens`: that must be free beside its prompt before an empty server takes it, None
-    for none.
+    Columns have shape (n,). Times are seconds of any one clock, lengths are tokens.
+    `clock_s`: when SGLang's time-out of each request began, `now_s` if it has not; None: no
+    time-out. `weight`: weight of the SLO class; None: all are equal.
+    `ready`: mask of the requests that could be reserved now; None: all.
+    `growth_tokens`: KV that must be free beside the prompt before an empty server takes the
+    request; None: none.
     """
 
     now_s: float
@@ -66,26 +76,30 @@ class QueueView:
 
     @property
     def due_s(self) -> Array:
-        """Time left until the first token is due, (n,)."""
+        """Returns the time left until each first token is due, in seconds, (n,); negative: late."""
         return self.arrival_s + self.ttft_s - self.now_s
 
     @property
     def places(self) -> NDArray[np.intp]:
-        """Indices of who is ready."""
+        """Returns the indices of the requests that are ready."""
         if self.ready is None:
             return np.arange(len(self.prompt_tokens))
         return np.flatnonzero(self.ready)
 
     def never_fits(self, kv_tokens: float) -> NDArray[np.bool_]:
-        """Whom a server of this size can never take, (n,)."""
+        """Returns the mask (n,) of the requests that a server with `kv_tokens` of KV can never take."""
         growth = 0.0 if self.growth_tokens is None else self.growth_tokens
         return self.prompt_tokens + growth > kv_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Occupancy:
-    """A decode server. `context_tokens`, `tpot_s` (m,): of the kept, be they running, in transfer or
-    about to join. `kv_tokens`, `slots`: what it has; `used_tokens`, `used_slots`: by whomever."""
+    """What a decode server holds.
+
+    `context_tokens`, `tpot_s` (m,): KV tokens and TPOT target of each request that is on pace:
+    running, in transfer or about to join. `kv_tokens`, `slots`: capacity. `used_tokens`,
+    `used_slots`: what is taken, by requests on pace and by all others.
+    """
 
     context_tokens: Array
     tpot_s: Array
@@ -97,9 +111,12 @@ class Occupancy:
 
 @dataclass(frozen=True, slots=True)
 class AdmissionPlan:
-    """`order`: all indices, first come first. The first `count` may come in now, and the first
-    `kept` of these can be kept on pace. `starving`: who goes first as it has waited too long, -1:
-    nobody."""
+    """The order in which waiting requests get KV, and how many get it now.
+
+    `order`: all indices, most urgent first. The first `count` may be admitted now. Of these the
+    first `kept` can be kept on pace. `starving`: index that goes first because it waited too long;
+    -1: none.
+    """
 
     order: list[int]
     kept: int
@@ -117,11 +134,13 @@ def plan_admission(
     clock: Array | None = None,
     min_throughput: float = 0.0,
 ) -> AdmissionPlan:
-    """Order of the queue and how many of it may come in; somebody if the server keeps nobody.
+    """Orders the queue and says how many requests may be admitted. At least one if nobody is on pace.
 
-    Those who are not ready stand behind all others, as they came, and are not counted. `starving`:
-    one that is entitled to go first. `clock` (n,): the part of SGLang's time-out that is left, 1 to
-    0; None where nobody's matters. `min_throughput`: 0 to 1.
+    Requests that are not ready come last, in the order of arrival, and are not counted.
+    `step_s(batch, kv_tokens)`: predicted seconds of a decode step. `stay`: statistics of past
+    requests. `starving`: index of the request that is entitled to go first; -1: none.
+    `clock` (n,): share of SGLang's time-out that each request has left, 1 to 0; None: no time-outs.
+    `min_throughput`: least tokens/s, as a fraction (0 to 1) of what admitting all would produce.
     """
     here = queue.places
     if here.size == 0:
@@ -179,9 +198,10 @@ def plan_admission(
 
 
 def deadline_order(queue: QueueView, clock: Array | None = None) -> list[int]:
-    """All indices where there is no gate: pressed ones by their clock, then by deadline, late last.
+    """Orders all indices where nobody is held back: pressed ones, then by deadline, then late ones.
 
-    Those late already go shortest prompt first. Ties fall to the lower index.
+    Pressed ones go by time left on SGLang's time-out, late ones shortest prompt first. Ties fall to
+    the lower index. `clock` is as in `plan_admission`.
     """
     due = queue.due_s
     late = due <= 0.0
@@ -194,12 +214,12 @@ def deadline_order(queue: QueueView, clock: Array | None = None) -> list[int]:
 
 
 def _time_left(clock: Array) -> Array:
-    """What pressed ones are ordered by: whose time is up may be lost already, and goes behind."""
+    """Returns the sort key of pressed requests. Time up may mean lost already: such go behind."""
     return np.where(clock > 0.0, clock, 1.0)
 
 
 def _least_count(prompt: Array, server: Occupancy, step_s: StepTime, min_throughput: float) -> int:
-    """How many must come in, in this order, for that share of the tokens/s with all that fit."""
+    """Returns how many to admit, in this order, for `min_throughput` of the full batch's rate."""
     batch = server.used_slots + np.arange(prompt.size + 1)
     tokens = server.used_tokens + np.append(0.0, np.cumsum(prompt))
     fit = np.flatnonzero((batch <= server.slots) & (tokens <= server.kv_tokens))

@@ -1,13 +1,20 @@
-"""What a prefill server owes, arranged so that one more request is judged in O(log n).
+"""The work that a prefill server owes, arranged so that one more request is judged in O(log n).
 
-`policy.urgency` runs the on-time set by deadline, then the late ones shortest first. For n jobs
-(deadline d_j, work p_j), counted from `began_s`, when the server began the first of them plus what
-follows prefill (the hand-off):
-    done_j = p_1 + … + p_j over the on-time set by deadline
-    room_j = min over i >= j of (d_i - began_s - done_i)
-A new job of work w between j - 1 and j leaves everybody on time exactly if w <= room_j and it makes
-its own deadline. If not, Moore and Hodgson drop one job: of those up to the first that is late, the
-one with the least weight per second, which may be the new one.
+Why choose it: the router asks every server what one more request would do to the rest. Running
+`policy.urgency` anew costs O(n log n) per server and request. This answers from prefix sums.
+
+Formula. The server runs the on-time set by deadline, then late jobs shortest first. A job j has a
+deadline d_j and work p_j. Times are seconds, counted from `began_s`: when the server began its
+first job, plus the hand-off that follows prefill.
+    done_j     = p_1 + … + p_j                                   over the on-time set, by deadline
+    headroom_j = min over i >= j of (d_i - began_s - done_i)     delay that all from j on can stand
+A new job of work w between j - 1 and j leaves everybody on time iff w <= headroom_j and it makes
+its own deadline. Otherwise Moore-Hodgson drops one job: among those up to the first late one, the
+job with the least weight per second. It may be the new job.
+
+Trade-offs: a dropped job counts as late although the server may still make it. Late jobs have no
+bound on their wait here; the server's starvation bound (`prefill_planner`) gives them one.
+Source: Moore 1968, as in `policy.urgency`; the prefix sums are ours.
 """
 
 from __future__ import annotations
@@ -23,16 +30,19 @@ from sglang_kairos.policy.urgency import moore_hodgson
 
 
 class Victim(NamedTuple):
-    """The job that one more request would push past its deadline."""
+    """The job that one more request would push past its deadline; `place`: its index by deadline."""
 
     place: int
     work_s: float
     weight: float
 
 
-@dataclass(slots=True)  # not frozen, which would make it three times as dear to make
+@dataclass(slots=True)  # not frozen: that would triple the time to build one
 class Backlog:
-    """Make it with `of`, change nothing. Without `began_s` nobody counts as late. Seconds."""
+    """What a prefill server owes. Build it with `of` and change nothing. Times are in seconds.
+
+    Without `began_s` no job counts as late.
+    """
 
     began_s: float = -math.inf
     total_s: float = 0.0
@@ -41,7 +51,7 @@ class Backlog:
     _works: Sequence[float] = ()
     _weights: Sequence[float] | None = None
     _done: Sequence[float] = ()
-    _room: Sequence[float] = ()
+    _headroom: Sequence[float] = ()
     _late: Sequence[float] = ()
     _late_done: Sequence[float] = field(default=())
 
@@ -53,58 +63,60 @@ class Backlog:
         began_s: float = -math.inf,
         weights: Sequence[float] | None = None,
     ) -> Backlog:
-        """From jobs by ascending deadline; the lists are not kept. O(n), O(n log n) if any is late."""
+        """Builds a backlog from jobs by ascending deadline and copies the lists.
+
+        Arrays have shape (n,). Takes O(n), or O(n log n) if any job is late.
+        """
         due, works = list(deadlines_s), list(works_s)
-        kept = None if weights is None else list(weights)
+        worth = None if weights is None else list(weights)
         total, late = math.fsum(works), []
         done = list(accumulate(works))
-        room = [d - began_s - e for d, e in zip(due, done, strict=True)]
-        if room and min(room) < 0.0:
-            mask = moore_hodgson(works, [d - began_s for d in due], kept).tolist()
+        spare = [d - began_s - e for d, e in zip(due, done, strict=True)]
+        if spare and min(spare) < 0.0:
+            mask = moore_hodgson(works, [d - began_s for d in due], worth).tolist()
             late = sorted(w for w, on in zip(works, mask, strict=True) if not on)
             due = [d for d, on in zip(due, mask, strict=True) if on]
             works = [w for w, on in zip(works, mask, strict=True) if on]
-            kept = None if kept is None else [w for w, on in zip(kept, mask, strict=True) if on]
+            worth = None if worth is None else [w for w, on in zip(worth, mask, strict=True) if on]
             done = list(accumulate(works))
-            room = [d - began_s - e for d, e in zip(due, done, strict=True)]
-        room = list(accumulate(reversed(room), min))[::-1]
+            spare = [d - began_s - e for d, e in zip(due, done, strict=True)]
+        headroom = list(accumulate(reversed(spare), min))[::-1]
         return cls(
             began_s=began_s,
             total_s=total,
             on_time_s=done[-1] if done else 0.0,
             _due=due,
             _works=works,
-            _weights=kept,
+            _weights=worth,
             _done=done,
-            _room=room,
+            _headroom=headroom,
             _late=late,
             _late_done=list(accumulate(late)),
         )
 
     def place(self, deadline_s: float) -> int:
-        """How many on-time jobs go before one that is due then."""
+        """Returns how many on-time jobs run before one with this deadline."""
         return bisect_right(self._due, deadline_s)
 
     def before_s(self, place: int) -> float:
-        """Work of the first `place` on-time jobs."""
+        """Returns the work of the first `place` on-time jobs, in seconds."""
         return self._done[place - 1] if place else 0.0
 
-    def room_s(self, place: int) -> float:
-        """How much all on-time jobs from `place` on can be delayed, as of `began_s`."""
-        return self._room[place] if place < len(self._room) else math.inf
+    def headroom_s(self, place: int) -> float:
+        """Returns the delay that all on-time jobs from `place` on can stand, as of `began_s`."""
+        return self._headroom[place] if place < len(self._headroom) else math.inf
 
     def late_before_s(self, work_s: float) -> float:
-        """Work of the late jobs that go before a late one of that length."""
+        """Returns the work of the late jobs that run before a late one of `work_s`, in seconds."""
         at = bisect_right(self._late, work_s)
         return self._late_done[at - 1] if at else 0.0
 
     def victim(
         self, place: int, makes_it: bool, work_s: float, weight: float, lag_s: float
     ) -> Victim | None:
-        """Whom a new job at `place` pushes out when not all fit; None if it is the new one itself.
+        """Returns the job that a new one at `place` pushes out when not all fit; None: the new one.
 
-        `makes_it`: the new one meets its own deadline. `lag_s`: how much later than planned
-        everything is by now.
+        `makes_it`: the new job meets its own deadline. `lag_s`: how far everything is behind plan by now.
         """
         end = place
         if makes_it:

@@ -1,7 +1,7 @@
 """Random but legal decisions of a decode server, to prove that no decision can change a token.
 
-Used by the identity tests in place of the planner: whatever Kairos may decide, the outputs must be
-those of stock SGLang. Never switched on by anything but ``--kairos-chaos-seed``.
+The identity tests use it in place of the planner: whatever Kairos decides, the outputs must be
+those of stock SGLang. Only ``--kairos-chaos-seed`` switches it on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sglang_kairos.policy.packing import StepChoice
 
 
 class ChaosDecodePlanner(DecodePlanner):
-    """The planner's questions, answered from the seed in `config`."""
+    """Answers the planner's questions at random, from the seed in `config`."""
 
     def __init__(self, config: KairosConfig, counters: Counter[str]) -> None:
         super().__init__(config, counters)
@@ -31,7 +31,7 @@ class ChaosDecodePlanner(DecodePlanner):
     def admit(
         self, queue: QueueView, running: RunningView, server: Occupancy, times: StepPredictor
     ) -> AdmissionPlan:
-        """Any order of who is ready, the others behind, and any number of them, one at least."""
+        """Returns any order of the ready requests, the others behind, and any count from one up."""
         n = len(queue.prompt_tokens)
         here = np.ones(n, bool) if queue.ready is None else queue.ready
         order = sorted(self.order(queue), key=lambda index: not here[index])
@@ -40,11 +40,11 @@ class ChaosDecodePlanner(DecodePlanner):
         return AdmissionPlan(order, self._random.randint(0, count), count)
 
     def order(self, queue: QueueView) -> list[int]:
-        """Any order."""
+        """Returns any order of the queue."""
         return self._shuffled(len(queue.prompt_tokens))
 
     def choose(self, view: RunningView, times: StepPredictor) -> StepChoice | None:
-        """A non-empty subset of who runs; often all of them."""
+        """Returns a non-empty subset of the running requests; often None, which means all."""
         count = len(view.tpot_s)
         if count < 2 or self._random.random() < 0.4:
             return None
@@ -53,7 +53,7 @@ class ChaosDecodePlanner(DecodePlanner):
         return StepChoice(run, 0.0, "chaos", np.isin(np.arange(count), run))
 
     def retract(self, view: RunningView) -> list[int]:
-        """Any order."""
+        """Returns any order of the running requests."""
         return self._shuffled(len(view.tpot_s))
 
     def _shuffled(self, count: int) -> list[int]:

@@ -1,13 +1,19 @@
-"""What a decode server does next, from what it sees: the one place of the rules, for two hosts.
+"""Plans the next action of a decode server. SGLang's scheduler and the simulator call the same code.
 
-A host, SGLang's scheduler or the simulated server, describes the moment in columns (the views),
-carries the answer out, and tells who was let in, started and ended. Three questions:
-    admit     whose KV to reserve, in which order (`policy.admission`)
-    choose    who takes part in the next step (`policy.packing`)
-    retract   whose KV to give up when the next step's does not fit (`policy.retraction`)
-The rules that need more than one moment live here: who starves and whether the late share pays for
-it, whose time-out runs down, the lead to aim at and how fast, how long requests usually stay, and
-the circuit breaker: where steps do not follow the predictions, nobody sits out or is held back.
+The caller (*host*) describes the moment in columns (the views), carries the answer out, and reports
+which requests were admitted, started and ended. The planner answers three questions:
+    admit     which requests get KV, and in which order (`policy.admission`)
+    choose    which running requests take part in the next step (`policy.packing`)
+    retract   which requests give KV up when the next step does not fit (`policy.retraction`)
+
+Rules that need more than one moment live here:
+    starvation        A request older than ``--kairos-max-wait`` TTFT targets goes first, within the
+                      token budget of ``--kairos-late-share``.
+    time-outs         What is left of SGLang's own time-out decides who is pressed.
+    reserve, horizon  The lead (in tokens) to aim at, and in how many tokens to reach it.
+    stay              How long requests usually stay, from those that ended.
+    circuit breaker   While predicted step times are wrong by more than ``--kairos-max-step-error``,
+                      nobody is parked or held back: stock behaviour.
 """
 
 from __future__ import annotations
@@ -33,9 +39,9 @@ from sglang_kairos.policy.packing import (
     StepChoice,
     choose_step,
     horizon_of,
+    longest_full_step_s,
     pace_s,
     reserve_of,
-    room_s,
 )
 from sglang_kairos.policy.retraction import keep_order
 from sglang_kairos.policy.urgency import LateShare
@@ -49,7 +55,7 @@ GIVE_UP_S = 300.0  # SGLang's default of its time-outs
 
 
 class StepPredictor(Protocol):
-    """How long decode steps take, as predicted, and how wrong the latest predictions were."""
+    """Predicts how long decode steps take, and knows how wrong its latest predictions were."""
 
     def step_s(self, batch: Any, kv_tokens: Any, /) -> Any: ...
 
@@ -59,11 +65,11 @@ class StepPredictor(Protocol):
 
 @dataclass(slots=True)  # one a step: freezing it would cost a microsecond
 class RunningView:
-    """Who decodes. Columns (n,), seconds of any one clock, KV tokens.
+    """The running requests. Columns have shape (n,). Times are seconds of any one clock.
 
-    `emitted`: output tokens that are out or in flight. `served`: whether it was to be kept on pace
-    when it was let in, or at the latest choice since. `tightest_s`: the least of `tpot_s`, 0 for
-    n = 0. `weight`: of its SLO class, None where all are equal.
+    `emitted`: output tokens that are out or in flight. `served`: mask of the requests that are on pace,
+    by admission or by the latest choice. `context_tokens`: KV tokens. `tightest_s`: the least of
+    `tpot_s`, 0 for n = 0. `weight`: weight of the SLO class; None: all are equal.
     """
 
     now_s: float
@@ -78,25 +84,25 @@ class RunningView:
 
     @property
     def slack_s(self) -> Floats:
-        """Time until the next token is due, (n,)."""
+        """Returns the time until each next token is due, in seconds, (n,)."""
         return self.first_token_s + self.emitted * self.tpot_s - self.now_s
 
     @property
     def silent_s(self) -> Floats:
-        """Time since the last token, (n,)."""
+        """Returns the time since each last token, in seconds, (n,)."""
         return self.now_s - self.last_token_s
 
     @property
     def lead_s(self) -> Floats:
-        """How early the last token came, (n,)."""
+        """Returns how early each last token came, in seconds, (n,); negative: late."""
         return self.first_token_s + (self.emitted - 1.0) * self.tpot_s - self.now_s
 
 
 class DecodePlanner:
-    """The rules of one decode server; see the module's text.
+    """The rules of one decode server; the module's text lists them.
 
-    `counters`: steps by what was decided, steps with the breaker open, and how many were let in
-    because their time-out ran down. `give_up_s`: how long SGLang lets a request wait for its KV.
+    `counters` counts steps by decision, steps with an open breaker, and requests admitted because
+    their time-out ran down. `give_up_s`: seconds that SGLang lets a request wait for its KV.
     """
 
     def __init__(
@@ -105,15 +111,15 @@ class DecodePlanner:
         self.config, self.counters, self.give_up_s = config, counters, give_up_s
         self.late_share, self.stay = LateShare(config.late_share), Stay()
         self.breaker: PredictError | None = None
-        """Why the breaker is open; None while it is closed."""
+        """The prediction error that opened the breaker; None while it is closed."""
 
     def admit(
         self, queue: QueueView, running: RunningView, server: Occupancy, times: StepPredictor
     ) -> AdmissionPlan:
-        """The order of the queue, how many of it come in, who of them starves. For n > 0.
+        """Returns the order of the queue, how many get KV now, and which one starves. Needs n > 0.
 
-        `server` has those to be kept who have KV and do not run yet; who runs is added here.
-        All come in, by deadline, while the breaker is open.
+        `server` counts the requests on pace that have KV and do not run yet; running ones are added here.
+        While the breaker is open all requests are admitted, by deadline.
         """
         error = times.error
         if not self.trusted(error):
@@ -133,31 +139,31 @@ class DecodePlanner:
         )
 
     def order(self, queue: QueueView) -> list[int]:
-        """All who wait, by deadline, where nobody is held back."""
+        """Returns all waiting indices by deadline, for use where nobody is held back."""
         return deadline_order(queue, self.clock_left(queue))
 
     def let_in(self, prompt_tokens: int, starving: bool) -> None:
-        """KV was reserved for one, `starving` if the plan said so: the late share earns and pays."""
+        """Notes that a request got KV: the late share earns its tokens, or pays if it was `starving`."""
         self.late_share.ran(prompt_tokens, prompt_tokens if starving else 0)
 
     def clock_left(self, queue: QueueView) -> Floats | None:
-        """The part of SGLang's time-out that each has left, 1 to 0, (n,); None: there is none."""
+        """Returns the share of SGLang's time-out that each has left, 1 to 0, (n,); None: no time-out."""
         if queue.clock_s is None:
             return None
         return np.clip(1.0 - (queue.now_s - queue.clock_s) / self.give_up_s, 0.0, 1.0)
 
     def choose(self, view: RunningView, times: StepPredictor) -> StepChoice | None:
-        """Who takes part in the next step; None: everybody, and nobody had to choose."""
+        """Returns which requests take part in the next step; None: all, and no choice was needed."""
         count = len(view.tpot_s)
         if count < 2:
             return None
         full_s = float(times.step_s(count, float(view.context_tokens.sum())))
         horizon = self.horizon_tokens
-        if full_s <= room_s(view.tightest_s, MOST_RESERVE, horizon):
-            return None  # whatever the error is, which takes time to look up
+        if full_s <= longest_full_step_s(view.tightest_s, MOST_RESERVE, horizon):
+            return None  # holds for any error; looking the error up takes time
         error = times.error
         reserve = reserve_of(error.mape)
-        if full_s <= room_s(view.tightest_s, reserve, horizon):
+        if full_s <= longest_full_step_s(view.tightest_s, reserve, horizon):
             return None
         if not self.trusted(error):
             self.counters["breaker_steps"] += 1
@@ -178,21 +184,21 @@ class DecodePlanner:
         return choice
 
     def retract(self, view: RunningView) -> list[int]:
-        """All who run, most worth keeping first."""
+        """Returns all running indices, the ones most worth keeping first."""
         return keep_order(view.lead_s, view.tpot_s, view.context_tokens, view.weight)
 
     def trusted(self, error: PredictError) -> bool:
-        """The circuit breaker: whether to decide by predictions that are so wrong."""
+        """Returns whether predictions with this `error` may decide; sets the circuit breaker."""
         self.breaker = None if error.trusted(self.config.max_step_error) else error
         return self.breaker is None
 
     @property
     def horizon_tokens(self) -> float:
-        """In how many tokens leads are to be made up or used."""
+        """Returns in how many tokens a lead is to be made up or used."""
         return horizon_of(self.stay.output_tokens)
 
     def _starving(self, queue: QueueView, kv_tokens: float) -> int:
-        """Index of who goes first because it has waited too long; -1: nobody, or it cannot pay."""
+        """Returns the index that goes first as it waited too long; -1: none, or no late share left."""
         arrival = np.where(queue.never_fits(kv_tokens), np.inf, queue.arrival_s)
         if queue.ready is not None:
             arrival = np.where(queue.ready, arrival, np.inf)
@@ -203,11 +209,11 @@ class DecodePlanner:
     def _occupancy(
         self, running: RunningView, server: Occupancy, reserve_tokens: float
     ) -> Occupancy:
-        """Those to be kept on pace count with the pace they need now, no looser than their target."""
-        kept, tpot = running.served, running.tpot_s
+        """Adds the running requests on pace, each with the pace it needs now, at most its TPOT target."""
+        on_pace, tpot = running.served, running.tpot_s
         pace = np.minimum(pace_s(running.lead_s, tpot, reserve_tokens, self.horizon_tokens), tpot)
         return replace(
             server,
-            context_tokens=np.append(running.context_tokens[kept], server.context_tokens),
-            tpot_s=np.append(pace[kept], server.tpot_s),
+            context_tokens=np.append(running.context_tokens[on_pace], server.context_tokens),
+            tpot_s=np.append(pace[on_pace], server.tpot_s),
         )

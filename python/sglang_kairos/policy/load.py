@@ -1,18 +1,25 @@
-"""What each running decode costs: the law of a step, made linear around the operating point.
+"""Splits the time of a decode step over its requests: the latency model, linearised where it will run.
 
-    step(batch) = base + sum_i cost_i                seconds; cost_i of request i, base of nobody
-    cost_i = each + token * context_i
+The formula is in seconds.
+    step(batch) = base + sum_i cost_i          base: belongs to no request
+    cost_i      = each + token * context_i     context_i: KV tokens of request i
 
-The operating point is the batch that will run: the largest one, of requests of the mean context, whose
-step is within the limit. There `each` is the slope over the upper half of the batch, `token` that over
-the upper half of its KV tokens. Elsewhere the line is not worth much: in a mixture of experts the
-first few requests of a batch cost far more than the next few (each wakes more experts), so that
-averaged from 1 on the base comes out several times too small; and of a crowd far beyond the limit
-the slope is flatter and the base larger than whatever can be kept on pace will see.
-
-A request that needs a token every `tpot_i` needs the share  cost_i / tpot_i  of the time, and
-somebody's `tpot` goes to the base: all can be kept on pace iff
+A request that needs a token every tpot_i takes the share cost_i / tpot_i of the time, and the base
+takes base / min tpot. So all requests can be kept on pace iff
     base / min tpot + sum_i cost_i / tpot_i <= 1
+
+Where it is linearised: at the largest batch of requests of mean context whose step is within the
+limit. There `each` is the slope over the upper half of the batch, `token` the slope over the upper
+half of its KV tokens.
+
+Why there: in a mixture of experts the first requests of a batch cost far more than the next ones,
+because each wakes more experts. Averaged from one request on, the base comes out several times too
+small. Far beyond the limit the slope is flatter and the base larger than any batch on pace will
+see.
+
+Trade-off: the line is only good near that batch. `packing` therefore checks the step it chose with
+the latency model itself.
+Source: our own design.
 """
 
 from __future__ import annotations
@@ -31,10 +38,11 @@ StepTime = Callable[[Any, Any], Any]
 def step_costs(
     step_s: StepTime, context_tokens: Array, limit_s: float, more_tokens: Array | None = None
 ) -> tuple[float, Array, Array]:
-    """`base` (seconds), `cost` (n,) of requests with these contexts, and (m,) of `more` to come.
+    """Returns `base` (seconds), `cost` (n,) of the running requests, and (m,) of those in `more_tokens`.
 
-    `step_s(batch, kv_tokens)`: predicted seconds, monotone, of scalars. `limit_s`: the step aimed
-    at. The operating point has two requests at least: one alone does not tell what a second adds.
+    `step_s(batch, kv_tokens)`: predicted seconds of scalars, monotone in both. `context_tokens`
+    (n,), `more_tokens` (m,): KV tokens per request. `limit_s`: the step time aimed at. The line is
+    taken at two requests at least: one alone does not tell what a second adds.
     """
     known, in_all = context_tokens.size, float(context_tokens.sum())
     if more_tokens is not None:
@@ -62,7 +70,7 @@ def step_costs(
 def within_reach(
     step_s: StepTime, context_tokens: Array, tpot_s: Array
 ) -> NDArray[np.bool_] | None:
-    """Whose TPOT target a step of its own would meet: mask (n,), n > 0; None for everybody's."""
+    """Returns the mask (n,) of TPOT targets that a step alone would meet; None: all. Needs n > 0."""
     if float(step_s(1, float(context_tokens.max()))) <= float(tpot_s.min()):
         return None
     alone: Array = step_s(np.ones(context_tokens.size, np.int64), context_tokens)
@@ -75,12 +83,12 @@ def largest_fitting(
     fits: tuple[int, float],
     fails: tuple[int, float],
 ) -> tuple[int, float]:
-    """The largest size with `seconds_of(size) <= limit_s`, and these; `seconds_of` is monotone.
+    """Returns the largest size with `seconds_of(size) <= limit_s`, and its seconds.
 
-    `fits`, `fails`: a size that fits (or is the answer for want of a smaller one) and one that does
-    not, each with its seconds. Every question costs microseconds, so where the answer lies on the
-    line between what is known is asked first, and what remains is halved every third time, lest a
-    bent line makes it slow.
+    `seconds_of` is monotone. `fits`: a size that fits, or the answer if no larger one does;
+    `fails`: a size that does not fit. Both come with their seconds. Each call costs microseconds,
+    so the search interpolates first; every third time it halves what is left, in case the curve is
+    bent.
     """
     (low, low_s), (high, high_s) = fits, fails
     turn = 0

@@ -1,41 +1,50 @@
-"""Which running decodes take part in the next step: as many requests on their TPOT as possible.
+"""Chooses which running requests take part in the next decode step, so that most meet their TPOT.
 
-All arrays have shape (n,), one entry per running request; times in seconds, context in KV tokens.
-    lead_i  = slack_i - tpot_i       how early the last token came; the final TPOT is met iff it
-                                     is >= 0 when the last token comes
-    pace_i  = tpot_i + (lead_i - reserve tpot_i) / horizon, within FLOOR..CEILING of tpot_i
-                                     longest mean step with which the lead comes down to `reserve`
-                                     tokens in `horizon` ones: shorter for who is behind, longer for
-                                     who is ahead
-    cost_i  = what i adds to the step (`load`);   load_i = cost_i / pace_i
-A request LOST tokens or more behind its pace is given up, and so is one whose TPOT target even a step
-of its own would miss: it takes what others leave. Where all are given up nobody gains from a short
-step, and everybody runs.
+Why choose it: when the step of all is longer than the tightest TPOT target, everybody misses it.
+Parking some (their KV stays) lets the others meet theirs. With enough slack this is stock SGLang.
 
-1. If the step of everybody fits everybody's pace, everybody runs: stock behaviour.
-2. Otherwise the *served* set is the largest that can be kept on pace for good: for each of some
-   limits L, those with pace >= L, lightest load first while  base / L + sum load <= 1  (fewest
-   seconds per token first is optimal for a count, as in the unit-value knapsack); the L that serves
-   the most wins. So nobody who has fallen behind drags all others to his pace. Who was served
-   before counts as INCUMBENT of its load: the set does not flap.
-3. The step is filled up to that limit: who would otherwise be silent for `max_itl_s`, then the
-   served who miss their pace within URGENT steps, then the other served, the recoverable, the given
-   up; lightest first within each. The rest is parked. Silent ones are fetched one a step, the most
-   silent first, early enough that they never come due in a crowd, and with SPARE steps to go: a step
-   may take longer than predicted, and its tokens take their time to the client.
+Formula. Arrays have shape (n,), one entry per running request. Times are seconds, context KV
+tokens.
+    lead_i = slack_i - tpot_i        how early the last token came. TPOT is met iff the lead is >= 0
+                                     when the last token comes.
+    pace_i = tpot_i + (lead_i - reserve * tpot_i) / horizon     bounded to FLOOR..CEILING of tpot_i
+                                     the longest mean step with which the lead comes down to
+                                     `reserve` tokens within `horizon` tokens
+    load_i = cost_i / pace_i         share of the time it takes; cost_i and base are from `load`
 
-4. Where that would make fewer than `min_throughput` times the tokens per second that the step of
-   everybody makes, the step is filled further, in the same order, until it does not.
+1. If the step of all fits every pace, all run.
+2. Otherwise find the largest set that can stay *on pace* (`served`). For each of LIMITS values L:
+   take the requests with pace >= L, lightest load first, while  base / L + sum load <= 1.
+   The L with the most members wins, so a request that has fallen behind slows down nobody else.
+   For a count, lightest first is optimal, as in the unit-value knapsack. Members of the last set
+   count with INCUMBENT of their load, so that the set does not flap.
+3. Fill the step up to the least pace in the set, lightest first within each group:
+       - requests that would be silent for `max_itl_s`
+       - members that miss their pace within URGENT steps
+       - other members
+       - requests that can still recover
+       - those given up
+   The rest is parked.
+4. If that makes fewer than `min_throughput` times the tokens/s of a step of all, fill on.
 
-Where the fixed part of a step is large, a step a little shorter means far fewer requests (25 ms of
-which 17 are fixed: 1 % is 3 % of the batch). So there is no margin on a step: whoever falls behind is
-noticed by its lead. But where steps scatter around their predictions, who aims at a lead of nothing
-ends late every other time: the worse the predictions, the larger the `reserve_tokens` aimed at.
-It must be there when a request ends, so the `horizon_tokens` are half of what requests usually
-have, HORIZON at most.
+A request LOST or more tokens behind is *given up*, and so is one whose TPOT target is shorter than
+a step of its own. It takes what the others leave. If all are given up, all run.
 
-Our own design; no claim that any paper's formula looks like it. Constants: tuned in simulation and
-flat around these values (docs/decode.md).
+Silent requests are fetched one per step, the most silent first, early enough that they do not come
+due together. SPARE steps are left before the limit: a step may take longer than predicted, and
+tokens take time to reach the client.
+
+A step has no safety margin. Where 17 of 25 ms are fixed, a step 1 % shorter holds 3 % fewer
+requests. The lead shows who falls behind instead. Where predictions scatter, a lead of nothing ends
+late half of the time, so the worse the predictions, the larger the `reserve`. It must be there when
+a request ends: `horizon` is half of the usual output length, HORIZON at most.
+
+Trade-offs and starvation. Under overload requests that are given up wait for capacity, at most
+`max_itl_s` between two tokens. Parked requests keep their KV, so where memory is the bottleneck
+parking cannot help (`admission` does). Tokens/s may fall to `min_throughput` of stock's.
+
+Source: our own design; no claim that a paper's formula looks like it. The constants were tuned in
+simulation, and results are flat around them (docs/decode.md).
 """
 
 from __future__ import annotations
@@ -61,10 +70,12 @@ INCUMBENT = 0.5
 
 @dataclass(frozen=True, slots=True)
 class StepChoice:
-    """`run`: indices that take part, ascending; `predicted_s`: their step. `served`: mask (n,) of
-    who is to be kept on pace, for the next choice.
+    """Which requests run in the next step.
 
-    `reason`: "all" run, "packed" (everybody can be kept on pace) or "overload" (somebody not)."""
+    `run`: indices that take part, ascending. `predicted_s`: seconds of their step. `served`: mask
+    (n,) of the requests on pace, for the next choice. `reason`: "all" run; "packed": all can be
+    kept on pace, some sit out; "overload": not all can be kept on pace.
+    """
 
     run: list[int]
     predicted_s: float
@@ -85,13 +96,14 @@ def choose_step(
     horizon_tokens: float = HORIZON,
     min_throughput: float = 0.0,
 ) -> StepChoice:
-    """The requests to run now; never empty for n > 0.
+    """Returns the requests to run now; never none for n > 0.
 
-    `slack_s`: time until the next token is due, (first token + emitted * tpot) - now. `silent_s`:
-    time since the last token. `step_s(batch, kv_tokens)`: predicted seconds, monotone, for scalars
-    and arrays. `served`: the last choice's, False for who has joined since (None: nobody was).
-    `reserve_tokens`: the lead to end with, of `reserve_of`; `horizon_tokens`: of `horizon_of`.
-    `min_throughput`: 0 to 1.
+    `slack_s`: seconds until the next token is due, (first token + emitted * tpot) - now.
+    `silent_s`: seconds since the last token. `max_itl_s`: longest silence allowed.
+    `step_s(batch, kv_tokens)`: predicted seconds, monotone in both, for scalars and arrays.
+    `served`: mask of the last choice, False for requests that joined since; None: no last choice.
+    `reserve_tokens`: the lead to end with, from `reserve_of`. `horizon_tokens`: from `horizon_of`.
+    `min_throughput`: least tokens/s, as a fraction (0 to 1) of what a step of all would produce.
     """
     slack, tpot = np.asarray(slack_s, float), np.asarray(tpot_s, float)
     context, silent = np.asarray(context_tokens, float), np.asarray(silent_s, float)
@@ -142,17 +154,19 @@ def choose_step(
 
 
 def reserve_of(mean_error: float) -> float:
-    """The lead to aim at, in tokens, where steps are predicted with this mean relative error."""
+    """Returns the lead to aim at, in tokens, for this mean relative error of step predictions."""
     return min(MOST_RESERVE, RESERVE_PER_ERROR * mean_error)
 
 
 def horizon_of(expected_output: float) -> float:
-    """Tokens in which a lead is to be made up or used, where requests have so many on average."""
+    """Returns in how many tokens a lead is made up or used, given the mean output length in tokens."""
     return min(HORIZON, max(SHORTEST_HORIZON, 0.5 * expected_output))
 
 
-def room_s(tightest_tpot_s: float, reserve_tokens: float, horizon_tokens: float = HORIZON) -> float:
-    """A step of everybody that is no longer than this needs no choice, whatever the leads."""
+def longest_full_step_s(
+    tightest_tpot_s: float, reserve_tokens: float, horizon_tokens: float = HORIZON
+) -> float:
+    """Returns the seconds up to which a step of all needs no choice, whatever the leads."""
     return tightest_tpot_s * (1.0 - reserve_tokens / horizon_tokens)
 
 
@@ -162,7 +176,7 @@ def pace_s(
     reserve_tokens: float,
     horizon_tokens: float = HORIZON,
 ) -> NDArray[np.float64]:
-    """The longest mean step each may see, (n,)."""
+    """Returns the longest mean step that each request may see, in seconds, (n,)."""
     return _within_bounds(_bare_pace_s(lead_s, tpot_s, reserve_tokens, horizon_tokens), tpot_s)
 
 
@@ -186,9 +200,9 @@ def _served(
     alive: NDArray[np.bool_] | None,
     before: NDArray[np.bool_] | None,
 ) -> NDArray[np.bool_]:
-    """The largest set that can be kept on pace: mask (n,); somebody, as somebody is alive.
+    """Returns the mask (n,) of the largest set that can be kept on pace; never empty.
 
-    `alive`: who may be in it, None for all.
+    `alive`: who may be in it, None: all. `before`: the last choice's set.
     """
     key = load if before is None else np.where(before, INCUMBENT * load, load)
     lightest = key.argsort(kind="stable")
@@ -220,7 +234,7 @@ def _due(
     limit: float,
     max_itl_s: float,
 ) -> NDArray[np.bool_] | None:
-    """Who must run now lest somebody is silent for longer than `max_itl_s`: mask (n,); None: nobody."""
+    """Returns the mask (n,) of requests that must run now to stay within `max_itl_s`; None: nobody."""
     latest_s = max_itl_s - (SPARE - 1.0) * limit
     longest_s, longest_turn_s = float(silent.max()), limit + float(cost.max())
     queue = np.flatnonzero(~served)

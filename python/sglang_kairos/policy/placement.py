@@ -1,22 +1,32 @@
-"""Which prefill and which decode server get a request: keep most promises, then be earliest.
+"""Chooses the prefill and the decode server of a request: most promises met, then the earliest.
 
-Seconds everywhere; deadlines and `now_s` on one clock of the caller's choice.
+Why choose it: a queue's length says little about when a request will be done. This predicts, per
+server, when it would be, and which earlier promise it would break.
 
-Prefill server s does what it owes in `policy.backlog`'s order (a stock server: as it came). For a
-request of n tokens, of which s has h cached, w = seconds of n - h tokens after h:
-    ahead    = on-time work due before it + work nobody told us the deadline of
-    blocking = min(one chunk, work due later)      a running chunk cannot be taken back; without
-                                                   chunks: the longest prompt
+Formula. Times are seconds; deadlines and `now_s` share one clock of the caller's choice.
+
+Prefill. A server does its work in the order of `policy.backlog`; a stock server first come, first
+served. Let a request have n tokens, of which the server has h cached.
+    w        = seconds to prefill n - h tokens after h (latency model)
+    ahead    = on-time work due before it + work with unknown deadlines
+    blocking = min(one chunk, work due later); a running chunk is not taken back. Without chunks:
+               the longest prompt
     TTFT     = ahead - progress + blocking + w + hand-off + one decode step
-The server as a whole then has w more to do: at most one request is pushed past its deadline by it
-(Moore and Hodgson), maybe the new one. `kept` is the weight won by accepting minus what is lost.
-Decode server, after the request has joined: step = a + b running + knees + c tokens (TPOT of
-everybody there); `kept` is 1 if the request's target allows that step, less the residents whose
-target does not any more. A server whose KV would overflow comes after all that have room.
+    gain     = its weight if it is on time - weight of the job that it pushes past a deadline
 
-Most kept wins, then the earliest end (prefill) or the shortest step (decode); the two choices do
-not depend on each other. Ties fall to the lower index, or to `rng` when one is given. Above
-LOOK_AT_ALL servers of a role a few are drawn and compared (Mitzenmacher 2001: two nearly suffice).
+By Moore-Hodgson at most one job is pushed out, maybe the new one.
+Decode. After the request has joined:
+    step     = latency model at (running + 1 requests, tokens + its tokens)
+    gain     = its weight if step <= its TPOT target - residents whose target breaks now
+A server whose KV would overflow comes after all others.
+
+The largest gain wins, then the earliest end (prefill) or the shortest step (decode). Both choices
+are independent. Ties fall to the lower index, or to `rng` when one is given. Above LOOK_AT_ALL
+servers of a role, DRAWN are drawn at random and compared.
+
+Trade-offs. A late request goes where it harms least, which may be the slowest queue; its wait is
+bounded on the server, not here. The prediction is as good as the latency model and the prefix
+index. Source: our own design. Random choice among a few: Mitzenmacher 2001 (two nearly suffice).
 """
 
 from __future__ import annotations
@@ -29,22 +39,23 @@ from typing import NamedTuple
 from sglang_kairos.policy.backlog import EMPTY, Backlog
 from sglang_kairos.predict.latency_model import GENERIC_PREFILL, DecodeLatency, PrefillLatency
 
-# Predictions closer than this are one: they are not that good, and a tie can be spread.
+# Predictions closer than this count as equal: they are no better, and ties spread the load.
 TIE_S = 1e-4
-# Of a decode server that has not told its law: steep enough for one request more to be no tie.
+# For a decode server that has not reported its latency model. One more request must be no tie.
 UNTOLD_DECODE = DecodeLatency(3.5e-3, 0.22e-3, 0.65e-6)
 LOOK_AT_ALL = 32  # of one role; 64 servers in all
 DRAWN = 8
-# Of the tokens that a request may make, how many it is expected to.
+# Expected output length, as a share of the most tokens that a request may make.
 OUTPUT_SHARE = 0.5
 
 
 class PrefillState(NamedTuple):
-    """A prefill server and what it owes: `deadlines_s` ascending, `works_s` beside it.
+    """A prefill server and the work it owes, in seconds.
 
-    `progress_s`: done already of that; `extra_s`: work besides, of unknown deadlines;
-    `cached_tokens`: of the request's prompt, expected in its prefix cache. `backlog` spares
-    building it from the two lists. `chunk_tokens` <= 0: prompts are not chunked.
+    `law`: its latency model. `chunk_tokens` <= 0: prompts are not chunked. `deadlines_s`, `works_s`
+    (n,): its jobs by ascending deadline. `progress_s`: work of these that is done. `extra_s`: work
+    with unknown deadlines. `cached_tokens`: of the request's prompt, expected in the prefix cache.
+    `backlog`: built from the two lists already; None: build it.
     """
 
     law: PrefillLatency = GENERIC_PREFILL
@@ -53,16 +64,16 @@ class PrefillState(NamedTuple):
     works_s: Sequence[float] = ()
     progress_s: float = 0.0
     by_deadline: bool = True
-    """False: first come, first served (stock SGLang)."""
+    """Whether jobs run by deadline. False: first come, first served, as in stock SGLang."""
     extra_s: float = 0.0
     cached_tokens: float = 0.0
     backlog: Backlog | None = None
 
 
 class DecodeState(NamedTuple):
-    """A decode server: requests and KV tokens it holds or has been promised, and its KV size.
+    """A decode server: its latency model, the requests and KV tokens it has or was promised, its KV size.
 
-    `tpots_s`: TPOT targets of the requests known there, ascending.
+    `tpots_s`: TPOT targets, in seconds, of the requests known there, ascending.
     """
 
     law: DecodeLatency = UNTOLD_DECODE
@@ -72,15 +83,16 @@ class DecodeState(NamedTuple):
     tpots_s: Sequence[float] = ()
 
     def step_s(self, more_requests: int, more_tokens: float) -> float:
-        """Seconds of a step once that much more has joined."""
+        """Returns the seconds of a step once that much more has joined."""
         return self.law.step_s(self.running + more_requests, self.tokens + more_tokens)
 
 
 class PlacedRequest(NamedTuple):
-    """`tokens` prompt tokens in all `prompts`; `output_tokens` it is expected to grow by.
+    """The request to place. `tokens`: prompt tokens over all `prompts`; times in seconds.
 
-    `now_s` goes with `deadline_s`; without it nothing counts as late. `margin_s` is kept free
-    before the deadline, for what predictions miss.
+    `output_tokens`: by how much it is expected to grow. `now_s` is on the clock of `deadline_s`;
+    without it nothing counts as late. `margin_s` stays free before the deadline, for errors of
+    prediction. `skip_prefills`, `skip_decodes`: indices of servers not to choose.
     """
 
     tokens: float
@@ -97,10 +109,11 @@ class PlacedRequest(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Indices of the chosen servers, and the seconds from now to the first token.
+    """Indices of the chosen servers, and what is predicted for the request there.
 
-    `keeps_ttft`: the request is on time and pushes nobody else past a deadline. `keeps_tpot`: the
-    same for TPOT, and there is room in the KV. `tpot_s`: the step it is predicted to see.
+    `ttft_s`: seconds from now to the first token. `keeps_ttft`: the request is on time and pushes
+    nobody past a deadline. `keeps_tpot`: the same for TPOT, and its KV fits. `tpot_s`: seconds of
+    its step.
     """
 
     prefill: int
@@ -112,23 +125,23 @@ class Pair(NamedTuple):
 
 
 class PrefillOutlook(NamedTuple):
-    """`end_s`: seconds from now to the end of the request's prefill; see the module's text."""
+    """`end_s`: seconds until its prefill ends; `gain`: see the module; `harmless`: nobody is late."""
 
     end_s: float
-    kept: float
+    gain: float
     harmless: bool
 
 
 class DecodeOutlook(NamedTuple):
-    """`step_s`: seconds of a step with the request in it; see the module's text."""
+    """`overflow`: its KV does not fit; `gain`: see the module; `step_s`: seconds of a step with it."""
 
     overflow: bool
-    kept: float
+    gain: float
     step_s: float
 
 
 def prefill_outlook(server: PrefillState, request: PlacedRequest) -> PrefillOutlook:
-    """What `server` would make of the request, and the request of what the server owes."""
+    """Predicts when `server` would finish the request, and what that does to the work it owes."""
     law, chunk = server.law, server.chunk_tokens
     _, work = law.prompt_s(request.tokens, server.cached_tokens, chunk)
     limit = request.deadline_s - request.now_s - request.handoff_s - request.margin_s
@@ -150,7 +163,7 @@ def prefill_outlook(server: PrefillState, request: PlacedRequest) -> PrefillOutl
     lag = -math.inf
     if backlog.began_s > -math.inf:
         lag = request.now_s + request.handoff_s - backlog.began_s - done
-    if end <= limit and work <= backlog.room_s(place) - lag:
+    if end <= limit and work <= backlog.headroom_s(place) - lag:
         return PrefillOutlook(end, request.weight, True)
     victim = backlog.victim(place, end <= limit, work, request.weight, lag)
     if victim is not None and work <= limit:
@@ -162,18 +175,18 @@ def prefill_outlook(server: PrefillState, request: PlacedRequest) -> PrefillOutl
 
 
 def decode_outlook(server: DecodeState, request: PlacedRequest) -> DecodeOutlook:
-    """What a step on `server` takes with the request in it, and whose TPOT target that breaks."""
+    """Predicts a step of `server` with the request in it, and whose TPOT target that breaks."""
     grown = request.tokens + request.output_tokens
     step = server.step_s(request.prompts, grown)
-    kept = request.weight if step <= request.tpot_s else 0.0
+    gain = request.weight if step <= request.tpot_s else 0.0
     if server.tpots_s and server.tpots_s[0] < step:
         before = server.step_s(0, 0.0)
-        kept -= sum(1.0 for tpot in server.tpots_s if before <= tpot < step)
-    return DecodeOutlook(server.tokens + grown > server.capacity_tokens, kept, step)
+        gain -= sum(1.0 for tpot in server.tpots_s if before <= tpot < step)
+    return DecodeOutlook(server.tokens + grown > server.capacity_tokens, gain, step)
 
 
 def drawn(count: int, rng: Random | None) -> Sequence[int]:
-    """Indices worth a look among `count` servers: all, or a few at random when there are many."""
+    """Returns the indices of the servers to compare: all, or DRAWN at random when there are many."""
     if count <= LOOK_AT_ALL:
         return range(count)
     return (rng or Random(0)).sample(range(count), DRAWN)
@@ -185,21 +198,21 @@ def choose_pair(
     request: PlacedRequest,
     rng: Random | None = None,
 ) -> Pair | None:
-    """The pair that keeps most promises, or None when either side has no server left."""
+    """Returns the pair with the largest gain; None when either side has no server left."""
     left = [i for i in range(len(prefills)) if i not in request.skip_prefills]
     right = [i for i in range(len(decodes)) if i not in request.skip_decodes]
     if not left or not right:
         return None
     ends = {left[i]: prefill_outlook(prefills[left[i]], request) for i in drawn(len(left), rng)}
     steps = {right[i]: decode_outlook(decodes[right[i]], request) for i in drawn(len(right), rng)}
-    loss, soonest = min([(-kept, end_s) for end_s, kept, _ in ends.values()])
-    tied = [i for i, (end_s, kept, _) in ends.items() if kept == -loss and end_s <= soonest + TIE_S]
+    loss, soonest = min([(-gain, end_s) for end_s, gain, _ in ends.values()])
+    tied = [i for i, (end_s, gain, _) in ends.items() if gain == -loss and end_s <= soonest + TIE_S]
     prefill = _pick(tied, rng)
-    full, loss, shortest = min([(over, -kept, step_s) for over, kept, step_s in steps.values()])
+    full, loss, shortest = min([(over, -gain, step_s) for over, gain, step_s in steps.values()])
     tied = [
         i
-        for i, (over, kept, step_s) in steps.items()
-        if over == full and kept == -loss and step_s <= shortest + TIE_S
+        for i, (over, gain, step_s) in steps.items()
+        if over == full and gain == -loss and step_s <= shortest + TIE_S
     ]
     decode = _pick(tied, rng)
     first, second = ends[prefill], steps[decode]
@@ -208,7 +221,7 @@ def choose_pair(
         decode,
         first.end_s + request.handoff_s + second.step_s,
         first.harmless,
-        not second.overflow and second.kept >= request.weight,
+        not second.overflow and second.gain >= request.weight,
         second.step_s,
     )
 

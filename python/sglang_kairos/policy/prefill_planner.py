@@ -1,9 +1,17 @@
-"""What a prefill server does next, from what it sees: the one place of the rules, for two hosts.
+"""Plans the next action of a prefill server. SGLang's scheduler and the simulator call the same code.
 
-A host, SGLang's scheduler or the simulated server, describes the moment in columns (`PrefillView`),
-carries the plan out, and tells what ran. The rules that need more than one moment live here: who
-starves and whether the late share pays for it, who sat paused for too long, which prompts to look up
-in the prefix cache, margins on predictions.
+The caller (*host*) describes the moment in columns (`PrefillView`), carries the plan out, and
+reports what ran. Which requests a step computes is in `policy.prefill_step`, their order in
+`policy.urgency`.
+
+Rules that need more than one moment live here:
+    starvation   A request older than ``--kairos-max-wait`` TTFT targets goes first, within the
+    token
+                 budget of ``--kairos-late-share``.
+    pauses       A prefill that was paused for ``--kairos-max-pause-ms`` in all runs to its end.
+    look-ups     Which prompts to look up in the prefix cache for this plan.
+    margin       Predicted work is multiplied by 1 + ``--kairos-margin``.
+    hand-off     Deadlines are earlier by ``--kairos-handoff-ms``, for what follows prefill.
 """
 
 from __future__ import annotations
@@ -23,7 +31,7 @@ from sglang_kairos.predict.prefill_latency import PrefillTimeModel
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-# Looking a prompt up in the radix cache walks it: not every request at every step.
+# A look-up walks the radix cache, so not every request is looked up at every step.
 LOOK_UP_EVERY_PLANS = 16
 LOOK_UPS_PER_PLAN = 32
 NEVER = -(1 << 40)
@@ -31,14 +39,17 @@ NEVER = -(1 << 40)
 
 @dataclass(frozen=True, slots=True)
 class PrefillView:
-    """A prefill server at a scheduling point. Seconds of any one clock, tokens.
+    """A prefill server at a scheduling point. Times are seconds of any one clock, lengths are tokens.
 
-    Columns, (n,): first those who wait, then the begun, the one in the chunk slot before the paused.
-    `tokens`: prompt tokens left to compute; `prefix`: those before them, computed or expected in the
-    prefix cache. `paused_s`, one per begun: how long it has sat out in all. `in_slot`: whether the
-    first of the begun is in the chunk slot, `pinned`: and must stay there. `free_tokens`: KV, of
-    which `evictable_tokens` belong to cached prefixes. `work_factor` (n,): what predictions of work
-    are multiplied with, by a simulation of wrong ones.
+    Columns have shape (n,): first the waiting requests, then the begun ones, and of these the one
+    in the chunk slot first, then the paused.
+    `tokens`: prompt tokens left to compute. `prefix`: tokens before them, computed or expected in
+    the prefix cache. `paused_s`, one per begun request: how long it has sat out in all.
+    `in_slot`: the first begun request is in the chunk slot. `pinned`: it must stay there.
+    `free_tokens`: KV, of which `evictable_tokens` belong to cached prefixes.
+    `max_paused`: most prefills that may sit paused. `weight`: of the SLO class; None: all are
+    equal. `work_factor` (n,): factors on predicted work, by which a simulation makes predictions
+    wrong.
     """
 
     now_s: float
@@ -59,17 +70,17 @@ class PrefillView:
 
     @property
     def waiting(self) -> int:
-        """How many wait; the others have begun."""
+        """Returns the number of waiting requests; the others have begun."""
         return len(self.tokens) - len(self.paused_s)
 
     @property
     def slot(self) -> int:
-        """Index of the one in the chunk slot, -1: nobody."""
+        """Returns the index of the request in the chunk slot; -1: nobody."""
         return self.waiting if self.in_slot else -1
 
 
 class PrefillPlanner:
-    """The rules of one prefill server; see the module's text."""
+    """The rules of one prefill server; the module's text lists them."""
 
     def __init__(self, config: KairosConfig) -> None:
         self.config = config
@@ -77,11 +88,12 @@ class PrefillPlanner:
         self.plans = 0
 
     def to_look_up(self, looked_up_at: Ints) -> list[int]:
-        """Begins a plan. Which waiting ones (indices) to look up in the prefix cache for it.
+        """Begins a plan, and returns the waiting indices to look up in the prefix cache for it.
 
-        `looked_up_at` (n,): the `plans` of the last time, NEVER at first. All of a short queue, else
-        those whose look-up is LOOK_UP_EVERY_PLANS old, the stalest first. Plans are counted, not
-        time, so that all ranks of a server look up the same ones.
+        `looked_up_at` (n,): the value of `plans` at each request's last look-up, NEVER at first. A
+        short queue is looked up whole. Of a long one, look-ups that are LOOK_UP_EVERY_PLANS old are
+        renewed, the stalest first. Plans are counted, not time, so that all ranks of a server look
+        up the same requests.
         """
         self.plans += 1
         short = len(looked_up_at) <= LOOK_UPS_PER_PLAN
@@ -92,11 +104,11 @@ class PrefillPlanner:
         return stale.tolist()
 
     def plan(self, view: PrefillView, times: PrefillTimeModel) -> PrefillPlan:
-        """The next step. ValueError if somebody who waits would be lost by it."""
+        """Returns the plan of the next step. Raises ValueError if it would lose a waiting request."""
         fixed_s = times.law.a_s * (1 + self.config.margin)
         least_tokens = 0
         if view.paused_s:
-            # What a crumb of a chunk costs depends on the prefix it rereads: that of the begun.
+            # A small chunk has to reread the prefix of its request, which sets its least size.
             reread = float(view.prefix[view.waiting :].max())
             least_tokens = times.worthwhile_tokens(reread, view.chunk_tokens)
         starving = self._starving(view)
@@ -125,18 +137,18 @@ class PrefillPlanner:
         return replace(plan, starving=starving)
 
     def order(self, view: PrefillView, times: PrefillTimeModel) -> list[int]:
-        """All who wait, the most urgent first, where nobody is paused and the host fills the step.
+        """Returns all waiting indices, the most urgent first, for a host that fills the step itself.
 
-        There prefill and decode are one server: no hand-off comes between.
+        There prefill and decode are one server: nobody is paused, and no hand-off comes between.
         """
         return urgency_order(self._work_s(view, times), _due_s(view), view.weight).order
 
     def ran(self, tokens: int, of_starving: int) -> None:
-        """A step of `tokens` was launched, `of_starving` of them for whom a plan called starving."""
+        """Notes a launched step of `tokens`, `of_starving` of them for a request the plan called so."""
         self.late_share.ran(tokens, of_starving)
 
     def settings(self) -> dict[str, float]:
-        """What a plan depends on beside view and times: a planner of these plans the same."""
+        """Returns what a plan depends on beside view and times; the same settings plan the same."""
         config = self.config
         return {
             "margin": config.margin,
@@ -152,14 +164,14 @@ class PrefillPlanner:
         return work if view.work_factor is None else work * view.work_factor
 
     def _starving(self, view: PrefillView) -> int:
-        """Who may go first: the oldest past the starvation bound, while the late share allows."""
+        """Returns the oldest request past the starvation bound; -1: none, or the late share is spent."""
         past = np.flatnonzero(view.arrival_s + self.config.max_wait * view.ttft_s < view.now_s)
         if past.size == 0 or not self.late_share.may_spend():
             return -1
         return int(past[np.argmin(view.arrival_s[past])])
 
     def _overdue(self, view: PrefillView) -> int:
-        """The first begun one that was paused for `max_pause_ms` in all and runs to its end now."""
+        """Returns the first begun request that was paused for `max_pause_ms` in all; -1: none."""
         limit_s = self.config.max_pause_ms / 1e3
         begun = enumerate(view.paused_s, start=view.waiting)
         return next((index for index, paused_s in begun if paused_s > limit_s), -1)
@@ -168,7 +180,7 @@ class PrefillPlanner:
 class ChaosPrefillPlanner(PrefillPlanner):
     """Random but legal plans from a seed, to prove that no plan can change a token.
 
-    Never switched on by anything but ``--kairos-chaos-seed``.
+    Only ``--kairos-chaos-seed`` switches it on.
     """
 
     def __init__(self, config: KairosConfig) -> None:
@@ -176,10 +188,10 @@ class ChaosPrefillPlanner(PrefillPlanner):
         self._random = Random(config.chaos_seed)
 
     def plan(self, view: PrefillView, times: PrefillTimeModel) -> PrefillPlan:
-        """Any order, slot and chunk share within the limits that `plan_prefill` keeps.
+        """Returns any order, slot and chunk share within the limits that `plan_prefill` keeps.
 
-        All but one: who fits a step is offered whatever KV that takes. The seam of `add_one_req`
-        must be enough to keep the KV that begun prefills need.
+        One limit is left out: requests that fit a step are offered whatever KV they take. The seam
+        of `add_one_req` must be enough to keep the KV that begun prefills need.
         """
         if view.pinned:
             return super().plan(view, times)
@@ -192,11 +204,11 @@ class ChaosPrefillPlanner(PrefillPlanner):
         if len(begun) - (slot >= 0) > view.max_paused:
             slot = view.slot if view.in_slot else begun[0]
         hold: set[int] = set()
-        if begun and slot < 0:  # who begins beside them must find a place and KV for all
+        if begun and slot < 0:  # one that begins beside them must find a place and KV for all
             full = view.max_paused < len(begun)
-            room = view.free_tokens - sum(tokens[index] for index in begun)
+            headroom = view.free_tokens - sum(tokens[index] for index in begun)
             long = [index for index in waiting if tokens[index] > view.chunk_tokens // 4]
-            hold.update(index for index in long if full or tokens[index] > room)
+            hold.update(index for index in long if full or tokens[index] > headroom)
         if waiting and draw.random() < 0.1:
             hold.add(draw.choice(waiting))
         order = [index for index in waiting if index not in hold]
@@ -205,14 +217,14 @@ class ChaosPrefillPlanner(PrefillPlanner):
 
 
 def prefill_planner(config: KairosConfig) -> PrefillPlanner:
-    """The planner that these settings ask for."""
+    """Returns the planner that these settings ask for."""
     return ChaosPrefillPlanner(config) if config.chaos_seed >= 0 else PrefillPlanner(config)
 
 
 def names_all(plan: PrefillPlan, waiting: int) -> bool:
-    """Whether every waiting index is either ordered or held back, once."""
+    """Returns whether every waiting index is either ordered or held back, once."""
     named = [*plan.order, *plan.hold]
-    # So many different ones below `waiting` add up to this only if none is negative.
+    # `waiting` different indices below `waiting` have this sum only if none is negative.
     whole = len(named) == len(set(named)) == waiting
     return whole and (
         not waiting or (max(named) < waiting and 2 * sum(named) == waiting * (waiting - 1))
@@ -220,5 +232,5 @@ def names_all(plan: PrefillPlan, waiting: int) -> bool:
 
 
 def _due_s(view: PrefillView) -> Floats:
-    """Time left until each first token is due, (n,)."""
+    """Returns the time left until each first token is due, in seconds, (n,)."""
     return view.arrival_s + view.ttft_s - view.now_s

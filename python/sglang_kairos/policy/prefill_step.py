@@ -1,16 +1,30 @@
-"""Which requests a prefill step computes: the urgency order, walked with the step's token budget.
+"""Chooses which requests a prefill step computes, within the step's token budget.
 
-A request that fits whole is admitted. One that does not fit starts as a new chunked prefill with
-what is left, if nobody else stays in the chunk slot beyond this step. If it may not start, the most
-urgent begun prefill runs in its place, as only that unblocks it.
+Why choose it: stock SGLang gives the budget to whoever came first. A long prompt then makes many
+short ones late. Here the budget goes down the order of `policy.urgency`, and a long prefill can be
+paused between two chunks.
 
-Begun prefills. All but the one in the chunk slot sit paused; at most `max_paused` may. A begun one
-takes all that is left of the step or nothing: less than the least share is not worth rereading its
-prefix for. Beside begun ones nobody is admitted who would leave them too little KV for their rest
-(`policy.reserve`), nor anybody behind him.
+The rule. Walk the requests in order of urgency.
+- A request that fits whole is admitted.
+- One that does not fit starts as a new chunked prefill with what is left of the budget. It may do
+  so only if nobody else stays in the chunk slot beyond this step.
+- If it may not start, the most urgent begun prefill runs in its place: only that unblocks it.
 
-Deadlines. Whoever is in a step has its first token when the step ends. So a step is full once what
-comes next would end it after the deadline of a member that would make it without.
+Begun prefills. All but the one in the chunk slot sit paused, at most `max_paused` of them. A begun
+prefill takes all that is left of the step, or nothing: a small chunk is not worth rereading its
+prefix. Nobody is admitted who would leave begun prefills too little KV (`policy.reserve`), nor
+anybody behind.
+
+Deadlines. Every first token in a step comes when the step ends. So a step is full once the next
+request would end it after the deadline of a member that would otherwise be on time.
+
+Formula, in seconds, for n tokens of a request in steps of C tokens with a fixed cost a per step:
+    saved = min(SHARED * a * (ceil(n / C) - n / C), work)        what sharing steps may save
+    job   = (work - saved, deadline - SHARED * a)                what `urgency` orders
+
+Trade-offs. Paused prefills hold KV, and each resumption rereads a prefix. Nobody starves: see
+`prefill_planner` (starvation, pauses).
+Source: our own design; both ends of SHARED are measured in docs/simulator.md.
 """
 
 from __future__ import annotations
@@ -25,18 +39,19 @@ from numpy.typing import NDArray
 from sglang_kairos.policy.reserve import Reserve
 from sglang_kairos.policy.urgency import Floats, Mask, urgency_order
 
-# Nobody knows how full the coming steps will be: the middle (docs/simulator.md has both ends).
+# How full the coming steps will be is unknown, so half is assumed (docs/simulator.md).
 SHARED = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillQueue:
-    """Everything with prefill work left, one entry per request in each array.
+    """All requests with prefill work left, one entry per request in each array, (n,).
 
-    `tokens` left to compute (prefix cache excluded), `work_s` the time predicted for them in steps
-    of their own, of which `fixed_s` is what each step costs whatever is in it; `partial` marks
-    half-done chunked prefills, `starving` those entitled to go first now; `cached` tokens of each
-    prompt are in the prefix cache (None: none are; read for those that have not begun).
+    `work_s`: seconds predicted for `tokens` in steps of their own. `fixed_s`: seconds that each
+    step costs whatever is in it. `deadline_s`: seconds from now. `tokens`: left to compute, without
+    the cached prefix. `partial`: half-done chunked prefills. `starving`: requests entitled to go
+    first now. `cached`: prompt tokens in the prefix cache, read for requests that have not begun;
+    None: none are.
     """
 
     work_s: Floats
@@ -51,10 +66,13 @@ class PrefillQueue:
 
 @dataclass(frozen=True, slots=True)
 class PrefillPlan:
-    """One step. `order`: waiting indices to offer, those that run now first. `slot`: the partial in
-    the chunk slot (-1: none runs), `chunk_limit`: tokens it may take (None: no cap). `on_time`: how
-    many are predicted to meet their deadline. `hold`: waiting indices that must not be offered.
-    `starving`: who was put first because it starves (-1: nobody)."""
+    """One prefill step.
+
+    `order`: waiting indices to offer to SGLang, those that run now first. `slot`: the begun prefill
+    in the chunk slot; -1: none runs. `chunk_limit`: most tokens it may take; None: no limit.
+    `on_time`: how many requests are predicted to meet their deadline. `hold`: waiting indices that
+    must not be offered. `starving`: index put first because it starves; -1: none.
+    """
 
     order: list[int]
     slot: int
@@ -76,14 +94,15 @@ def plan_prefill(
     least_tokens: int = 0,
     evictable_tokens: int = 0,
 ) -> PrefillPlan:
-    """What runs in the next step of at most `chunk_tokens` (>= `page_size`) tokens.
+    """Returns the next step, of at most `chunk_tokens` (>= `page_size`) tokens.
 
-    `current` (-1: none) is in the chunk slot; it cannot be paused when `max_paused` is 0. `forced`
-    (-1: none) is a partial that runs now, uncapped. `least_tokens` (0: an eighth of the chunk) is
-    the least share of a step for a partial. Of `free_tokens` KV tokens `evictable_tokens` are cached.
+    `current`: begun prefill in the chunk slot, -1: none; it cannot be paused when `max_paused` is
+    0. `forced`: begun prefill that runs now without a limit, -1: none.
+    `least_tokens`: least share of a step for a begun prefill, 0: an eighth of the chunk.
+    `free_tokens`: KV tokens, of which `evictable_tokens` are cached.
 
-    Work in the on-time set counts with half of what sharing steps can save (`_saved_s`), its
-    deadlines half a step's fixed cost earlier, as a request is done only when its step is.
+    A request is done only when its step is. So work counts without half of what sharing steps can
+    save (`_saved_s`), and deadlines are earlier by half a step's fixed cost.
     """
     urgency = urgency_order(
         np.asarray(queue.work_s, float) - _saved_s(queue, chunk_tokens),
@@ -107,7 +126,7 @@ def plan_prefill(
 
 
 class _StepWalk:
-    """A step that is being filled. `left`: tokens of its budget that nobody has taken."""
+    """A step that is being filled. `left`: tokens of its budget that are not taken yet."""
 
     def __init__(
         self,
@@ -128,16 +147,16 @@ class _StepWalk:
         self.begun_left = [self._tokens[index] for index in begun]
         if len(begun) > 1:
             begun = [index for index in order if index in self._begun]
-        # Whom the slot may go to, the most urgent first; without pausing it stays where it is.
+        # Candidates for the slot, the most urgent first. Without pausing it stays where it is.
         self._may_run = [current] if max_paused == 0 and current >= 0 else begun
         self._must_run = len(begun) > max_paused
         self.left, self.slot = chunk_tokens, -1
         self.chunk_limit: int | None = None
         self._slot_stays = False  # taken beyond this step, by a begun one or one that begins
-        self._too_little = False  # a begun one found less left than is worth its while
+        self._too_little = False  # a begun one found less left than a chunk's least size
 
     def walk(self, order: list[int], reserve: Reserve) -> tuple[list[int], list[int]]:
-        """Fills the step in this order. Waiting indices: whom to offer, whom to hold back."""
+        """Fills the step in this order. Returns the waiting indices to offer, and those to hold back."""
         offer: list[int] = []
         hold: list[int] = []
         end = len(order)
@@ -157,11 +176,11 @@ class _StepWalk:
         rest = order[end:]
         if self._begun:
             rest = [index for index in rest if index not in self._begun]
-        # Of a full step upstream looks at nobody else; else they must not slip in.
+        # SGLang looks at nobody behind a full step. In a step that is not full they must not slip in.
         return (offer + rest, hold) if self._full() else (offer, hold + rest)
 
     def _admit(self, index: int, reserve: Reserve) -> bool | None:
-        """Whether one that waits comes in. None: neither it nor anybody behind it."""
+        """Returns whether a waiting request is admitted. None: neither it nor anybody behind it."""
         tokens, cached = self._tokens[index], 0
         if self._cached is not None:
             cached = int(self._cached[index])
@@ -186,19 +205,19 @@ class _StepWalk:
         return True
 
     def run_begun(self, index: int) -> None:
-        """Give a begun prefill the slot and all that is left, if that is worth its while."""
-        count, room = self._tokens[index], self._whole_pages(self.left)
+        """Gives a begun prefill the slot and all that is left, if that is enough to be worth a chunk."""
+        count, budget = self._tokens[index], self._whole_pages(self.left)
         if not self._must_run:
             in_time = self._clock.tokens_in_time(index)
-            if in_time < min(count, room):
-                room = self._whole_pages(in_time)
-        if room < min(self._whole_pages(self._least), count):
+            if in_time < min(count, budget):
+                budget = self._whole_pages(in_time)
+        if budget < min(self._whole_pages(self._least), count):
             self._too_little = True
             return
-        self.slot, self._slot_stays = index, count > room
-        self.chunk_limit = None if room == self._whole_pages(self._chunk) else room
-        self._clock.add(index, min(count, room))
-        self.left -= min(self._pages_of(count), room)
+        self.slot, self._slot_stays = index, count > budget
+        self.chunk_limit = None if budget == self._whole_pages(self._chunk) else budget
+        self._clock.add(index, min(count, budget))
+        self.left -= min(self._pages_of(count), budget)
 
     def _run_most_urgent(self) -> None:
         if self.slot < 0 and self._may_run and not (self._slot_stays or self._too_little):
@@ -229,42 +248,42 @@ class _StepWalk:
 
 
 class _StepClock:
-    """When the step would end as it stands, and by when it has to."""
+    """When the step would end as filled so far, and when it must end. Times are in seconds."""
 
     def __init__(self, queue: PrefillQueue, chunk_tokens: int) -> None:
         self._queue, self._chunk = queue, chunk_tokens
         self._ends_s, self._latest_s = queue.fixed_s, math.inf
 
     def allows(self, index: int, tokens: int) -> bool:
-        """Whether the step may take so many tokens of that request without making a member late."""
+        """Returns whether the step may take `tokens` of that request without making a member late."""
         return self.tokens_in_time(index) >= tokens
 
     def tokens_in_time(self, index: int) -> int:
-        """Tokens of that request which the step may take without making a member late."""
-        count, pace_s = int(self._queue.tokens[index]), self._pace_s(index)
-        if self._latest_s == math.inf or pace_s <= 0:
+        """Returns the tokens of that request that the step may take without making a member late."""
+        count, token_s = int(self._queue.tokens[index]), self._token_s(index)
+        if self._latest_s == math.inf or token_s <= 0:
             return count
-        return int(min(count, max(0.0, (self._latest_s - self._ends_s) / pace_s)))
+        return int(min(count, max(0.0, (self._latest_s - self._ends_s) / token_s)))
 
     def add(self, index: int, tokens: int) -> None:
-        """The step takes so many tokens of it; one that ends in it, on time so far, is a member."""
-        self._ends_s += tokens * self._pace_s(index)
+        """Adds `tokens` of a request. It is a member if it ends in this step and is on time so far."""
+        self._ends_s += tokens * self._token_s(index)
         due_s = float(self._queue.deadline_s[index])
         if tokens == self._queue.tokens[index] and self._ends_s <= due_s:
             self._latest_s = min(self._latest_s, due_s)
 
-    def _pace_s(self, index: int) -> float:
-        """Seconds a token, the steps' fixed cost left out."""
+    def _token_s(self, index: int) -> float:
+        """Returns the seconds per token, without the steps' fixed cost."""
         count = int(self._queue.tokens[index])
         own = self._queue.work_s[index] - self._queue.fixed_s * -(-count // self._chunk)
         return max(0.0, float(own)) / max(1, count)
 
 
 def _saved_s(queue: PrefillQueue, chunk_tokens: int) -> NDArray[np.float64]:
-    """Seconds by which each request is cheaper than its `work_s` as it shares steps, (n,).
+    """Returns by how many seconds each request is cheaper than `work_s` as it shares steps, (n,).
 
-    Of a step's fixed cost a request has to bear between all, alone in it, and its share of the
-    tokens, if steps are full: what is saved lies between nothing and the difference.
+    Alone, a request bears the fixed cost of all its steps; in full steps it bears its share by tokens.
+    What it saves lies between nothing and the difference. SHARED of the difference is assumed.
     """
     tokens, work = np.asarray(queue.tokens, float), np.asarray(queue.work_s, float)
     spare = np.ceil(tokens / chunk_tokens) - tokens / chunk_tokens

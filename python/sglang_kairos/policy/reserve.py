@@ -1,18 +1,21 @@
-"""Which prefills may begin beside those that have begun: these must always find the KV for their rest.
+"""Bounds which prefills may begin beside those that have begun, so that each finds KV for its rest.
 
-A begun prefill (the one in the chunk slot, and the paused) holds KV that nobody can take from it and
-gives it back only when it is done. If others are admitted into what it still needs, nobody can go on:
-SGLang then ends the scheduler with "Out of memory". Stock admits a chunked prefill only when all of it
-fits and, until it is done, nobody who would not fit beside; with several begun ones it takes this rule:
+Why: a begun prefill (in the chunk slot, or paused) holds KV that nobody can take from it. It gives
+the KV back when it is done. If others get what it still needs, nobody can go on, and SGLang ends
+the scheduler with "Out of memory". Stock SGLang has one chunked prefill at a time. It begins one
+only if all of it fits, and then begins nobody who would not fit beside it. Kairos pauses prefills,
+so several are begun.
 
-    free − what who comes takes ≥ Σ over the begun of their rest
+Formula, in KV tokens:
+    free - taken >= sum over the begun of what each has still to compute
+Each term is rounded up to whole pages, plus one page, as SGLang reserves. `taken` is what the
+newcomer has to compute, plus the part of its cached prefix that could be evicted before. That part
+is locked once its reader runs. A newcomer counts as begun until its last chunk.
 
-All in KV tokens, each term rounded up to whole pages, and a page more for each, as SGLang reserves.
-Who comes takes what is to be computed of its prompt and, of its cached prefix, what could be evicted
-before: once its reader runs it is locked. Whoever comes in is itself begun until its last chunk.
-
-Why nobody starves or waits for ever: with the rule, each begun prefill can be taken to its end whatever
-order they run in, so memory comes back; with none begun the rule admits everybody, upstream decides.
+Starvation: none. By the rule each begun prefill can finish, in whatever order they run, so memory
+comes back. With none begun the rule admits everybody, and SGLang's own check decides.
+Trade-off: a long newcomer may wait although a shorter one behind it would fit (see `may_begin`).
+Source: our own design.
 """
 
 from __future__ import annotations
@@ -21,15 +24,15 @@ from collections.abc import Sequence
 
 
 def reserved(tokens: int, page_size: int) -> int:
-    """KV tokens set aside for `tokens` of one request: whole pages, and one for the allocator."""
+    """Returns the KV tokens set aside for `tokens` of one request: whole pages, and one page more."""
     return (-(-tokens // page_size) + 1) * page_size
 
 
 class Reserve:
-    """Free KV as requests are admitted one after the other, the rest of the begun set aside.
+    """The free KV while requests are admitted one after the other; the rest of the begun is set aside.
 
-    `begun_left`: tokens that each begun prefill has still to compute. `free_tokens`: KV tokens that
-    are free or can be evicted, of which `evictable_tokens` belong to cached prefixes.
+    All sizes are KV tokens. `begun_left`: what each begun prefill has still to compute.
+    `free_tokens`: free or evictable, of which `evictable_tokens` belong to cached prefixes.
     """
 
     def __init__(
@@ -45,11 +48,11 @@ class Reserve:
         self._free = free_tokens - sum(reserved(left, page_size) for left in begun_left)
 
     def fits(self, tokens: int, cached: int = 0) -> bool:
-        """Whether one with `tokens` to compute behind `cached` ones may begin now."""
+        """Returns whether a request with `tokens` to compute after `cached` ones may begin now."""
         return not self._begun or self._takes(tokens, cached) <= self._free
 
     def take(self, tokens: int, cached: int = 0) -> None:
-        """It begins: all that it computes and locks is gone, in this step or a later one."""
+        """Begins that request: all that it computes and locks is taken, in this step or a later one."""
         self._free -= self._takes(tokens, cached)
         self._evictable -= min(cached, self._evictable)
 
@@ -66,10 +69,11 @@ def may_begin(
     evictable_tokens: int = 0,
     page_size: int = 1,
 ) -> list[bool]:
-    """Per waiting request, in their order, whether it may begin beside the begun and those before it.
+    """Returns, per waiting request in order, whether it may begin beside the begun and those before it.
 
-    `tokens`, `cached`: to compute and cached of each; the others as for `Reserve`. The first that may
-    not is the last that is asked: a small one must not take, again and again, what it waits for.
+    `tokens`, `cached`: tokens to compute and cached ones of each, (n,); the others are as for
+    `Reserve`. After the first refusal all are refused: a small request must not take, again and
+    again, what the refused one waits for.
     """
     reserve = Reserve(
         begun_left,

@@ -1,11 +1,17 @@
-"""Whose KV a decode server gives up when the next step's does not fit: who loses least by it.
+"""Chooses which running request to retract when the next step's KV does not fit: the least harmed.
 
-A retracted request is silent until there is memory for it again, for a time nobody knows. So there go
-    first   who is given up already (LOST tokens or more behind, `policy.packing`): nothing is lost,
-            and of these the largest, so that the fewest must go;
-    then    the lowest class weight, and within it whoever has the longest lead: he can stay away
-            longest and still meet his TPOT.
-SGLang's own order is the fewest output tokens first. Our own design.
+A retracted request is silent until there is memory for it again, for an unknown time.
+Order in which requests are given up:
+    1. Requests LOST or more tokens behind (`policy.packing`): their SLO is missed already. The one
+       with the largest context goes first, so that the fewest must go.
+    2. Then the lowest class weight, and within a weight the longest lead: it can stay away longest
+       and still meet its TPOT target.
+
+SGLang's own order is the fewest output tokens first.
+
+Trade-off: a request far behind may be retracted again and again while the load lasts. When it comes
+back is for SGLang and for `policy.admission` to decide.
+Source: our own design.
 """
 
 from __future__ import annotations
@@ -19,10 +25,11 @@ from sglang_kairos.policy.packing import LOST
 def keep_order(
     lead_s: Floats, tpot_s: Floats, context_tokens: Floats, weight: Floats | None = None
 ) -> list[int]:
-    """Indices of the running requests, most worth keeping first: SGLang retracts from the end.
+    """Returns the running indices, the ones most worth keeping first. SGLang retracts from the end.
 
-    All arrays have shape (n,). `lead_s`: how early the last token came, seconds (negative: late);
-    `weight`: of the class, None where all are equal.
+    All arrays have shape (n,). `lead_s`: how early the last token came, in seconds (negative:
+    late). `tpot_s`: target in seconds. `context_tokens`: KV tokens. `weight`: of the SLO class;
+    None: equal.
     """
     lead, context = np.asarray(lead_s, float), np.asarray(context_tokens, float)
     lost = lead < -LOST * np.asarray(tpot_s, float)

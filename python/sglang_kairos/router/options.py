@@ -45,9 +45,11 @@ class Pods:
 
 @dataclass(frozen=True, slots=True)
 class RouterOptions:
-    """`prefills`: URL and bootstrap port (None: as that server reports it). Times in seconds,
-    sizes in bytes; 0 for `max_in_flight` is no limit; an empty key, path or policy is none;
-    `probes` False: what they fail takes nobody out."""
+    """Times in seconds, sizes in bytes. An empty key, path or policy is none.
+
+    `prefills`: URL and bootstrap port (None: as that server reports it). `max_in_flight`: 0 is no
+    limit. `probes`: without them a server that fails probes is not taken out.
+    """
 
     prefills: tuple[tuple[str, int | None], ...]
     decodes: tuple[str, ...]

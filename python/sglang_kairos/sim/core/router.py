@@ -46,7 +46,7 @@ class SimRouter:
         self._turn = 0
 
     def place(self, req: SimRequest, now_s: float) -> None:
-        """Sets the request's servers."""
+        """Chooses the request's servers."""
         turn, width = self._turn, len(self._prefills)
         self._turn += 1
         req.prefill, req.decode = turn % width, turn // width % len(self._decodes)
@@ -82,13 +82,13 @@ class SimRouter:
         self._reserved[req] = reservation.take()
 
     def prefilled(self, req: SimRequest, now_s: float) -> None:
-        """Its prompt is done."""
+        """Notes that its prompt is done."""
         self._now_s = now_s
         if req in self._reserved:
             self._reserved[req].prefilled()
 
     def finished(self, req: SimRequest) -> None:
-        """Its last token is out."""
+        """Notes that its last token is out."""
         if (reservation := self._reserved.pop(req, None)) is not None:
             reservation.release()
 
