@@ -17,7 +17,7 @@ from helpers.fake_pd import GENERATE, Fake, bench, failing, never, streaming, un
 from sglang_kairos.router import serve
 from sglang_kairos.router.fleet import outliers
 from sglang_kairos.router.fleet.outliers import Failures, own_shortage, was_aborted
-from sglang_kairos.router.options import HealthRules
+from sglang_kairos.router.health_rules import HealthRules
 
 pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 

@@ -21,8 +21,8 @@ from sglang_kairos.router.arguments import POLICIES, build_parser
 from sglang_kairos.router.fleet.policies import CacheRule, policy_of
 from sglang_kairos.router.fleet.prefix_index import Blocks
 from sglang_kairos.router.fleet.servers import DecodeServer, PrefillServer
+from sglang_kairos.router.health_rules import HealthRules
 from sglang_kairos.router.options import (
-    HealthRules,
     OptionError,
     Pods,
     RouterOptions,

@@ -21,7 +21,8 @@ from helpers.fake_pd import (
     until,
 )
 from sglang_kairos.router.cancellation import Cancellation
-from sglang_kairos.router.options import HealthRules, OptionError, parse_options
+from sglang_kairos.router.health_rules import HealthRules
+from sglang_kairos.router.options import OptionError, parse_options
 
 pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 

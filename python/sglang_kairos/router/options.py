@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from sglang_kairos.policy.overload import Overload
 from sglang_kairos.router.arguments import OptionError, build_parser
+from sglang_kairos.router.health_rules import HealthRules
 from sglang_kairos.router.upstream_flags import heed
 
 __all__ = [
@@ -40,16 +41,6 @@ class Pods:
     decode: str
     port: int
     namespace: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class HealthRules:
-    """Thresholds count consecutive events; times in seconds."""
-
-    probe_failures: int = 3
-    request_failures: int = 5
-    eject_s: float = 5.0
-    longest_eject_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)

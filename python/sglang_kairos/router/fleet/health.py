@@ -11,7 +11,7 @@ No clock in here: times are seconds of one monotonic clock, passed in.
 
 from __future__ import annotations
 
-from sglang_kairos.router.options import HealthRules
+from sglang_kairos.router.health_rules import HealthRules
 
 
 class Health:

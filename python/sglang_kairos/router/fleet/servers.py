@@ -33,7 +33,7 @@ from sglang_kairos.router.fleet.server_info import (
     roles,
     settled,
 )
-from sglang_kairos.router.options import HealthRules
+from sglang_kairos.router.health_rules import HealthRules
 from sglang_kairos.slo.limits import NO_LIMITS, RequestLimits
 
 DEFAULT_BOOTSTRAP_PORT = 8998

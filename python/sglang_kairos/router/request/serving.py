@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
 
 import aiohttp
 
-from sglang_kairos.policy.overload import Overload, retry_after_s, verdict
+from sglang_kairos.policy.overload import Overload, verdict
 from sglang_kairos.router.cancellation import Cancellation
 from sglang_kairos.router.errors import (
     Aborted,
@@ -47,7 +46,7 @@ from sglang_kairos.router.request.context import (
     read_body,
 )
 from sglang_kairos.router.request.deferred_queue import DeferredQueue
-from sglang_kairos.router.request.upstream_stream import break_off
+from sglang_kairos.router.request.error_answers import end_with_error, refuse_shed
 from sglang_kairos.router.responses import Headers, Receive, Scope, Send, answer, refuse
 from sglang_kairos.slo.targets import SloTable
 
@@ -146,14 +145,16 @@ class PairProxy:
         try:
             return await self._pairs(context, cancellation, send)
         except Shed as shed:
-            return await self._shed(context, shed, send)
+            return await refuse_shed(context, shed, send)
         except TimedOut:
             text = f"no answer within {self._options.request_timeout_s:g} s"
-            return await self._end(context, send, 504, text, "Timeout")
+            return await end_with_error(context, send, 504, text, "Timeout")
         except Aborted:
-            return await self._end(context, send, 500, _ABORTED, "Aborted")
+            return await end_with_error(context, send, 500, _ABORTED, "Aborted")
         except Draining:
-            return await self._end(context, send, 503, "the router is shutting down", "Unavailable")
+            return await end_with_error(
+                context, send, 503, "the router is shutting down", "Unavailable"
+            )
         finally:
             self._live.discard(cancellation)
             timer.cancel()
@@ -189,19 +190,21 @@ class PairProxy:
                 return status
             except ServerFailed as error:
                 if own_shortage(error.cause):
-                    return await self._end(context, send, 503, _SHORTAGE, "Unavailable")
+                    return await end_with_error(context, send, 503, _SHORTAGE, "Unavailable")
                 reason, last = str(error), None
                 server = reservation.server(error.role)
                 self._note(context, reservation, server, error.cause)
                 if context.seen.started:
-                    return await self._end(context, send, 502, reason, "BadGateway")
+                    return await end_with_error(context, send, 502, reason, "BadGateway")
                 # One that is in the wrong place was cut off by us.
                 if not never_sent(error.cause) and not server.misplaced:
                     async with cancellation:
                         why = await self._cut_off(context, failures, server)
                     if why:
                         failures.given_up(had_others=False)
-                        return await self._end(context, send, 502, f"{why}: {reason}", "BadGateway")
+                        return await end_with_error(
+                            context, send, 502, f"{why}: {reason}", "BadGateway"
+                        )
             except Rejected as rejected:
                 last = rejected
                 if rejected.status not in _RETRIED or was_aborted(rejected.body):
@@ -230,11 +233,11 @@ class PairProxy:
             await answer(send, last.status, last.body, headers + context.own_headers)
             return last.status
         if context.aborted:
-            return await self._end(context, send, 500, _ABORTED, "Aborted")
+            return await end_with_error(context, send, 500, _ABORTED, "Aborted")
         text = f"no server could take the request: {reason or self._fleet.nobody}"
         if failures.cuts:
-            return await self._end(context, send, 502, text, "BadGateway")
-        return await self._end(context, send, 503, text, "Unavailable")
+            return await end_with_error(context, send, 502, text, "BadGateway")
+        return await end_with_error(context, send, 503, text, "Unavailable")
 
     async def _cut_off(self, context: RequestContext, failures: Failures, server: Server) -> str:
         """A server died under the request or cut it off.
@@ -300,46 +303,9 @@ class PairProxy:
             context.relegated = None
         return self._choose(context, torn=True) or found
 
-    async def _shed(self, context: RequestContext, shed: Shed, send: Send) -> int:
-        predicted_s, slo = shed.ttft_s, context.slo
-        facts: dict[str, Any] = {
-            "predicted_ttft_ms": round(1e3 * predicted_s, 1),
-            "ttft_ms": slo.ttft_ms,
-            "predicted_tpot_ms": round(1e3 * shed.tpot_s, 3),
-            "tpot_ms": slo.tpot_ms,
-        }
-        text = (
-            f"no pair of servers can keep the SLO: TTFT {facts['predicted_ttft_ms']:g} ms predicted"
-            f" (target {slo.ttft_ms:g}), TPOT {facts['predicted_tpot_ms']:g} ms"
-            f" (target {slo.tpot_ms:g}), without breaking one promised to another request"
-        )
-        return await refuse(
-            send,
-            context.path,
-            429,
-            text,
-            "Overloaded",
-            retry_after_s=retry_after_s(predicted_s, slo.ttft_ms / 1e3),
-            facts=facts,
-            headers=context.own_headers,
-        )
-
     async def _full(self, send: Send, path: str, error: Full) -> int:
         self._metrics.overloaded.labels("full", "").inc()
         return await refuse(send, path, 429, str(error), "Overloaded", retry_after_s=1)
-
-    async def _end(
-        self, context: RequestContext, send: Send, status: int, text: str, kind: str
-    ) -> int:
-        """An error, as a status or inside the stream that has begun. The status to count."""
-        logger.warning("request %s ends with %d: %s", context.request_id, status, text)
-        if context.seen.started:
-            await break_off(context.seen, send, status, text, kind)
-            return status
-        retry = 1 if status == 503 else None
-        return await refuse(
-            send, context.path, status, text, kind, retry_after_s=retry, headers=context.own_headers
-        )
 
     def _note(
         self,
