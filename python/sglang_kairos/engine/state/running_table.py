@@ -87,7 +87,7 @@ class DecodeMemory:
         """The table is that of `reqs`; who has finished since tells how long requests stay."""
         for gone in self.table.follow(reqs):
             if gone.finished():
-                self.planner.stay.ended(len(gone.output_ids))
+                self.planner.statistics.ended(len(gone.output_ids))
 
     def view(self, batch: Any, now_s: float) -> RunningView:
         """The requests in `batch`, who must be those followed last."""
