@@ -276,8 +276,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add_file_flag(group)
     for item in dataclasses.fields(KairosConfig):
-        number = type(item.default) in (int, float)
-        default = plain(item.default) if number else _to_text(item.default)
+        number = isinstance(item.default, int | float) and not isinstance(item.default, bool)
+        default = plain(float(item.default)) if number else _to_text(item.default)
         shown_default = f" (default: {default})" if default else ""
         group.add_argument(
             flag_of(item),
