@@ -1,8 +1,8 @@
-"""Where the supported SGLang versions keep the same thing under different names.
+"""Bridges the layouts of the supported SGLang versions: the same thing under different names.
 
 Every function looks at the object it is given, never at a version number. The newest layout comes
-first; what only older ones have is named so, and goes with them. Functions that SGLang renamed or
-that one version lacks are no matter of layout: they are in the table of `seams.table`.
+first. What only older versions have is named so, and is removed with them. Functions that SGLang
+renamed, or that one version lacks, belong into the table of `seams.table` instead.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 
 def prefix_len(req: Any) -> int:
-    """Prompt tokens whose KV the request has. Up to v0.5.21: their slots only."""
+    """Returns the prompt tokens whose KV the request has. Up to v0.5.21 it has their slots only."""
     found: int | None = getattr(req, "prefix_len", None)
     return len(req.prefix_indices) if found is None else found
 
 
 def extend_end(req: Any) -> int | None:
-    """Where the chunk launched last ends, in tokens; None before the first. Up to v0.5.21: a range."""
+    """Returns where the chunk launched last ends, in tokens; None: none was. Up to v0.5.21 a range."""
     if hasattr(req, "extend_end"):
         end: int | None = req.extend_end
         return end
@@ -27,24 +27,24 @@ def extend_end(req: Any) -> int | None:
 
 
 def holds_kv(req: Any) -> bool:
-    """Whether it has a row of KV. Up to v0.5.18 the row's index is in the request itself."""
+    """Returns whether it has a row of KV. Up to v0.5.18 the row's index is in the request itself."""
     kv = req.kv
     return (kv.req_pool_idx if hasattr(kv, "req_pool_idx") else req.req_pool_idx) is not None
 
 
 def tokenizer_workers(scheduler: Any) -> int | None:
-    """Tokenizer processes of this server; None if it does not say."""
+    """Returns the number of tokenizer processes of this server; None if it does not say."""
     count = getattr(getattr(scheduler, "server_args", None), "tokenizer_worker_num", None)
     return None if count is None else int(count)
 
 
 def in_beam_search(req: Any) -> bool:
-    """There is none before v0.5.19."""
+    """Returns whether the request is part of a beam search. There is none before v0.5.19."""
     return getattr(req, "beam_group", None) is not None
 
 
 def match_prefix(req: Any, tree_cache: Any) -> None:
-    """Look the prompt up in the prefix cache; upstream notes the hit in the request."""
+    """Looks the prompt up in the prefix cache; SGLang notes the hit in the request."""
     _matcher()(req, tree_cache)
 
 
@@ -60,23 +60,30 @@ def _matcher() -> Callable[[Any, Any], Any]:
 
 
 def room_beside(adder: Any, req: Any) -> int:
-    """KV tokens that are free or evictable once the cached prefix of `req` is locked, less what the
-    batch being built has been promised."""
+    """Returns the KV tokens left for `req`: free or evictable once its cached prefix is locked.
+
+    What the batch being built has been promised is not part of it.
+    """
     with adder._lock_node(req.last_node):
         return int(adder.rem_total_tokens)
 
 
 def finalizes_input_logprobs() -> bool:
-    """Whether log probabilities are brought into one form before results are read. Not so before
-    v0.5.21."""
+    """Returns whether log probabilities are brought into one form before results are read.
+
+    That is not so before v0.5.21.
+    """
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 
     return hasattr(LogitsProcessorOutput, "finalize_input_logprobs")
 
 
 def tp_size(scheduler: Any) -> int:
-    """Tensor-parallel ranks of this server. Before v0.5.21 they are in the scheduler's parallel state,
-    in v0.5.21 in the process' only."""
+    """Returns the tensor-parallel ranks of this server.
+
+    Before v0.5.21 they are in the scheduler's parallel state, in v0.5.21 only in that of the
+    process.
+    """
     for holder in (scheduler, getattr(scheduler, "ps", None)):
         if (size := getattr(holder, "tp_size", None)) is not None:
             return int(size)
@@ -86,34 +93,34 @@ def tp_size(scheduler: Any) -> int:
 
 
 def pipeline_ranks() -> int:
-    """Pipeline-parallel ranks of this scheduler process' server."""
+    """Returns the pipeline-parallel ranks of this scheduler process' server."""
     from sglang.srt.runtime_context import get_parallel
 
     return int(get_parallel().pp_size)
 
 
 def feature(scheduler: Any, name: str) -> Any:
-    """A switch: an attribute of the scheduler or, in older versions for some, a server argument."""
+    """Returns a switch: an attribute of the scheduler or, for some, a server argument."""
     if hasattr(scheduler, name):
         return getattr(scheduler, name)
     return getattr(getattr(scheduler, "server_args", None), name, None)
 
 
 def add_waiting_tokens(snapshot: Any, tokens: int) -> None:
-    """Count `tokens` as still to be computed in a load snapshot. v0.5.16 has the total only."""
+    """Counts `tokens` as still to be computed in a load snapshot. v0.5.16 has the total only."""
     snapshot.num_total_tokens += tokens
     if hasattr(snapshot, "num_active_tokens"):
         snapshot.num_active_tokens += tokens
 
 
 def outstanding_parts(manager: Any) -> dict[int, int]:
-    """Parts in hand or to be sent, by room, of a transfer manager. Not counted before v0.5.19."""
+    """Returns the parts in hand or to be sent, by room. Not counted before v0.5.19."""
     found: dict[int, int] = getattr(manager, "_staging_outstanding", {})
     return found
 
 
 def fail_transfer(manager: Any, room: int, reason: str) -> None:
-    """Fail a transfer and tell decode; before v0.5.20 decode hears of it from whoever sent to both."""
+    """Fails a transfer and tells decode. Before v0.5.20 decode hears it from the sender alone."""
     if hasattr(manager, "conclude_failure"):
         manager.conclude_failure(bootstrap_room=room, failure_reason=reason)
         return
@@ -124,10 +131,10 @@ def fail_transfer(manager: Any, room: int, reason: str) -> None:
 
 
 def give_up_s() -> float:
-    """Seconds that SGLang lets a request wait for its reservation, as far as this process knows.
+    """Returns the seconds that SGLang lets a request wait for its reservation, as far as known here.
 
-    That is prefill's time-out, which decode is not told. Whoever shortens one side's shortens the
-    other's as well, so the shorter one counts.
+    That is prefill's time-out, which decode is not told. An operator who shortens one side's is
+    taken to shorten the other's as well, so the shorter one counts.
     """
     from sglang.srt.environ import envs
 
@@ -137,7 +144,7 @@ def give_up_s() -> float:
 
 
 def may_compute_again(req: Any) -> bool:
-    """Whether a finished prefill can be made anew: not every grammar can take its token back."""
+    """Returns whether a finished prefill can be repeated: not every grammar can take its token back."""
     if req.grammar is None:
         return True
     from sglang.srt.constrained.base_grammar_backend import BaseGrammarObject
@@ -146,19 +153,19 @@ def may_compute_again(req: Any) -> bool:
 
 
 def reserves_after_prefill(queue: Any) -> bool:
-    """Whether decode is asked for KV only once it is computed. v0.5.16 knows no such policy."""
+    """Returns whether decode reserves KV only after the prefill. v0.5.16 has no such policy."""
     return bool(getattr(getattr(queue, "kv_manager", None), "defer_decode_allocation", False))
 
 
 def least_growth(queue: Any, req: Any) -> int:
-    """Tokens that must be free beside the prompt before an empty decode server takes `req`."""
+    """Returns the tokens that must be free beside the prompt before an empty server takes `req`."""
     most = getattr(req.sampling_params, "max_new_tokens", None) or 0
     return max(getattr(queue, "num_reserved_decode_tokens", 0), min(most, _longest_planned()))
 
 
 @functools.cache
 def _longest_planned() -> int:
-    """SGLang plans for longer outputs as if they were this long."""
+    """Returns the output length to which SGLang clips longer ones when it plans."""
     from sglang.srt.environ import envs
 
     return int(envs.SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION.get())

@@ -1,11 +1,13 @@
-"""Inside a worker of NVIDIA Dynamo, ``python -m dynamo.sglang``: what an HTTP server's seam does else.
+"""Installs Kairos in a worker of NVIDIA Dynamo, ``python -m dynamo.sglang``.
 
-Such a worker runs SGLang in its own process (`sgl.Engine`), so there is no HTTP server of SGLang's and
-no middleware. SGLang loads its plugins there all the same, when the engine is made: Kairos then takes
-the SLO of each request from what Dynamo's frontend says (`slo.dynamo`), in the prefill and in the decode
-worker, checks that every scheduler has Kairos, and shows ``kairos_…`` metrics on the worker's own port.
+Such a worker runs SGLang in its own process (`sgl.Engine`), so there is no HTTP server of SGLang's
+and no middleware. SGLang still loads its plugins there, when the engine is made. Kairos then does
+what the seam of the HTTP server does elsewhere:
+    - takes the SLO of each request from Dynamo's frontend (`slo.dynamo`), in both workers
+    - checks that every scheduler has Kairos
+    - shows ``kairos_…`` metrics on the worker's own port
 
-Dynamo's functions are known by their text like SGLang's: an unknown one stops the start.
+Dynamo's functions are known by their text, like SGLang's: an unknown one stops the start.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ _HANDLERS = "dynamo.sglang.request_handlers.llm"
 DECODE_MODULE, PREFILL_MODULE = f"{_HANDLERS}.decode_handler", f"{_HANDLERS}.prefill_handler"
 
 
-# Where Dynamo is unknown, its requests …
+# Completes "requests …", for a Dynamo that is unknown.
 _LOST = "all have the default SLO, and Kairos' metrics are missing"
 
 
@@ -97,7 +99,7 @@ FUNCTIONS = (
 
 
 def unknown_texts() -> list[str]:
-    """One sentence for each of `FUNCTIONS` that is not as known. They must be importable."""
+    """Returns one sentence for each of `FUNCTIONS` that is not as known. They must be importable."""
     found = []
     for function in FUNCTIONS:
         text = _text(function)
@@ -118,7 +120,7 @@ def _text(function: Callee) -> str:
 
 
 def install(config: KairosConfig) -> None:
-    """Put Kairos into this worker; SystemExit where Dynamo is not one that it knows."""
+    """Puts Kairos into this worker. Raises SystemExit where the installed Dynamo is unknown."""
     if not config.dynamo:
         logger.warning("Kairos: Dynamo's requests all have the default SLO (--kairos-dynamo off)")
         return
@@ -146,7 +148,7 @@ def _replace(module: str, name: str, handler: Callable[..., Any]) -> None:
 
 
 class Worker:
-    """One Dynamo worker: its handlers, each given the function of Dynamo's that it stands before."""
+    """One Dynamo worker: its handlers. Each gets the function of Dynamo's that it wraps."""
 
     def __init__(
         self, table: SloTable, clock: Callable[[], float] = time.time, facts: ServerFacts = UNKNOWN
@@ -163,7 +165,7 @@ class Worker:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """The engine is there, nothing is served yet: are its schedulers ours? Then metrics."""
+        """Checks that the engine's schedulers have Kairos before it serves, then shows metrics."""
         schedulers = engine._scheduler_init_result.scheduler_infos
         http.refuse_to_serve(engine.server_args, schedulers)
         self._facts = http.facts_of(
@@ -184,7 +186,7 @@ class Worker:
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """What Dynamo makes of a request, with its SLO."""
+        """Returns what Dynamo makes of a request, with its SLO."""
         result = original(request, *args, **kwargs)
 
         def with_slo() -> dict[str, Any]:
@@ -198,7 +200,7 @@ class Worker:
     def native_payload(
         self, original: Callable[..., Mapping[str, Any] | None], request: Mapping[str, Any]
     ) -> Mapping[str, Any] | None:
-        """The body of a native request, checked as an HTTP server would, with its SLO."""
+        """Returns the body of a native request, checked as an HTTP server would, with its SLO."""
         payload = original(request)
         if payload is None:
             return None
@@ -211,7 +213,7 @@ class Worker:
         return self._guarded("native request", with_slo, payload)
 
     def _guarded(self, what: str, made: Callable[[], Any], fallback: Any) -> Any:
-        """`made()`; a client's mistake is answered 400, one of ours costs the SLO and no request."""
+        """Returns `made()`. A client's mistake is answered 400; our bugs cost the SLO alone."""
         try:
             return made()
         except (SloError, RequestError) as error:
@@ -226,7 +228,7 @@ class Worker:
 
 
 def _show_metrics(engine: Any, config: Any, endpoint: Any) -> None:
-    """Show what Kairos' schedulers count where Dynamo shows SGLang's, which it picks by prefix."""
+    """Shows the metrics of Kairos' schedulers where Dynamo shows SGLang's, which it picks by prefix."""
     from dynamo.common.utils.prometheus import register_engine_metrics_callback
     from prometheus_client import CollectorRegistry, multiprocess
 
