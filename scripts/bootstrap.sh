@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 readonly VENV=.venv LOG=out/bootstrap.log
 readonly LOCK=requirements/constraints-cpu.txt NODEPS=requirements/cpu-nodeps.txt
 # The oldest supported SGLang lies beside the newest, in a folder of its own: $VENV/sglang-0.5.16. The
-# tests fetch one more; `python -m sglang_kairos.other_sglang` any.
+# tests fetch one more; `kairos sglang VERSION` any.
 readonly OLDEST=0.5.16 OTHERS=python/sglang_kairos/other_sglang.py
 # Present while .venv may hold a half-installed package; what .venv was built from; what is in it.
 readonly BUILDING=$VENV/.kairos-building STAMP=$VENV/.kairos-stamp FILES=$VENV/.kairos-files
@@ -100,7 +100,7 @@ find_python() {
 inputs() { cat pyproject.toml "$LOCK" "$NODEPS" "$OTHERS" scripts/bootstrap.sh | sha256sum; }
 where() { printf 'at %s\n' "$PWD"; }
 
-# Every installed file, caches and the start-up hook apart (`python -m sglang_kairos.cpu uninstall`).
+# Every installed file, caches and the start-up hook apart (`kairos cpu uninstall`).
 list_files() {
     # shellcheck disable=SC2046
     (cd "$VENV" && find bin lib $(compgen -G 'sglang-*' || true) $(compgen -G beside || true) -name __pycache__ -prune -o \( -type f -o -type l \) ! -name kairos_cpu.pth -print) | sort

@@ -2,7 +2,7 @@
 
     PYTHONPATH=python python scripts/doc_tables.py
 
-Each stands between ``<!-- NAME: … -->`` and ``<!-- end of NAME -->``. A test compares them.
+Each table stands between ``<!-- NAME: … -->`` and ``<!-- end of NAME -->``. A test compares them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sglang_kairos.engine.features import FEATURES, Action
 from sglang_kairos.engine.seams.table import SEAMS, Seam
+from sglang_kairos.names import RENAMED
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 MIXIN = "SchedulerDisaggregationPrefillMixin."
@@ -55,7 +56,14 @@ def _row(seam: Seam) -> str:
     return f"| `{seam.qualname}` | {relied_on or '–'} | {link} |"
 
 
+def names_table() -> str:
+    """Public names that have changed."""
+    rows = [f"| {row.kind} | `{row.old}` | `{row.new}` |" for row in RENAMED]
+    return "\n".join(["| what | old | new |", "|---|---|---|", *rows])
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "names": ("glossary.md", names_table),
     "features": ("architecture.md", features_table),
     "seams": ("upstream.md", seams_table),
 }

@@ -102,7 +102,7 @@ COMMANDS = {
     "completion": Command(
         "sglang_kairos.completion",
         "print a script that completes these commands in a shell",
-        "bash > /etc/bash_completion.d/kairos",
+        "bash > ~/.local/share/bash-completion/completions/kairos",
     ),
 }
 

@@ -25,6 +25,7 @@ from sglang_kairos.settings import (
     SettingsParser,
     add_file_flag,
     file_named,
+    plain,
     read_mapping,
     settings_in,
     shown,
@@ -70,113 +71,119 @@ class KairosConfig:
     """All settings. Times in milliseconds. Immutable; `dataclasses.replace` makes a variant."""
 
     enabled: bool = _setting(
-        True, "install Kairos; off is stock SGLang, byte for byte", flag="--kairos"
+        True, "Install Kairos. Off is stock SGLang, byte for byte.", flag="--kairos"
     )
     ttft_ms: float = _setting(
         2000.0,
-        "default TTFT target of a request that names none (ms)",
+        "TTFT target of a request that names none, in ms.",
         low=LIMITS_MS["ttft_ms"][0],
         high=LIMITS_MS["ttft_ms"][1],
     )
     tpot_ms: float = _setting(
         100.0,
-        "default TPOT target of a request that names none (ms)",
+        "TPOT target of a request that names none, in ms.",
         low=LIMITS_MS["tpot_ms"][0],
         high=LIMITS_MS["tpot_ms"][1],
     )
     slo_classes: str = _setting(
-        "", "JSON or TOML file of SLO classes: name -> ttft_ms, tpot_ms, weight"
+        "", "JSON or TOML file of SLO classes: name -> ttft_ms, tpot_ms, weight."
     )
     priority_classes: str = _setting(
         "",
-        "SLO class of a request that names none, by its priority: 0=batch,10=chat is batch from 0 to 9 "
-        "and chat from 10 on; or a JSON or TOML file of priority -> class",
+        "SLO class of a request that names none, by its priority. 0=batch,10=chat: batch from 0 to 9, "
+        "chat from 10 on. Or a JSON or TOML file of priority -> class.",
     )
     age_headers: str = _setting(
         ",".join(START_HEADERS),
-        "headers in which a gateway says when it got a request, of "
-        f"{', '.join(AGE_HEADERS)}; off: none",
+        "Headers in which a gateway says when it got a request, of "
+        f"{', '.join(AGE_HEADERS)}. Off: none.",
     )
     max_age_ms: float = _setting(
         30_000.0,
-        "a header that makes a request older than this is not believed (ms)",
+        "Oldest age of a request, in ms, that such a header is believed to say.",
         low=0.0,
         high=LIMITS_MS["age_ms"][1],
     )
     strict: str = _setting(
         "on",
-        "when a touched SGLang function is missing or unknown: on refuses to start, seam runs without "
-        "exactly what it gives, and says so (off: the same, its old name)",
+        "What to do when a wrapped SGLang function is missing or unknown. On refuses to start. Seam "
+        "runs without what that function gives, and says so. (Off is the old name of seam.)",
         words=OneOf(("on", "seam"), (("off", "seam"),)),
     )
     dynamo: bool = _setting(
         True,
-        "in a worker of NVIDIA Dynamo: take the SLOs of its requests and show metrics on its port",
+        "In a worker of NVIDIA Dynamo: take the SLOs of its requests, and show metrics on its port.",
     )
-    order: bool = _setting(True, "order waiting prefills by urgency")
+    order: bool = _setting(True, "Order waiting prefills by urgency.")
     pause: bool = _setting(
-        True, "pause a chunked prefill at a chunk boundary for a more urgent request"
+        True, "Pause a chunked prefill at a chunk boundary for a more urgent request."
     )
-    park: bool = _setting(True, "let running decodes with slack sit a step out for ones without")
+    park: bool = _setting(
+        True, "Let running requests with slack sit a decode step out for ones without."
+    )
     max_wait: float = _setting(
         10.0,
-        "starvation bound: older than this multiple of its TTFT SLO, a request gets the late share",
+        "Starvation bound. A request older than this many TTFT targets goes first, within "
+        "--kairos-late-share.",
         low=1.0,
         high=1e6,
     )
     late_share: float = _setting(
         0.1,
-        "share of prefill tokens that requests past the starvation bound may claim",
+        "Largest share of the prefill tokens for requests past the starvation bound.",
         low=0.0,
         high=1.0,
     )
-    max_paused: int = _setting(8, "most chunked prefills paused at once", low=0, high=1024)
+    max_paused: int = _setting(8, "Most chunked prefills paused at once.", low=0, high=1024)
     max_pause_ms: float = _setting(
         60_000.0,
-        "a prefill paused this long runs next, whatever its urgency (ms)",
+        "Longest pause in ms. A prefill paused for so long runs next, whatever its urgency.",
         low=1.0,
         high=3_600_000.0,
     )
     max_itl_ms: float = _setting(
-        2000.0, "a parked request is never silent longer than this (ms)", low=1.0, high=3_600_000.0
+        2000.0,
+        "Longest time, in ms, between two tokens of a request that is parked.",
+        low=1.0,
+        high=3_600_000.0,
     )
     min_throughput: float = _setting(
         0.0,
-        "each decode step makes at least this share of the tokens/s that one of everybody running would, "
-        "and as many are let in as that takes, whatever TPOT targets it costs",
+        "Minimum decode throughput, as a fraction of what the full batch would produce. Enforced even "
+        "at the expense of TPOT targets.",
         low=0.0,
         high=1.0,
     )
     max_step_error: float = _setting(
         0.2,
-        "circuit breaker: no parking while decode steps are predicted worse than this (mean error) "
-        "and do not even follow the predictions",
+        "Circuit breaker. Nobody is parked while the mean error of predicted steps is larger, and "
+        "steps do not follow the predictions.",
         low=0.0,
         high=100.0,
     )
     margin: float = _setting(
-        0.05, "safety margin added to predicted times, as a fraction", low=0.0, high=10.0
+        0.05, "Safety margin added to predicted times, as a fraction.", low=0.0, high=10.0
     )
     handoff_ms: float = _setting(
         30.0,
-        "first guess of the hand-off from prefill's end to the first token (ms)",
+        "First guess of the time from the end of prefill to the first token, in ms.",
         low=0.0,
         high=60_000.0,
     )
     chaos_seed: int = _setting(
         -1,
-        "testing: replace decisions by random legal ones from this seed; -1 is off",
+        "For tests: make random legal decisions from this seed. -1: off.",
         low=-1,
         high=2**31,
     )
     latency_model: str = _setting(
         "",
-        "file of step times, as `kairos calibrate` writes it; keeps what is learnt across restarts",
+        "File of step times, as `kairos calibrate` writes it. It keeps what is learnt across restarts.",
     )
     decision_log: str = _setting(
         "",
-        "append every scheduling decision to a JSONL file of this name, one per process "
-        "(log.jsonl: log.ROLE-PORT-RANK.jsonl)",
+        "Append every scheduling decision to a JSONL file of this name, one for each process "
+        "(log.jsonl: log.ROLE-PORT-RANK.jsonl).",
     )
 
     def __post_init__(self) -> None:
@@ -269,7 +276,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add_file_flag(group)
     for item in dataclasses.fields(KairosConfig):
-        shown_default = "" if item.default == "" else f" (default: {_to_text(item.default)})"
+        value: Any = item.default
+        default = plain(value) if type(value) in (int, float) else _to_text(value)
+        shown_default = f" (default: {default})" if default else ""
         group.add_argument(
             flag_of(item),
             dest=item.name,

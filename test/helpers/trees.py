@@ -57,9 +57,7 @@ def sglang_folder(version: str) -> Path:
             return folder_of(where)
         except NoSuchSglang:
             continue
-    pytest.skip(
-        f"SGLang {version} is not here: `python -m sglang_kairos.other_sglang {version}` installs it"
-    )
+    pytest.skip(f"SGLang {version} is not here: `kairos sglang {version}` installs it")
 
 
 def changed_copy(folder: Path, version: str, changes: Mapping[str, tuple[str, str]]) -> Path:

@@ -12,8 +12,10 @@ from types import ModuleType
 import pytest
 
 from helpers.trees import sglang_folder
+from sglang_kairos.commands import COMMANDS
 from sglang_kairos.config import KairosConfig, flag_of
 from sglang_kairos.engine.seams.table import SEAMS, SUPPORTED_VERSIONS
+from sglang_kairos.names import new_names
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -178,8 +180,44 @@ def test_every_flag_that_is_named_is_one(page: Path) -> None:
     code = code_of(text_of(page))
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*[a-z0-9])(?![\w-]*…)", code))
     ours = {flag_of(item).removeprefix("--") for item in dataclasses.fields(KairosConfig)}
+    if page.name == "glossary.md":
+        ours |= {old.removeprefix("--") for old in new_names("flag")}
     assert {flag for flag in named if flag.startswith("kairos-")} <= ours | {"kairos-config"}
     assert named - words_of_programs() - ours - FLAGS_OF_OTHERS == set()
+
+
+def words_no_longer_used() -> set[str]:
+    """From the glossary's last table."""
+    _, _, table = (ROOT / "docs" / "glossary.md").read_text("utf-8").partition("no longer used\n")
+    cells = re.findall(r"^\| ([a-z, ]+) \|", table, re.M)
+    return {word for cell in cells for word in cell.split(", ")} - {"not"}
+
+
+# The glossary names them; results are dated.
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name != "glossary.md" and page.parent.name != "results"],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_no_page_uses_a_word_that_is_no_longer_used(page: Path) -> None:
+    text = re.sub(r"^```.*?^```|`[^`\n]+`", "", text_of(page), flags=re.S | re.M)
+    words = set(re.findall(r"[a-z]+", text.lower()))
+    gone = words_no_longer_used()
+    assert len(gone) > 6
+    assert words & (gone | {f"{word}s" for word in gone}) == set()
+
+
+def test_the_glossary_has_a_line_for_each_term() -> None:
+    text, _, _ = (ROOT / "docs" / "glossary.md").read_text("utf-8").partition("## Names")
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.*?) ?\|$", text, re.M)[1:]
+    assert len(rows) >= 30 and all(len(meaning) < 160 for _, meaning, _ in rows)
+
+
+@each_page
+def test_every_kairos_command_that_is_named_is_one(page: Path) -> None:
+    code = code_of(text_of(page))
+    named = set(re.findall(r"(?:^|[;&|(] ?|/)kairos ([a-z][a-z-]*)", code, re.M))
+    assert named <= set(COMMANDS)
 
 
 @each_page

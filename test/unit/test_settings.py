@@ -181,6 +181,7 @@ def test_help_shows_every_router_flag_once_with_its_default() -> None:
     assert all(flag in shown for flag in ACTIONS)
     assert "port to listen on (default: 30000)" in shown
     assert "(default: None)" not in shown
+    assert "(default: 0.1)" in shown and "(default: 2000)" in shown
     assert "(default: 2000) (default" not in shown
 
 

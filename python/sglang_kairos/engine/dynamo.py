@@ -1,13 +1,13 @@
-"""Installs Kairos in a worker of NVIDIA Dynamo, ``python -m dynamo.sglang``.
+"""Kairos inside a worker of NVIDIA Dynamo, ``python -m dynamo.sglang``.
 
 Such a worker runs SGLang in its own process (`sgl.Engine`), so there is no HTTP server of SGLang's
-and no middleware. SGLang still loads its plugins there, when the engine is made. Kairos then does
-what the seam of the HTTP server does elsewhere:
-    - takes the SLO of each request from Dynamo's frontend (`slo.dynamo`), in both workers
-    - checks that every scheduler has Kairos
-    - shows ``kairos_…`` metrics on the worker's own port
+and no middleware. SGLang still loads its plugins there when the engine is made. Kairos then does
+three things in the prefill and in the decode worker:
+- it takes the SLO of each request from what Dynamo's frontend says (`slo.dynamo`);
+- it checks that every scheduler has Kairos;
+- it shows ``kairos_…`` metrics on the worker's own port.
 
-Dynamo's functions are known by their text, like SGLang's: an unknown one stops the start.
+Dynamo's functions are known by their source text, like SGLang's: an unknown one stops the start.
 """
 
 from __future__ import annotations
@@ -99,7 +99,10 @@ FUNCTIONS = (
 
 
 def unknown_texts() -> list[str]:
-    """Returns one sentence for each of `FUNCTIONS` that is not as known. They must be importable."""
+    """Returns one sentence for each of `FUNCTIONS` that is not as known.
+
+    They must be importable.
+    """
     found = []
     for function in FUNCTIONS:
         text = _text(function)
@@ -120,7 +123,7 @@ def _text(function: Callee) -> str:
 
 
 def install(config: KairosConfig) -> None:
-    """Puts Kairos into this worker. Raises SystemExit where the installed Dynamo is unknown."""
+    """Installs Kairos in this worker. Raises SystemExit if Dynamo is not one that it knows."""
     if not config.dynamo:
         logger.warning("Kairos: Dynamo's requests all have the default SLO (--kairos-dynamo off)")
         return
@@ -148,7 +151,7 @@ def _replace(module: str, name: str, handler: Callable[..., Any]) -> None:
 
 
 class Worker:
-    """One Dynamo worker: its handlers. Each gets the function of Dynamo's that it wraps."""
+    """One Dynamo worker's handlers; each is given the function of Dynamo that it wraps."""
 
     def __init__(
         self, table: SloTable, clock: Callable[[], float] = time.time, facts: ServerFacts = UNKNOWN
@@ -165,7 +168,7 @@ class Worker:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Checks that the engine's schedulers have Kairos before it serves, then shows metrics."""
+        """Checks the schedulers and shows metrics, once the engine exists and before it serves."""
         schedulers = engine._scheduler_init_result.scheduler_infos
         http.refuse_to_serve(engine.server_args, schedulers)
         self._facts = http.facts_of(
@@ -200,7 +203,7 @@ class Worker:
     def native_payload(
         self, original: Callable[..., Mapping[str, Any] | None], request: Mapping[str, Any]
     ) -> Mapping[str, Any] | None:
-        """Returns the body of a native request, checked as an HTTP server would, with its SLO."""
+        """Returns the body of a native request with its SLO, checked as an HTTP server would."""
         payload = original(request)
         if payload is None:
             return None
@@ -213,7 +216,10 @@ class Worker:
         return self._guarded("native request", with_slo, payload)
 
     def _guarded(self, what: str, made: Callable[[], Any], fallback: Any) -> Any:
-        """Returns `made()`. A client's mistake is answered 400; our bugs cost the SLO alone."""
+        """Returns `made()`, or `fallback` on an error of ours.
+
+        A client's mistake is answered with 400.
+        """
         try:
             return made()
         except (SloError, RequestError) as error:
@@ -228,7 +234,7 @@ class Worker:
 
 
 def _show_metrics(engine: Any, config: Any, endpoint: Any) -> None:
-    """Shows the metrics of Kairos' schedulers where Dynamo shows SGLang's, which it picks by prefix."""
+    """Shows Kairos' counts where Dynamo shows SGLang's, which it picks by prefix."""
     from dynamo.common.utils.prometheus import register_engine_metrics_callback
     from prometheus_client import CollectorRegistry, multiprocess
 

@@ -1,8 +1,8 @@
 """A table of SGLang features that Kairos does not schedule around.
 
-Pausing and parking are proven where the identity tests run. With other features a request may carry
-state beside its KV, or may be counted in a place that Kairos does not know. There stock scheduling
-stays. The start-up log and the table in docs/architecture.md (``scripts/doc_tables.py``) come from
+Pausing and parking are proven where the identity tests run. Elsewhere a request may carry state
+beside its KV, or be counted somewhere that does not know of a pause. There stock scheduling stays.
+The start-up log and the table in docs/architecture.md (``scripts/doc_tables.py``) come from
 `FEATURES`.
 """
 
@@ -31,9 +31,10 @@ _LOST: dict[str, dict[Action, str]] = {
 class Feature:
     """One feature of SGLang and what it forbids.
 
-    `reason` completes "… is off while"; that of a refusal is the whole message. `flag`: the name
-    that users know. `server` looks for it on the scheduler, and `batch`, for parking, on each
-    running batch. `forbids`:
+    `reason` completes "… is off while"; for a refusal it is the whole message. `flag` is what users
+    know it by. `server` looks for it on the scheduler, `batch` on each running batch (for parking).
+
+    `forbids`:
         pause     pausing a chunked prefill
         park      parking running requests
         reserve   limiting reservations by predicted steps
@@ -49,19 +50,19 @@ class Feature:
     flag: str = ""
 
     def found(self, server: Any, batch: Any = None) -> bool:
-        """Returns whether `server` or, where one is given, `batch` has it."""
+        """Returns whether `server` or, if given, `batch` has it."""
         if self.server is not None and self.server(server):
             return True
         return batch is not None and self.batch is not None and bool(self.batch(batch))
 
 
 def _on(name: str) -> Callable[[Any], Any]:
-    """A switch of the scheduler, or one of its server arguments."""
+    """Returns a check for a switch of the scheduler, or for one of its server arguments."""
     return functools.partial(compat.feature, name=name)
 
 
 def _speculates(owner: Any) -> bool:
-    """Of a scheduler or a batch."""
+    """Returns whether a scheduler or a batch decodes speculatively."""
     algorithm = getattr(owner, "spec_algorithm", None)
     return algorithm is not None and not algorithm.is_none()
 
@@ -161,7 +162,7 @@ def reasons(action: Action, server: Any, batch: Any = None) -> Iterator[str]:
 
 
 def why_not(action: Action, server: Any, batch: Any = None) -> str:
-    """Returns the first of the `reasons`; empty when there is none."""
+    """Returns the first of the `reasons`; empty if the action is allowed."""
     return next(reasons(action, server, batch), "")
 
 
@@ -172,7 +173,10 @@ def refuse_unsupported(scheduler: Any) -> None:
 
 
 def lost(mode: str, scheduler: Any, wanted: Container[Action]) -> list[str]:
-    """Returns, for the start-up log, what of `wanted` a server in this mode does without, and why."""
+    """Returns what of `wanted` a server in this mode does without, and why.
+
+    For the start-up log.
+    """
     return [
         f"{text}: {', '.join(found)}"
         for action, text in _LOST.get(mode, {}).items()

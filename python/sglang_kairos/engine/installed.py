@@ -1,4 +1,4 @@
-"""What is installed in this process: the plugin, its settings, its seams, and those left out.
+"""What is installed in this process: the plugin, its settings, its seams, those left out.
 
 `plugin` fills it, handlers read it.
 """
@@ -28,7 +28,7 @@ def active_config() -> KairosConfig:
 
 
 def check_loadable() -> None:
-    """Raises ConfigError when SGLang would not load this plugin."""
+    """Raises ConfigError if SGLang would not load this plugin."""
     if not any(
         entry.name == PLUGIN_NAME for entry in importlib.metadata.entry_points(group=PLUGIN_GROUP)
     ):

@@ -1,6 +1,6 @@
 """Judges what a change of SGLang means for each seam, as far as a machine can tell.
 
-`survey` says which texts are known; here the others are looked at. Is everything there that the
+`survey` says which texts are known; this module looks at the others. Is everything there that the
 handler relies on (`engine.seams.relied`)? Does another seam of the table serve in its place? What
 is left needs a person. Source is read; nothing of SGLang is imported.
 """
@@ -28,16 +28,17 @@ GOOD: tuple[Kind, ...] = ("as in", "harmless", "compat")
 
 @dataclass(frozen=True)
 class SeamVerdict:
-    """The verdict on one seam in one tree.
+    """The verdict on one seam in one tree; `reasons` are in words.
 
-    `kind`:
-        as in      its text is that of a known version
-        harmless   the text changed, everything relied on is there
-        compat     the same, but an older layout serves for some of it
-        another    it is not wrapped, since another seam serves or none is needed
-        person     a person must look
-    `reasons`: in words. `text`: hash of the function's text, empty where there is none. `like`:
-    versions that have it. `callees`: functions of SGLang's that the handler calls or replaces, each
+    `kind` is one of:
+    - *as in*: the text is that of a known version;
+    - *harmless*: the text changed, and everything relied on is there;
+    - *compat*: likewise, but an older layout serves for some of it;
+    - *another*: it is not wrapped, since another seam serves or none is needed;
+    - *person*: somebody must look.
+
+    `text`: hash of the function's text, empty if there is none; `like`: the versions that have it.
+    `callees`: functions of SGLang that the handler calls or replaces (`engine.seams.callees`), each
     with its hash and whether it is known.
     """
 
@@ -72,10 +73,11 @@ class SeamVerdict:
 
 
 class Judge:
-    """Judges one SGLang. `package`: its folder. `version`: its version, or the closest one.
+    """Judges one SGLang. `package`: its folder. `version`: what it is, or is closest to.
 
     `versions`: those whose texts count as known. `layouts`: whether an alternative of
-    `engine.seams.relied` is known. Both are for a table that knows less than Kairos does.
+    `engine.seams.relied` counts as known. Both serve to test a table that knows less than Kairos
+    does.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class Judge:
         return [self._among(seam, own) for seam in self._seams]
 
     def _among(self, seam: Seam, own: dict[str, SeamVerdict]) -> SeamVerdict:
-        """Returns the verdict among seams that stand for one another: the first that is well serves."""
+        """Returns the verdict of the first good seam among those that stand for one another."""
         mine = own[seam.qualname]
         others = [own[name] for name in seam.instead if name in own]
         complete = len(others) == len(seam.instead) > 0
@@ -153,13 +155,13 @@ class Judge:
                 yield callee, text, text in known.values()
 
     def _needless(self, callee: Callee, known: dict[str, str]) -> bool:
-        """Returns whether the callee is there although versions of this age do without it."""
+        """Returns whether it is there although versions of this age do without it."""
         return bool(callee.elsewhere) and known_texts.order(self._version) < min(
             map(known_texts.order, known)
         )
 
     def _gone(self, seam: Seam, callees: tuple[tuple[Callee, str, bool], ...]) -> Iterator[str]:
-        """Yields the functions that the handler calls and that are gone, except where others serve."""
+        """Yields functions that the handler calls and that are gone, unless others serve."""
         there = {callee for callee, *_ in callees}
         for callee in seam.relies_on:
             if callee not in there and self._known(callee) and not callee.elsewhere:
@@ -205,7 +207,10 @@ class Judge:
         return self.tree.has(choice) if ":" in choice else has(self.tree, choice, ours)
 
     def _parameters(self, seam: Seam) -> list[str]:
-        """Returns why SGLang's callers cannot call the handler in place of the function."""
+        """Returns why upstream's callers cannot call the handler as they call the function.
+
+        Or nothing.
+        """
         function = self.tree.function(seam.target)
         handler = _ours().function(seam.handler)
         if function is None or handler is None:
@@ -216,7 +221,10 @@ class Judge:
 
 
 def has(tree: SourceTree, choice: str, ours: bool = False) -> bool:
-    """Returns whether the owner of ``owner.attribute`` has it or, if `ours`, takes new attributes."""
+    """Returns whether the owner of ``owner.attribute`` has it.
+
+    If `ours`, whether it takes new ones.
+    """
     owner, _, attribute = choice.partition(".")
     for place in relied.OWNERS[owner]:
         if place.startswith("["):

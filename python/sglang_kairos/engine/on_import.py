@@ -1,7 +1,7 @@
 """Runs a function right after a module is first imported.
 
 SGLang's main process loads plugins before its HTTP server module exists. Importing that module
-early would read environment variables that SGLang sets later. So the wrap waits for SGLang's own
+early would read environment variables that SGLang sets later. So the wrap waits for upstream's own
 import.
 """
 
@@ -46,7 +46,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def when_imported(name: str, then: Callable[[], None]) -> None:
-    """Calls `then` once module `name` is loaded; at once when it already is."""
+    """Calls `then` once module `name` is loaded, or at once if it already is."""
     if name in sys.modules:
         then()
     else:

@@ -33,7 +33,7 @@ DYNAMO_MODULE = "dynamo.sglang.init_llm"  # its workers have it before they make
 
 
 def installed_sglang() -> str:
-    """Returns the version of the SGLang distribution, or a phrase when there is none."""
+    """Returns the version of the SGLang distribution, or a phrase if there is none."""
     try:
         return f"v{importlib.metadata.version('sglang')}"
     except importlib.metadata.PackageNotFoundError:
@@ -109,14 +109,14 @@ def _resolve(path: str) -> Any:
 
 
 def _tree_seams() -> Any:
-    """Returns ``sglang.srt.kairos_seams`` of a patched tree; None on a stock wheel."""
+    """Returns ``sglang.srt.kairos_seams`` of a patched tree, or None on a stock wheel."""
     if importlib.util.find_spec("sglang.srt.kairos_seams") is None:
         return None
     return importlib.import_module("sglang.srt.kairos_seams")
 
 
 def _wrap(seams: Iterable[Seam]) -> None:
-    """Installs handlers: into a patched tree's own seams where it announces them, else by hooks."""
+    """Installs handlers: in a patched tree's own seams where it announces them, else by hooks."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     tree = _tree_seams()

@@ -1,4 +1,7 @@
-"""Tells whether the installed SGLang is one that Kairos knows. Its source is read, never imported."""
+"""Compares the installed SGLang with the versions that Kairos knows.
+
+Source is read, not imported.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,10 @@ State = Literal["same", "changed", "gone"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of a function of a seam in an SGLang tree. `problem`: empty if Kairos knows it.
+    """How a function of a seam stands in an SGLang tree. `problem` is empty if Kairos knows it.
 
-    `callee`: None for the function that the seam wraps, else one that its handler relies on.
-    `text`: hash of what is there. `known_as`: the versions whose text is the same, newest first.
+    `callee` is None for the function that the seam wraps, else one that its handler relies on.
+    `text` is the hash of what is there. `known_as`: the versions with the same text, newest first.
     """
 
     seam: Seam
@@ -36,16 +39,16 @@ class Finding:
 
     @property
     def function(self) -> Seam | Callee:
-        """Returns the function that was looked for."""
+        """The function that was looked for."""
         return self.callee or self.seam
 
 
 @dataclass(frozen=True)
 class Survey:
-    """A tree compared with the column of the table that fits it best, whatever version it says it is.
+    """A tree compared with the column of the table that fits it best, whatever version it claims.
 
     The column says which functions are wrapped. The text of each may be that of any version in
-    which it is wrapped, since it has the same handler there. `findings`: of the wrapped functions.
+    which it is wrapped, since the handler is the same there. `findings`: of the wrapped functions.
     `relied_on`: of what their handlers rely on.
     """
 
@@ -77,7 +80,7 @@ class Survey:
 
     @property
     def usable(self) -> list[Seam]:
-        """Returns the seams whose functions are as known, with all that their handlers rely on."""
+        """Returns the seams whose functions, and all that their handlers rely on, are as known."""
         broken = {finding.seam.target for finding in self.all if finding.problem}
         return [found.seam for found in self.findings if found.seam.target not in broken]
 
@@ -109,9 +112,9 @@ def _survey(version: str, seams: list[Seam], texts: Texts) -> Survey:
 
 
 def _misfit(found: Survey) -> tuple[float, int]:
-    """Returns the share of functions that are unknown, then how many are only as in another version.
+    """Returns the share of functions not as known, then how many are as in another version only.
 
-    A column without findings fits worst.
+    A version that the table is silent on does not fit.
     """
     if not found.findings:
         return 2.0, 0
@@ -143,7 +146,7 @@ class Texts:
         self._found: dict[str, tuple[str, str]] = {}
 
     def of(self, function: Seam | Callee) -> tuple[str, str]:
-        """Returns the hash of its text and ""; or "" and what is missing, in words."""
+        """Returns the hash of a function's text; or an empty one and what is missing, in words."""
         if function.target not in self._found:
             self._found[function.target] = self._look(function)
         return self._found[function.target]
@@ -157,7 +160,7 @@ class Texts:
 
 
 def package_folder(name: str = "sglang") -> Path | None:
-    """Returns the folder of an installed package, which is not imported."""
+    """Returns the folder of an installed package, without importing it; None if there is none."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -190,15 +193,15 @@ def _definition(body: list[ast.stmt], names: list[str]) -> ast.stmt | None:
 
 
 def fingerprint(source: str, qualname: str) -> str | None:
-    """Returns the hash of a function's text in `source`; None when there is no such function."""
+    """Returns the hash of a function's text in `source`; None if there is no such function."""
     text = text_of(source, qualname)
     return None if text is None else hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def text_of(source: str, qualname: str) -> str | None:
-    """Returns a function's text in `source` from ``def`` on; None when there is no such function.
+    """Returns a function's text in `source` from ``def`` on; None if there is no such function.
 
-    Text is the same on every Python, which an AST is not. Trailing blanks and indentation do not
+    It is text, not AST, and so the same on every Python. Trailing blanks and indentation do not
     count.
     """
     node = _definition(_parse(source).body, qualname.split("."))
@@ -226,7 +229,7 @@ def namesakes(seam: Seam | Callee, package: Path, at_most: int = 3) -> list[str]
 
 
 def _qualnames(source: str, name: str) -> list[str]:
-    """Returns the functions called `name`, at the top of a module or in its classes."""
+    """Returns functions called `name`, at the top of a module or in its classes."""
     try:
         module = _parse(source)
     except SyntaxError:

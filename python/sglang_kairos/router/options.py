@@ -14,10 +14,18 @@ from urllib.parse import urlsplit
 
 from sglang_kairos.policy.overload import Overload
 from sglang_kairos.router.arguments import OptionError, build_parser
-from sglang_kairos.router.fleet.health import HealthRules
+from sglang_kairos.router.health_rules import HealthRules
 from sglang_kairos.router.upstream_flags import heed
 
-__all__ = ["OptionError", "Pods", "RouterOptions", "parse_options", "prefill_of", "url_of"]
+__all__ = [
+    "HealthRules",
+    "OptionError",
+    "Pods",
+    "RouterOptions",
+    "parse_options",
+    "prefill_of",
+    "url_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +45,11 @@ class Pods:
 
 @dataclass(frozen=True, slots=True)
 class RouterOptions:
-    """`prefills`: URL and bootstrap port (None: as that server reports it). Times in seconds,
-    sizes in bytes; 0 for `max_in_flight` is no limit; an empty key, path or policy is none;
-    `probes` False: what they fail takes nobody out."""
+    """Times in seconds, sizes in bytes. An empty key, path or policy is none.
+
+    `prefills`: URL and bootstrap port (None: as that server reports it). `max_in_flight`: 0 is no
+    limit. `probes`: without them a server that fails probes is not taken out.
+    """
 
     prefills: tuple[tuple[str, int | None], ...]
     decodes: tuple[str, ...]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from sglang_kairos import cli
+from sglang_kairos import cli, names
 
 
-def run_renamed(old: str, command: str) -> int:
-    """Runs ``kairos COMMAND`` for ``python -m sglang_kairos.tools.OLD``; its exit code."""
-    was = f"python -m sglang_kairos.tools.{old}"
-    print(
-        f"{was} is now `kairos {command}`; the old name goes with the next release", file=sys.stderr
-    )
-    return cli.main([command, *sys.argv[1:]])
+def run_renamed(module: str) -> int:
+    """Run the command that ``python -m sglang_kairos.tools.MODULE`` is now. Returns its exit code."""
+    old = f"python -m sglang_kairos.tools.{module}"
+    new = names.new_names("command")[old]
+    names.say_renamed(old, new)
+    return cli.main([new.removeprefix("kairos "), *sys.argv[1:]])

@@ -5,4 +5,4 @@ import sys
 from sglang_kairos.tools import run_renamed
 
 if __name__ == "__main__":
-    sys.exit(run_renamed("report", "report"))
+    sys.exit(run_renamed("report"))

@@ -1,9 +1,11 @@
 """The source texts of SGLang's functions that Kairos knows, by version: ``fingerprints.json``.
 
-It has a column for each version, newest first. A column holds hashes of function texts by
-``module:qualified.name``: of the functions that are wrapped there (``seams``), and of those that
-handlers rely on (``relied_on``). A function that is not in a column is not used in that version.
-`KAIROS_SEAMS` names a file of the same form. Its author has checked those texts; they count as
+There is a column for each version, newest first. It has the hash of the text by
+``module:qualified.name``, of the functions that are wrapped there (``engine.seams.table``) and of
+those that handlers rely on (``relied_on``). A function that is not in a column is not used in that
+version.
+
+`KAIROS_SEAMS` names a file of the same form, with texts that its author has checked. They count as
 Kairos' own.
 """
 
@@ -26,19 +28,19 @@ Column = Mapping[str, Mapping[str, str]]
 
 
 class TableError(ValueError):
-    """A file is no table of fingerprints; the message names it."""
+    """A file of fingerprints cannot be used; the message names it."""
 
 
 def own_file() -> Path:
-    """Returns the file of Kairos' own fingerprints."""
+    """Returns the path of Kairos' own table."""
     return Path(__file__).with_name("fingerprints.json")
 
 
 def release(version: str) -> str:
-    """Returns the release that a build is made from: ``0.5.23+cu130`` is 0.5.23.
+    """Returns the release that a version is built from: 0.5.23 for ``0.5.23+cu130``.
 
-    A build before or after a release (``.dev3``, ``rc1``, ``.post1``) keeps its name: its text may
-    differ.
+    A build before or after a release (``.dev3``, ``rc1``, ``.post1``) keeps its name, since its
+    text may differ.
     """
     return version.removeprefix("v").split("+")[0]
 
@@ -57,7 +59,7 @@ def order(version: str) -> tuple[tuple[int, ...], int, int]:
 
 
 def read(path: Path) -> dict[str, Column]:
-    """Returns the columns of a file. Raises TableError where it has none."""
+    """Returns the columns of a file. Raises TableError if it is not one."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -81,10 +83,7 @@ def _check(where: str, column: Any) -> None:
 
 
 def vouched() -> dict[str, Column]:
-    """Returns the columns of the file that `KAIROS_SEAMS` names; empty if it names none.
-
-    Raises TableError.
-    """
+    """Returns the columns of the file that `KAIROS_SEAMS` names, if any. Raises TableError."""
     named = os.environ.get(VOUCHED_FOR, "").strip()
     if not named:
         return {}
@@ -98,8 +97,8 @@ def vouched() -> dict[str, Column]:
 def table() -> dict[str, Column]:
     """Returns Kairos' own columns and those of `KAIROS_SEAMS`, newest first.
 
-    A column that is in both is Kairos', overridden by the other's entries. A file that cannot be
-    used counts as empty: code that starts something asks `vouched` first, and refuses.
+    A column in both is Kairos' own, with the other's entries put over it. A file that cannot be
+    used counts as none: callers that start something ask `vouched` first and refuse.
     """
     columns = read(own_file())
     with contextlib.suppress(TableError):

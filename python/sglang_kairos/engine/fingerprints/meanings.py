@@ -1,8 +1,8 @@
 """Checks what a function of SGLang must mean, as far as its source can tell.
 
-Each check looks at one function of a source tree and returns the sentences that do not hold. An
-empty list means that all is there that the handler takes for granted. Checks are on the safe side:
-what they cannot follow does not hold.
+Each check looks at one function of a source tree and returns the sentences that do not hold. None
+means that all that the handler takes for granted is there. Checks are on the safe side: what they
+cannot follow does not hold.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Mentions:
 
 @dataclass(frozen=True)
 class Delegates:
-    """The function does something itself, using all of `itself`, or leaves it to one of the seams."""
+    """The function uses all of `itself` directly, or leaves that to one of the seams."""
 
     target: str
     itself: tuple[str, ...]
     seams: tuple[str, ...]
 
     def faults(self, tree: SourceTree) -> list[str]:
-        """Returns a fault if it leaves it to others."""
+        """Returns that it leaves them to another function."""
         node = tree.function(self.target)
         used = set() if node is None else set(names_in(node))
         if used.issuperset(self.itself) or any(seam.split(".")[-1] in used for seam in self.seams):
@@ -64,14 +64,14 @@ class Delegates:
 
 @dataclass(frozen=True)
 class Takes:
-    """The function can be called with so many arguments by place, and these by name."""
+    """The function can be called with these arguments by place, and these by name."""
 
     target: str
     places: int
     names: tuple[str, ...] = ()
 
     def faults(self, tree: SourceTree) -> list[str]:
-        """Returns the parameters that it also needs, or lacks."""
+        """Returns the parameters that it requires besides, or lacks."""
         node = tree.function(self.target)
         if node is None:
             return []
@@ -120,7 +120,7 @@ class Decorated:
     decorator: str
 
     def faults(self, tree: SourceTree) -> list[str]:
-        """Returns a fault if it does not."""
+        """Returns that it has not."""
         node = tree.function(self.target)
         found = [] if node is None else [ast.unparse(d) for d in node.decorator_list]
         return [] if self.decorator in found else [f"it is no {self.decorator} any more"]
@@ -128,7 +128,7 @@ class Decorated:
 
 @dataclass(frozen=True)
 class Sets:
-    """The function gives the attribute only these expressions."""
+    """Whatever the function gives the attribute is one of these expressions."""
 
     target: str
     attribute: str
@@ -143,10 +143,10 @@ class Sets:
 
 @dataclass(frozen=True)
 class Rebinds:
-    """The function gives ``self`` new values and never changes the old ones in place.
+    """The function gives ``self`` new values and never changes the old ones.
 
-    The same holds for every function that it passes ``self`` on to. `looks`: methods of what
-    ``self`` holds that may be called.
+    The same holds for whatever it passes ``self`` on to. `looks`: methods of what ``self`` holds
+    that change nothing.
     """
 
     target: str
@@ -248,7 +248,10 @@ def _assigned_values(node: ast.AST, attribute: str) -> Iterator[str]:
 
 
 def _sources(node: Function, variable: str) -> set[str] | None:
-    """Returns the attributes of ``self`` that reach `variable` by assignments; None if nothing does."""
+    """Returns the attributes of ``self`` that reach `variable` by assignments.
+
+    None if none does.
+    """
     given: dict[str, list[ast.expr]] = {}
     for part in ast.walk(node):
         if isinstance(part, ast.Assign | ast.AugAssign | ast.AnnAssign) and part.value is not None:

@@ -1,4 +1,4 @@
-"""Runs a function of SGLang by itself, on made-up objects, for what its text alone does not tell.
+"""Runs a function of SGLang by itself, on made-up objects, where its text does not tell enough.
 
 The function's module is not imported.
 """
@@ -20,8 +20,8 @@ from sglang_kairos.engine.fingerprints.upstream_ast import Function, SourceTree
 class BusyTime:
     """The function adds each prefill step's own time to a counter of microseconds.
 
-    That is the time from its launch, or from the end of the step before where they overlap, to the
-    call.
+    That is the time from its launch to the call; where steps overlap, from the end of the one
+    before. The function is run by itself on made-up batches; its module is not imported.
     """
 
     target: str
@@ -82,7 +82,7 @@ def _run_on_steps(
 
 
 def _alone(node: Function, scope: dict[str, Any]) -> Callable[..., Any]:
-    """Returns the function `node` with `scope` as its module."""
+    """Returns the function `node` with `scope` for its module."""
     bare = ast.parse(ast.unparse(node)).body[0]
     assert isinstance(bare, ast.FunctionDef)
     bare.decorator_list = []
@@ -93,7 +93,7 @@ def _alone(node: Function, scope: dict[str, Any]) -> Callable[..., Any]:
 
 
 def _first_values(tree: SourceTree, target: str, node: Function) -> dict[str, Any]:
-    """Returns what the class gives the attributes that a function reads, where that is a plain value."""
+    """Returns what the class gives the attributes that a function reads, if plain values."""
     owner = tree.find(target.rpartition(".")[0])
     read = {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
     values: dict[str, Any] = {}
@@ -112,7 +112,7 @@ _EMPTY: dict[str, Callable[[], Any]] = {"deque": collections.deque, "list": list
 
 
 def _plain(value: ast.expr) -> Any:
-    """Returns a constant, or an empty container whatever its bound."""
+    """Returns a constant, or an empty container however it is to be bounded."""
     if isinstance(value, ast.Call) and ast.unparse(value.func) in _EMPTY:
         return _EMPTY[ast.unparse(value.func)]()
     try:

@@ -1,7 +1,7 @@
 """Reads from source what SGLang's classes have: attributes, functions, parameters.
 
-Nothing is imported. An attribute counts as there in three cases. A class or one of its bases
-defines it, declares it, or assigns it to ``self`` in one of its functions.
+Nothing is imported. An attribute counts as there if its class or a base defines it,
+declares it, or assigns it to ``self`` in one of its functions.
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Signature:
-    """The parameters of a function: names in order, those that must be given, and those by name only.
-
-    `open_ended`: it takes ``*args`` and ``**kwargs``.
-    """
+    """The parameters of a function: names in order, which of them are required, and `**` names."""
 
     names: tuple[str, ...]
     needed: tuple[str, ...]
@@ -29,7 +26,7 @@ class Signature:
 
     @classmethod
     def of(cls, node: Function) -> Signature:
-        """Returns the parameters of a function's definition."""
+        """Returns those of a function's definition."""
         args = node.args
         names = tuple(arg.arg for arg in (*args.posonlyargs, *args.args))
         needed = names[: len(names) - len(args.defaults)]
@@ -55,7 +52,7 @@ class SourceTree:
         return self._modules[name]
 
     def find(self, target: str) -> Function | ast.ClassDef | None:
-        """Returns the definition ``module:qualified.name``; of several the last, as Python takes it."""
+        """Returns the definition ``module:qualified.name``; the last of several, as in Python."""
         name, _, qualname = target.partition(":")
         module = self.module(name)
         body = [] if module is None else module.body
@@ -68,12 +65,12 @@ class SourceTree:
         return found
 
     def function(self, target: str) -> Function | None:
-        """Returns the same, if it is a function; else None."""
+        """Returns the same, if it is a function."""
         found = self.find(target)
         return None if isinstance(found, ast.ClassDef) else found
 
     def origin(self, module: str, name: str) -> str:
-        """Returns where what a module calls `name` is defined, as ``module:name``."""
+        """Returns where the thing that a module calls `name` is defined, as ``module:name``."""
         tree = self.module(module)
         return f"{(tree and _imports(tree).get(name)) or module}:{name}"
 
@@ -86,7 +83,7 @@ class SourceTree:
         return self.find(target) is not None or wanted in _names_of(module.body)
 
     def members(self, place: str) -> frozenset[str] | None:
-        """Returns the attributes of the class at ``module:Class``, its bases' included; None: no class.
+        """Returns attributes of the class ``module:Class`` and its bases; None if there is none.
 
         ``package.*:*`` is all classes of all modules in a package, ``module:*`` those of one
         module.
@@ -100,7 +97,7 @@ class SourceTree:
         return self._members[place]
 
     def takes_new(self, place: str) -> bool:
-        """Returns whether objects of the class may be given attributes that it does not declare."""
+        """Returns whether objects of the class may be given attributes that it does not know."""
         found = list(self._classes(place))
         return bool(found) and not any(_closed(node) for _, node in found)
 
@@ -139,7 +136,10 @@ class SourceTree:
 
 
 def _classes_in(body: list[ast.stmt]) -> Iterator[ast.ClassDef]:
-    """Yields the classes of a module, in its branches too; not those within functions or classes."""
+    """Yields the classes of a module, in its branches too.
+
+    Not those within functions or classes.
+    """
     for node in body:
         if isinstance(node, ast.ClassDef):
             yield node
@@ -165,7 +165,10 @@ def _last_named(body: list[ast.stmt], name: str) -> Function | ast.ClassDef | No
 
 
 def _names_of(body: list[ast.stmt]) -> set[str]:
-    """Returns the names that statements define, in branches too: functions, classes, imports, …"""
+    """Returns names that statements define: functions, classes, assignments and imports.
+
+    Branches are included.
+    """
     found: set[str] = set()
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

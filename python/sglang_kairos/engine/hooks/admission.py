@@ -69,12 +69,12 @@ def sort(state: KairosState, entries: list[Any], preallocation: Any = None) -> N
 
 
 def note_starts(state: KairosState, ready: list[Any]) -> None:
-    """Notes that the KV of these has arrived; their first tokens go out as soon as they get a slot."""
-    stay, now = memory_of(state).planner.stay, state.now()
+    """The KV of these has arrived; their first tokens go out as soon as they get a slot."""
+    statistics, now = memory_of(state).planner.statistics, state.now()
     for req in ready:
         promise = state.promise(req)
         if promise.reserved_s is not None:
-            stay.started(len(req.origin_input_ids), now - promise.reserved_s)
+            statistics.started(len(req.origin_input_ids), now - promise.reserved_s)
         promise.reserved_s = promise.ready_s = None
 
 

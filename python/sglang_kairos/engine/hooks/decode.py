@@ -168,7 +168,7 @@ def _record(state: KairosState, view: RunningView, choice: StepChoice) -> None:
         silent_s=view.silent_s.tolist(),
         served=view.served.tolist(),
         error=dataclasses.asdict(state.step_time.error),
-        expected_output=planner.stay.output_tokens,
+        expected_output=planner.statistics.output_tokens,
         reserve_tokens=reserve_of(state.step_time.error.mape),
         horizon_tokens=planner.horizon_tokens,
         model=state.step_time.snapshot(),

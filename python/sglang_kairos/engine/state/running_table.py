@@ -88,7 +88,7 @@ class DecodeMemory:
         """Makes the table that of `reqs`. Requests that finished since tell how long requests stay."""
         for gone in self.table.follow(reqs):
             if gone.finished():
-                self.planner.stay.ended(len(gone.output_ids))
+                self.planner.statistics.ended(len(gone.output_ids))
 
     def view(self, batch: Any, now_s: float) -> RunningView:
         """Returns the view of the requests in `batch`, which must be those followed last."""

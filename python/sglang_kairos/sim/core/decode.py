@@ -78,7 +78,7 @@ class SimDecodeServer:
         """Takes the KV of a reserved request."""
         self.in_flight -= 1
         if req in self._coming:
-            self.planner.stay.started(req.prompt, self._clock.now_s - self._coming.pop(req))
+            self.planner.statistics.started(req.prompt, self._clock.now_s - self._coming.pop(req))
         self.ready.append(req)
         self._wake()
 
@@ -131,7 +131,7 @@ class SimDecodeServer:
                 req = self.running[index]
                 self._leave(req, index)
                 req.finish(now)
-                self.planner.stay.ended(req.output)
+                self.planner.statistics.ended(req.output)
                 self._finished(req)
             self._drop(left > 0.0)
         self._step()
