@@ -2,7 +2,7 @@
 
     PYTHONPATH=python python scripts/doc_tables.py
 
-Each stands between ``<!-- NAME: … -->`` and ``<!-- end of NAME -->``. A test compares them.
+Each table stands between ``<!-- NAME: … -->`` and ``<!-- end of NAME -->``. A test compares them.
 """
 
 from __future__ import annotations

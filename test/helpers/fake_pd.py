@@ -1,4 +1,4 @@
-"""Fake prefill and decode servers on loopback, and a router in front of them."""
+"""Runs fake prefill and decode servers on loopback, and a router in front of them."""
 
 from __future__ import annotations
 

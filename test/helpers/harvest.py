@@ -1,7 +1,7 @@
 """What Kairos' handlers use of SGLang's objects, read from their own source: the check on `relied`.
 
-Handlers get SGLang's objects untyped, so what is whose follows from the names of variables. One that
-is in neither list is an error: nothing slips through.
+Handlers get SGLang's objects untyped, so what is whose follows from the names of variables. One
+that is in neither list is an error: nothing slips through.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The SGLang glue: the only folder that touches upstream's internals.
+"""Connects Kairos to SGLang: the only package that touches SGLang's internals.
 
 `seams.table` says which upstream functions Kairos wraps and why; `plugin` installs the wrappers.
 `state.scheduler_state` holds what one scheduler process knows. `hooks` has the handlers:

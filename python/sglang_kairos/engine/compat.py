@@ -102,7 +102,7 @@ def pipeline_ranks() -> int:
 
 
 def feature(scheduler: Any, name: str) -> Any:
-    """A switch: an attribute of the scheduler or, in older versions for some, a server argument."""
+    """Returns a switch: an attribute of the scheduler or, for some, a server argument."""
     if hasattr(scheduler, name):
         return getattr(scheduler, name)
     return getattr(getattr(scheduler, "server_args", None), name, None)
@@ -141,8 +141,8 @@ def fail_transfer(manager: Any, room: int, reason: str) -> None:
 def give_up_s() -> float:
     """Returns the seconds that SGLang lets a request wait for its reservation, as known here.
 
-    That is prefill's time-out, which decode is not told. Whoever shortens one side's shortens the
-    other's as well, so the shorter one counts.
+    That is prefill's time-out, which decode is not told. An operator who shortens one side's is
+    taken to shorten the other's as well, so the shorter one counts.
     """
     from sglang.srt.environ import envs
 

@@ -39,7 +39,7 @@ _HANDLERS = "dynamo.sglang.request_handlers.llm"
 DECODE_MODULE, PREFILL_MODULE = f"{_HANDLERS}.decode_handler", f"{_HANDLERS}.prefill_handler"
 
 
-# Where Dynamo is unknown, its requests …
+# Completes "requests …", for a Dynamo that is unknown.
 _LOST = "all have the default SLO, and Kairos' metrics are missing"
 
 

@@ -1,4 +1,4 @@
-"""SGLang features that Kairos does not schedule around, in one table.
+"""A table of SGLang features that Kairos does not schedule around.
 
 Pausing and parking are proven where the identity tests run. Elsewhere a request may carry state
 beside its KV, or be counted somewhere that does not know of a pause. There stock scheduling stays.
@@ -17,7 +17,7 @@ from sglang_kairos.engine import compat
 
 Action = Literal["pause", "park", "reserve", "start", "serve"]
 
-# What a server says when it starts, by the mode where the action matters.
+# What a server logs when it starts, by the mode where the action matters.
 _LOST: dict[str, dict[Action, str]] = {
     "prefill": {"pause": "chunked prefills are not paused"},
     "decode": {
@@ -34,9 +34,12 @@ class Feature:
     `reason` completes "… is off while"; for a refusal it is the whole message. `flag` is what users
     know it by. `server` looks for it on the scheduler, `batch` on each running batch (for parking).
 
-    It may forbid to pause a chunked prefill, to park running requests, to limit reservations by
-    predicted steps, to start a scheduler, or to start the HTTP server. For the last one `server`
-    gets SGLang's server arguments.
+    `forbids`:
+        pause     pausing a chunked prefill
+        park      parking running requests
+        reserve   limiting reservations by predicted steps
+        start     starting a scheduler at all
+        serve     starting the HTTP server; `server` then gets SGLang's server arguments
     """
 
     name: str

@@ -51,12 +51,12 @@ class SeamVerdict:
 
     @property
     def wrapped(self) -> bool:
-        """Whether the seam is to be wrapped in that tree."""
+        """Returns whether the seam is to be wrapped in that tree."""
         return self.kind in GOOD
 
     @property
     def known(self) -> bool:
-        """Whether all its texts are known, so that Kairos starts."""
+        """Returns whether all its texts are known, so that Kairos starts."""
         return not self.wrapped or (bool(self.like) and all(known for *_, known in self.callees))
 
     def __str__(self) -> str:
@@ -124,7 +124,7 @@ class Judge:
         known = self._known(seam)
         like = tuple(version for version, print_ in known.items() if print_ == text)
         callees = tuple(self._callees(seam))
-        # Of a known text too: what it relies on may have moved elsewhere.
+        # This is checked for a known text too: what it relies on may have moved elsewhere.
         compat, faults = self._attributes(seam)
         if not faults and like and all(is_known for *_, is_known in callees):
             return SeamVerdict(seam, "as in", (), text, like, callees)

@@ -1,7 +1,7 @@
 """Entry point of SGLang's plugin framework: `install` runs early in every SGLang process.
 
-Upstream logs and swallows whatever a plugin raises. Kairos must not serve half-installed, so every
-failure here becomes `SystemExit`, which upstream lets through.
+SGLang logs and swallows whatever a plugin raises. Kairos must not serve half-installed, so every
+failure here becomes `SystemExit`, which SGLang lets through.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def install() -> None:
         named = f"{known_texts.VOUCHED_FOR}={os.environ.get(known_texts.VOUCHED_FOR)}"
         logger.warning("Kairos: texts vouched for by %s: %s", named, ", ".join(VOUCHED_FOR))
     # In the main process none of these modules is there yet. It needs the scheduler's seams only to
-    # hand them to children that are forked; spawned ones come through here with their module loaded.
-    # Mooncake's comes where SGLang wants it: it is not installed everywhere, and imported early it
-    # would have prometheus-client forget that there are several processes.
+    # hand them to forked children; spawned ones come through here with their module loaded.
+    # Mooncake's module is wrapped when SGLang imports it. It is not installed everywhere, and an
+    # early import would make prometheus-client miss that there are several processes.
     modules = {"scheduler": SCHEDULER_MODULE, "http": HTTP_MODULE, "mooncake": MOONCAKE_MODULE}
     for process, module in modules.items():
         seams = [seam for seam in kept if seam.process == process]
@@ -84,7 +84,7 @@ def _kept(found: Survey) -> list[Seam]:
         return wanted
     unknown = {seam.qualname for seam in wanted} - {seam.qualname for seam in found.usable}
     reasons = list(found.problems)
-    # Texts that are known may rely on what is known no more, as all of SGLang here is not.
+    # This SGLang as a whole is unknown, so known functions may rely on others that have changed.
     package = package_folder()
     for verdict in Judge(package, found.version).verdicts() if package else ():
         if verdict.kind == "person" and verdict.seam in found.usable:
@@ -124,7 +124,7 @@ def _wrap(seams: Iterable[Seam]) -> None:
     for seam in seams:
         handler: Callable[..., Any] = _resolve(seam.handler)
         function = _resolve(seam.target)
-        # A tree's seams announce themselves when their module is imported, as it now is.
+        # A tree's seams announce themselves when their module is imported, which has happened.
         if tree is not None and seam.target in tree.PATCHED:
             tree.install(seam.target, handler)
             INSTALLED["tree"] += 1

@@ -88,7 +88,7 @@ class Survey:
 def survey(seams: Iterable[Seam] = SEAMS, package: Path | None = None) -> Survey:
     """Compares the seams with the sources of SGLang, without importing it.
 
-    `package` is SGLang's package folder; by default it is looked for as an import would.
+    `package`: SGLang's package folder; None: it is looked for as an import would.
     """
     seams = list(seams)
     texts = Texts(package)
@@ -138,7 +138,7 @@ def _find(seam: Seam, version: str, texts: Texts, callee: Callee | None = None) 
 class Texts:
     """The functions of one SGLang tree, each read and hashed once.
 
-    `package` is SGLang's package folder; by default it is looked for as an import would.
+    `package`: SGLang's package folder; None: it is looked for as an import would.
     """
 
     def __init__(self, package: Path | None = None) -> None:

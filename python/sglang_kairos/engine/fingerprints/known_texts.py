@@ -50,7 +50,7 @@ _NUMBER = re.compile(r"(?P<release>\d+(\.\d+)*)[-_.]?((?P<phase>dev|a|b|rc|post)
 
 
 def order(version: str) -> tuple[tuple[int, ...], int, int]:
-    """A key to sort versions by, oldest first: 0.5.24.dev12, 0.5.24rc1, 0.5.24, 0.5.24.post1."""
+    """Returns a key to sort versions by, oldest first: 0.5.24.dev12, 0.5.24rc1, 0.5.24, 0.5.24.post1."""
     found = _NUMBER.match(release(version))
     if found is None:
         return (), 0, 0

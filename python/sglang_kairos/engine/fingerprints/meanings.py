@@ -1,4 +1,4 @@
-"""What a function of SGLang must mean, as far as its source can tell: the checks of `seams.relied`.
+"""Checks what a function of SGLang must mean, as far as its source can tell.
 
 Each check looks at one function of a source tree and returns the sentences that do not hold. None
 means that all that the handler takes for granted is there. Checks are on the safe side: what they

@@ -32,7 +32,7 @@ class BusyTime:
         node = tree.function(self.target)
         if node is None:
             return []
-        # Launch and end of each, s; the second pair overlaps, the others stand alone.
+        # Launch and end of each in seconds. The last two overlap, the others stand alone.
         steps = ((10.0, 10.5), (20.0, 21.0), (30.0, 31.0), (30.4, 32.0))
         try:
             counted = _run_on_steps(tree, self.target, node, self.counter, steps)
@@ -122,7 +122,7 @@ def _plain(value: ast.expr) -> Any:
 
 
 class _Batch:
-    """A prefill of one request, launched at a time; after a pause or not."""
+    """A prefill of one request, launched at a given time, after a pause or not."""
 
     def __init__(self, place: int, launched_s: float, after_idle_gap: bool) -> None:
         self.launch_ts, self.forward_iter = launched_s, place

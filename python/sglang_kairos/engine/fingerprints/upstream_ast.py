@@ -1,6 +1,6 @@
-"""What SGLang's classes have, read from their source: attributes, functions, parameters.
+"""Reads from source what SGLang's classes have: attributes, functions, parameters.
 
-Nothing is imported. An attribute counts as there if a class or one of its bases defines it,
+Nothing is imported. An attribute counts as there if its class or a base defines it,
 declares it, or assigns it to ``self`` in one of its functions.
 """
 
