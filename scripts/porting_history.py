@@ -1,10 +1,10 @@
-"""Ports each SGLang release from a table that knows only those before: docs/results/porting.md.
+"""Ports each SGLang release from a table that knows only earlier ones: docs/results/porting.md.
 
     PYTHONPATH=python .venv/bin/python scripts/porting_history.py
 
-The static part of ``doctor --port``, and how it agrees with the table as it stands today. Versions
-that are not here are skipped. Seams, layouts and callees that no version before had are unknown to
-the tool, as they were then; the checks themselves were written with all versions at hand.
+It runs the static part of ``doctor --port`` and compares it with the table of today. Versions that
+are not installed are skipped. Seams, layouts and callees that no earlier version had are unknown to
+the tool, as they were then. The checks themselves were written with all versions at hand.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ repository byte for byte, but for one function relied on that 0.5.20 is the firs
 
 @dataclass(frozen=True)
 class Step:
-    """One release from a table of those before."""
+    """The verdicts on one release, from a table of the earlier ones."""
 
     version: str
     verdicts: list[SeamVerdict]
 
     @property
     def persons(self) -> dict[str, list[str]]:
-        """Seams that need a person, by what is the matter."""
+        """The seams that need a person, by cause."""
         causes: dict[str, list[str]] = {}
         for verdict in self.verdicts:
             if verdict.kind == "person":
@@ -79,7 +79,7 @@ class Step:
 
 
 def layouts_of(versions: Sequence[str]) -> set[str]:
-    """The alternatives of `relied` that serve in one of these versions."""
+    """Returns the alternatives of `relied` that serve in one of these versions."""
     known: set[str] = set()
     for version in versions:
         package = package_of(version)
@@ -94,7 +94,7 @@ def layouts_of(versions: Sequence[str]) -> set[str]:
 
 
 def steps() -> Iterator[Step]:
-    """Every release after the first."""
+    """Yields every release after the first."""
     for place, version in enumerate(OLDEST_FIRST[1:], 1):
         package = package_of(version)
         if package is not None:
@@ -105,7 +105,7 @@ def steps() -> Iterator[Step]:
 
 
 def page(made: Sequence[Step]) -> str:
-    """The whole page."""
+    """Returns the whole page, as Markdown."""
     rows, notes, total = [], [], Counter[str]()
     for step in made:
         counts = Counter(verdict.kind for verdict in step.verdicts)
