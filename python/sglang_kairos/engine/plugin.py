@@ -33,7 +33,7 @@ DYNAMO_MODULE = "dynamo.sglang.init_llm"  # its workers have it before they make
 
 
 def installed_sglang() -> str:
-    """Version of the SGLang distribution, or a phrase when there is none."""
+    """Returns the version of the SGLang distribution, or a phrase if there is none."""
     try:
         return f"v{importlib.metadata.version('sglang')}"
     except importlib.metadata.PackageNotFoundError:
@@ -41,7 +41,7 @@ def installed_sglang() -> str:
 
 
 def install() -> None:
-    """Wrap the seams that matter in this process. Called by ``sglang.srt.plugins.load_plugins``."""
+    """Wraps the seams that matter in this process. ``sglang.srt.plugins.load_plugins`` calls it."""
     try:
         config = active_config()
         config.slo_table()
@@ -77,7 +77,7 @@ def _into_dynamo(config: KairosConfig) -> None:
 
 
 def _kept(found: Survey) -> list[Seam]:
-    """The seams to install; notes in `MISSING` what is lost with the others."""
+    """Returns the seams to install; notes in `MISSING` what is lost with the others."""
     MISSING.clear()
     wanted = [finding.seam for finding in found.findings]
     if not found.problems:
@@ -109,14 +109,14 @@ def _resolve(path: str) -> Any:
 
 
 def _tree_seams() -> Any:
-    """``sglang.srt.kairos_seams`` of a patched tree, or None on a stock wheel."""
+    """Returns ``sglang.srt.kairos_seams`` of a patched tree, or None on a stock wheel."""
     if importlib.util.find_spec("sglang.srt.kairos_seams") is None:
         return None
     return importlib.import_module("sglang.srt.kairos_seams")
 
 
 def _wrap(seams: Iterable[Seam]) -> None:
-    """Install handlers: into a patched tree's own seams where it announces them, else by hooks."""
+    """Installs handlers: in a patched tree's own seams where it announces them, else by hooks."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     tree = _tree_seams()
