@@ -1,10 +1,11 @@
-"""Ports each SGLang release from a table that knows only earlier ones: docs/results/porting.md.
+"""Ports each SGLang release from a table that knows only those before: docs/results/porting.md.
 
     PYTHONPATH=python .venv/bin/python scripts/porting_history.py
 
-It runs the static part of ``doctor --port`` and compares it with the table of today. Versions that
-are not installed are skipped. Seams, layouts and callees that no earlier version had are unknown to
-the tool, as they were then. The checks themselves were written with all versions at hand.
+It runs the static part of ``doctor --port`` and compares the result with the table as it stands
+today. Versions that are not here are skipped. Seams, layouts and callees that no version before had
+are unknown to the tool, as they were then. The checks themselves were written with all versions at
+hand.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ repository byte for byte, but for one function relied on that 0.5.20 is the firs
 
 @dataclass(frozen=True)
 class Step:
-    """The verdicts on one release, from a table of the earlier ones."""
+    """One release from a table of those before."""
 
     version: str
     verdicts: list[SeamVerdict]
 
     @property
     def persons(self) -> dict[str, list[str]]:
-        """The seams that need a person, by cause."""
+        """Seams that need a person, by what is the matter."""
         causes: dict[str, list[str]] = {}
         for verdict in self.verdicts:
             if verdict.kind == "person":
@@ -79,7 +80,7 @@ class Step:
 
 
 def layouts_of(versions: Sequence[str]) -> set[str]:
-    """Returns the alternatives of `relied` that serve in one of these versions."""
+    """The alternatives of `relied` that serve in one of these versions."""
     known: set[str] = set()
     for version in versions:
         package = package_of(version)
@@ -94,7 +95,7 @@ def layouts_of(versions: Sequence[str]) -> set[str]:
 
 
 def steps() -> Iterator[Step]:
-    """Yields every release after the first."""
+    """Every release after the first."""
     for place, version in enumerate(OLDEST_FIRST[1:], 1):
         package = package_of(version)
         if package is not None:
@@ -105,7 +106,7 @@ def steps() -> Iterator[Step]:
 
 
 def page(made: Sequence[Step]) -> str:
-    """Returns the whole page, as Markdown."""
+    """The whole page."""
     rows, notes, total = [], [], Counter[str]()
     for step in made:
         counts = Counter(verdict.kind for verdict in step.verdicts)

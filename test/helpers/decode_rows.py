@@ -1,4 +1,4 @@
-"""Puts decisions of decode servers, read from their decision log, to the planner again."""
+"""Replays decisions of decode servers: puts the rows of a decision log to the planner again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sglang_kairos.predict.prediction_error import PredictError
 
 
 class Recorded:
-    """What the server predicted of its steps; older records have the resulting lead instead."""
+    """What the server believed of its steps. Older records say what lead that came down to."""
 
     def __init__(self, record: dict[str, Any]) -> None:
         model = StepTimeModel.generic()
@@ -27,7 +27,7 @@ class Recorded:
 
 
 def chosen_again(record: dict[str, Any]) -> StepChoice | None:
-    """Returns the planner's choice for a row of the kind "decode"."""
+    """The planner's choice for a row of the kind "decode"."""
     slack, tpot, context, silent = (
         np.array(record[name], float)
         for name in ("slack_s", "tpot_s", "context_tokens", "silent_s")

@@ -1,7 +1,7 @@
-"""An event loop whose time is made up: it stands still while anything can run, and jumps when not.
+"""An event loop whose time is made up: it stands still while anything can run, and runs when not.
 
-What waits for a timer alone waits almost no real time. How busy the machine is shows nowhere, so a
-test may say to the millisecond when something is to happen. Sockets work as ever, as long as both
+What waits for a timer alone waits (almost) no real time. How busy the machine is shows nowhere:
+a test may say to the millisecond when something is to happen. Sockets work as ever, as long as both
 ends live on the loop. Threads and other processes do not: they would be left behind.
 
     pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]       # or of one test

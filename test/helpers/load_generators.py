@@ -1,8 +1,8 @@
 """GuideLLM, aiperf, inference-perf and SGLang's own benchmark, as a user starts them.
 
-`requirements/load-generators-*.txt` pin the first three. ``make test-load-generators`` installs
-each into an environment of its own below out/load-generators; KAIROS_LOAD_GENERATORS names another
-folder.
+`requirements/load-generators-*.txt` pin the first three; ``make test-load-generators`` installs
+each into an environment of its own below out/load-generators (KAIROS_LOAD_GENERATORS names another
+folder).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ WITHIN_S = 280
 
 @dataclass(frozen=True)
 class Load:
-    """What is sent: `count` requests, `rate` a second, with these targets in ms in their bodies.
+    """What to send: `count` requests at `rate` per second, with these targets in ms in their bodies.
 
-    Each makes about `output` tokens, normally distributed with `spread`, from 1 to `longest`.
+    Answers have about `output` tokens, normally distributed with `spread`, 1 to `longest`.
     """
 
     count: int
@@ -40,7 +40,7 @@ class Load:
 
 
 def program(name: str) -> str:
-    """Returns the path of a load generator; skips the test if it is not installed."""
+    """The path of a load generator; skips the test where it is not installed."""
     folder = Path(os.environ.get("KAIROS_LOAD_GENERATORS") or ROOT / "out" / "load-generators")
     path = folder / name / "bin" / name
     if not path.is_file():
@@ -127,7 +127,7 @@ def inference_perf(url: str, model: str, load: Load, folder: Path) -> Path:
 
 
 def bench(url: str, model: str, load: Load, folder: Path) -> Path:
-    """Runs SGLang's own benchmark; only the OpenAI endpoint shows answers that ended early."""
+    """SGLang's own. It tells of an answer that ended early only on the OpenAI endpoint."""
     backend = "sglang-oai" if load.spread >= load.output else "sglang"
     command = [sys.executable, "-m", "sglang.benchmark.serving", "--backend", backend]
     command += ["--base-url", url, "--model", model, "--tokenizer", model]

@@ -1,4 +1,4 @@
-"""Puts decisions of prefill servers, read from their decision log, to the planner again."""
+"""Replays decisions of prefill servers: puts the rows of a decision log to the planner again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WHOLE = ("tokens", "prefix")
 
 
 def times_of(record: dict[str, Any]) -> PrefillTimeModel:
-    """Returns the latency model by which the server predicted its steps."""
+    """What the server believed of its steps."""
     law = record["law"]
     return PrefillTimeModel(
         *(PrefillLatency.from_json(law) if isinstance(law, dict) else PrefillLatency(*law))
@@ -25,14 +25,14 @@ def times_of(record: dict[str, Any]) -> PrefillTimeModel:
 
 
 def slot_before(record: dict[str, Any]) -> int:
-    """Returns the index of the request in the chunk slot when it was planned, -1 for none."""
+    """Index of who had the chunk slot when it was planned, -1: nobody."""
     if "view" not in record:
         return int(record["current"])
     return len(record["order"]) + len(record["hold"]) if record["view"]["in_slot"] else -1
 
 
 def planned_again(record: dict[str, Any]) -> PrefillPlan:
-    """Returns the planner's plan for a row of the kind "prefill"; older rows have no `view`."""
+    """The planner's plan for a row of the kind "prefill"; older rows have no `view`."""
     settings = record.get("settings") or {"margin": record["margin"], "handoff_ms": 0.0}
     planner = PrefillPlanner(replace(KairosConfig(), **settings))
     if "view" not in record:
@@ -48,7 +48,7 @@ def planned_again(record: dict[str, Any]) -> PrefillPlan:
 
 
 def _older_view(record: dict[str, Any]) -> PrefillView:
-    """Returns a view made of an older row's columns: all arrived at its time and are due then."""
+    """Rows once held the columns made of the view, not the view: all are due now and came then."""
     count, begun = len(record["tokens"]), record["partial"].count(True)
     return PrefillView(
         now_s=0.0,

@@ -1,4 +1,4 @@
-"""Single files and functions of an SGLang, without the ten seconds that an import takes."""
+"""Loads single files and functions of an SGLang, without the ten seconds of importing the package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from helpers.trees import sglang_folder
 
 
 def upstream_goodput() -> ModuleType:
-    """Returns SGLang's own definition of goodput; skips the test if SGLang is not installed."""
+    """SGLang's own definition of goodput; skips the test where SGLang is not installed."""
     package = importlib.util.find_spec("sglang")
     if package is None or package.origin is None:
         pytest.skip("SGLang is not installed")
@@ -30,10 +30,7 @@ def upstream_goodput() -> ModuleType:
 
 
 def upstream_source(path: str) -> str:
-    """Returns the text of a file below the installed ``sglang``.
-
-    Skips the test if there is none.
-    """
+    """The text of a file below the installed ``sglang``; skips the test where there is none."""
     package = importlib.util.find_spec("sglang")
     if package is None or package.origin is None:
         pytest.skip("SGLang is not installed")
@@ -57,10 +54,8 @@ _parsed = functools.cache(ast.parse)
 def upstream_function(
     version: str, file: str, qualname: str, names: dict[str, Any]
 ) -> Callable[..., Any]:
-    """Returns the function `qualname` of ``sglang/srt/file`` in SGLang `version`, undecorated.
-
-    `names` are its globals. Skips the test if that version is not installed.
-    """
+    """The function `qualname` of ``sglang/srt/file`` in SGLang `version`, undecorated, with `names` for
+    its globals; skips the test where that version is not here."""
     scope = dict(names)
     exec(_compiled(version, file, qualname), scope)
     function: Callable[..., Any] = scope[qualname.rsplit(".", 1)[-1]]
