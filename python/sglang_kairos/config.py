@@ -276,9 +276,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add_file_flag(group)
     for item in dataclasses.fields(KairosConfig):
-        value: Any = item.default
-        default = plain(value) if type(value) in (int, float) else _to_text(value)
-        shown_default = f" (default: {default})" if default else ""
+        default: Any = item.default
+        number = isinstance(default, int | float) and not isinstance(default, bool)
+        said = plain(default) if number else _to_text(default)
+        shown_default = f" (default: {said})" if said else ""
         group.add_argument(
             flag_of(item),
             dest=item.name,

@@ -54,7 +54,7 @@ OURS = set(
         "stamps seams fingerprints tp_sync scheduler_state graph_sizes time torch type value values "
         "verdict view views wire weakref watched len next getattr base chunks app name b more "
         "Counter gauge histogram counter metrics text_ silences sum max min sorted list tuple id "
-        "map "
+        "map names each "
     ).split()
 )
 # Attributes of plain values: lists, dictionaries, texts, numbers, arrays, tensors.

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from helpers.fake_scheduler import make_state
 from sglang_kairos import launch_router, names, settings
 from sglang_kairos.config import ConfigError, KairosConfig, add_flags
+from sglang_kairos.engine.state.metrics import both
 from sglang_kairos.names import RENAMED
 from sglang_kairos.router.arguments import build_parser
 from sglang_kairos.router.options import OptionError, RouterOptions, parse_options
@@ -249,6 +251,19 @@ def test_every_old_setting_is_one_that_is_gone_and_its_new_name_is_there() -> No
 def test_reports_have_both_names() -> None:
     report = names.with_old_keys("server_info", {"latency_model": "file", "mode": "decode"})
     assert report == {"latency_model": "file", "profile": "file", "mode": "decode"}
+
+
+@pytest.mark.parametrize("row", [row for row in RENAMED if row.kind == "server_info"], ids=str)
+def test_a_scheduler_reports_old_and_new_name(row: names.Renamed) -> None:
+    report = make_state().report()
+    (holder,) = (part for part in (report, report["attainment"]) if row.new in part)
+    assert holder[row.old] == holder[row.new]
+
+
+@pytest.mark.parametrize("row", [row for row in RENAMED if row.kind == "metric"], ids=str)
+def test_a_metric_is_exported_under_old_and_new_name(row: names.Renamed) -> None:
+    name = row.new.removeprefix("kairos_").removesuffix("_seconds")
+    assert [f"kairos_{each}_seconds" for each in both(name)] == [row.new, row.old]
 
 
 @pytest.mark.parametrize(

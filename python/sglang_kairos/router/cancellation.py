@@ -1,8 +1,8 @@
 """Lets what happens elsewhere end what a request's task is waiting for.
 
-A client that leaves, a server that is gone, a timeout, prefill's refusal: each interrupts the task
-with an exception of its own, raised where the task waits inside ``async with cancellation``. One that
-comes while the task waits for nothing is raised at the next entry.
+A client that leaves, a server that is gone, a timeout and prefill's refusal each interrupt the task.
+Each does so with an exception of its own. It is raised where the task waits inside ``async with
+cancellation``; when the task waits for nothing, at the next entry.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``--policy kairos`` for upstream's Python PD balancer: what `patches/sglang-router-0.3.2` calls.
 
-The same fleet, placement and watching as in our own router; everything else (one session per
-request, no retries, headers dropped, errors hidden) stays as upstream has it. SLOs come from the
+The same fleet, placement and polling as in our own router. Everything else stays as upstream has it:
+one session per request, no retries, headers dropped, errors hidden. SLOs come from the
 body only, since that balancer forwards no headers; the servers read them there as well.
 """
 
@@ -31,8 +31,8 @@ from sglang_kairos.slo.targets import SloError
 class Balancer:
     """Picks pairs for a ``MiniLoadBalancer``, on whose event loop it lives.
 
-    `select_pair` is called in the task of a request, before one of the two methods that were
-    wrapped by `followed`: that is how the two know of each other.
+    `select_pair` is called in the task of a request. One of the two methods that were wrapped by
+    `followed` comes after it in the same task, and finds the reservation by that.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Finds and checks the SLO in an HTTP request body, and puts it where SGLang carries it.
 
-The router and the server's middleware (`engine.slo_middleware`) share it, so that both accept and
+The router and the server's middleware (`engine.hooks.slo_middleware`) share it, so that both accept and
 refuse the same requests. It imports nothing of SGLang.
 
 SGLang hands ``custom_params`` to its schedulers. For /generate that is

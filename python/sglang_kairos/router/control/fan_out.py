@@ -237,8 +237,8 @@ class FanOut:
     def _headers(self, request: Request, commands: bool) -> list[tuple[str, str]]:
         """The client's own; its key is the servers' unless this router asks for one of its own.
 
-        The router's key is lent to who may use it: for reading to everybody, for commands only to
-        clients that have shown a key of this router.
+        The router's key is lent to who may use it. For reading that is everybody; for commands it
+        is clients that have shown a key of this router.
         """
         options, raw = self._options, request.headers.raw
         admin = bool(options.admin_api_key) and bears(raw, options.admin_api_key)

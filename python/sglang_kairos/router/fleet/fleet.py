@@ -147,8 +147,8 @@ class Fleet:
 
         Returns a reservation that its servers count from ``with`` (or `take`) on.
 
-        Servers in `tried` are never chosen again, nor are those being removed or of another role;
-        servers that are down only when no other is left. None when a side has nobody left.
+        Servers in `tried` are never chosen again, nor are those being removed or of another role.
+        Servers that are down are chosen only when no other is left. None when a side has nobody left.
         """
         excluded = set(tried)
         prefills = self._candidates(self.prefills, excluded)

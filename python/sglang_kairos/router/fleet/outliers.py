@@ -2,7 +2,7 @@
 
 A server that fails what another server does is at fault, and counts towards its ejection. What two
 servers say alike of one request is the request's fault. A request under which servers die may be
-what kills them: it is tried once more, and never on the last live server of the role that died.
+what kills them. It is tried once more, and never on the last live server of the role that died.
 """
 
 from __future__ import annotations

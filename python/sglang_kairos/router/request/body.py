@@ -80,7 +80,7 @@ def unfold_samples(body: dict[str, Any], path: str, size: int) -> str | None:
     """Turn ``n`` samples per prompt into ``n`` copies of each prompt, in place. `size`: bytes of the
     body. The field that holds the prompts now, None if there was nothing to unfold.
 
-    SGLang (0.5.16 to 0.5.23) gives all samples of a prompt one bootstrap room; under PD such a
+    SGLang (0.5.16 to 0.5.23) gives all samples of a prompt one bootstrap room. Under PD such a
     request never ends and holds its KV on both servers. Copies answer in the same shape and order.
     The copies are references to one object. Unfoldable for chat requests and for media, which have
     no batch form that would do; TooManySamples.

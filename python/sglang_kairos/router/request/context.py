@@ -241,9 +241,9 @@ class Limits:
 class RequestRegistry:
     """The requests that a router is serving, by the ids they have on the servers.
 
-    An id that a client chose must be its own while it runs; SGLang's abort ends whatever *begins*
-    with the id it names (Kairos servers take it exactly); and whoever was told to abort is not
-    tried again.
+    An id that a client chose must be its own while it runs. SGLang's abort ends whatever *begins*
+    with the id it names; Kairos servers take it exactly. A request that somebody told us to abort
+    is not tried again.
     """
 
     def __init__(self) -> None:

@@ -3,7 +3,7 @@
 ``/generate`` with ``return_logprob`` has them in `meta_info` (`input_token_logprobs` and the lists
 beside it): prefill's are put in front of decode's, as upstream's balancer does.
 ``/v1/completions`` with ``echo`` and ``logprobs`` has them in front of the answer's own in
-`choices[].logprobs`: there prefill's, less the one token that it decoded, are put in front.
+`choices[].logprobs`. There prefill's are put in front, less the one token that it decoded.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The serving endpoints: one request, from its body to the last byte of its answer.
 
-Nothing is sent to the client before decode's first byte, which for a stream is its first token:
-until then the request can still move to another pair, or be answered with prefill's error.
+Nothing is sent to the client before decode's first byte, which for a stream is its first token.
+Until then the request can still move to another pair, or be answered with prefill's error.
 """
 
 from __future__ import annotations
@@ -257,8 +257,11 @@ class PairProxy:
         return why
 
     def _choose(self, context: RequestContext, torn: bool) -> Reservation | None:
-        """A pair, best without any server of a pair that failed before; the failed pair itself once
-        more only if the connection was `torn` rather than the request answered with an error."""
+        """Returns a pair, or None; best without any server of a pair that failed before.
+
+        The failed pair itself is tried once more only if the connection was `torn`, rather than the
+        request answered with an error.
+        """
         request = context.placed(self._fleet)
         ways: list[set[Server]] = [context.gone | context.failed]
         if context.failed:

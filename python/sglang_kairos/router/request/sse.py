@@ -1,7 +1,7 @@
 """Server-sent events: cut out of a stream's bytes, and what they say of its tokens' times.
 
 By the server's own counts and nothing else. ``/generate`` counts in every event
-(`meta_info.completion_tokens`). The OpenAI endpoints count only when asked to, so the router asks
+(`meta_info.completion_tokens`). The OpenAI endpoints count only when asked to. So the router asks
 in the client's place and takes out what the client did not ask for: `Hidden`. A stream without
 counts has no TPOT: an event is not a token (``--stream-interval``, speculative decoding, role and
 finish events).
@@ -110,7 +110,7 @@ def ask_for_counts(
     """Have a stream's tokens counted; changes ``stream_options`` of `body` only.
 
     `asked`: the client's ``stream_options``. `by_default`: whether the decode server tells the usage
-    unasked, None while that is not known; then a usage event cannot be told from a wanted one, and
+    unasked, None while that is not known. Then a usage event cannot be told from a wanted one, and
     is not asked for. A usage event counts all choices together, so for several of a completion
     each event is asked for its own.
     """
