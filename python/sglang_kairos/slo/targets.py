@@ -228,9 +228,10 @@ def parse_priorities(raw: Any, table: SloTable) -> tuple[tuple[int, str], ...]:
         try:
             priority = int(str(key))
         except ValueError:
-            raise SloError(where, f"{str(key)[:64]!r} is no whole number") from None
+            shown = str(key)[:64]
+            raise SloError(where, f"priority {shown!r} must be a whole number") from None
         if priority in found:
-            raise SloError(where, f"{priority} is there twice")
+            raise SloError(where, f"priority {priority} is listed twice")
         if not isinstance(name, str):
             raise SloError(f"{where}.{priority}", "must be the name of an SLO class")
         table.named(name, f"{where}.{priority}")
