@@ -1,8 +1,8 @@
 """Looks at the servers: are they there, how fast are they, what do they hold.
 
 Probe and report are one call, ``/server_info``: it goes through the scheduler, so a hung one does
-not answer. That costs the scheduler a round trip. It is asked at most every 100 times as long as
-the fastest of its last answers took, which keeps us below 1 % of its time. In between ``/v1/loads``
+not answer. That costs the scheduler a round trip. Between two calls the poller waits 100 times
+as long as the fastest of the last answers took, which stays below 1 % of the server's time. In between ``/v1/loads``
 is asked, which SGLang answers from shared memory.
 """
 
