@@ -2,8 +2,8 @@
 
 Probe and report are one call, ``/server_info``: it goes through the scheduler, so a hung one does
 not answer. That costs the scheduler a round trip. Between two calls the poller waits 100 times
-as long as the fastest of the last answers took, which stays below 1 % of the server's time. In between ``/v1/loads``
-is asked, which SGLang answers from shared memory.
+as long as the fastest of the last answers took: below 1 % of the server's time. In between
+``/v1/loads`` is asked, which SGLang answers from shared memory.
 """
 
 from __future__ import annotations
