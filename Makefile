@@ -52,7 +52,7 @@ test-load-generators: bootstrap ## GuideLLM, aiperf, inference-perf and bench_se
 test-transfers: bootstrap ## NIXL, mooncake_tcp, KV checksums, prefill_complete (30 min; KAIROS_TEST_VERSIONS=…)
 	@bash scripts/transfers.sh $(PYTEST_ARGS)
 
-findings: bootstrap ## what we found in other projects, run anew (5 min; downloads packages, not in CI)
+findings: bootstrap ## what we found in other projects, run anew (up to 15 min; downloads packages, not in CI)
 	@bash scripts/findings.sh
 
 lint: bootstrap ## ruff and mypy

@@ -2,7 +2,7 @@
 
     PYTHONPATH=python python scripts/doc_tables.py
 
-Each stands between ``<!-- NAME: … -->`` and ``<!-- end of NAME -->``. A test compares them.
+Each table stands between ``<!-- NAME: … -->`` and ``<!-- end of NAME -->``. A test compares them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ UPSTREAM = "https://github.com/sgl-project/sglang/issues/"  # leads to pull requ
 
 
 def features_table() -> str:
-    """What SGLang's features forbid Kairos to do."""
+    """Returns the table of what SGLang's features forbid Kairos to do."""
     actions: tuple[Action, ...] = ("pause", "park", "reserve")
     lines = [
         "| SGLang feature | pausing | parking | steps limit admission | found |",
@@ -39,7 +39,7 @@ def features_table() -> str:
 
 
 def seams_table() -> str:
-    """The seams whose handlers rely on more of SGLang, or that something there is close to."""
+    """Returns the table of seams that rely on more of SGLang, or have something close upstream."""
     lines = [
         "| wraps | its handler also calls or replaces | nearest upstream |",
         "|---|---|---|",
@@ -57,7 +57,7 @@ def _row(seam: Seam) -> str:
 
 
 def names_table() -> str:
-    """Public names that have changed."""
+    """Returns the table of public names that have changed."""
     rows = [f"| {row.kind} | `{row.old}` | `{row.new}` |" for row in RENAMED]
     return "\n".join(["| what | old | new |", "|---|---|---|", *rows])
 
@@ -70,7 +70,10 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
 
 
 def renewed(page: str, name: str, table: str) -> str:
-    """`page` with `table` between the marks of `name`. ValueError unless they are there once."""
+    """Returns `page` with `table` between the marks of `name`.
+
+    Raises ValueError unless the marks are there exactly once.
+    """
     marks = re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)", re.S)
     text, count = marks.subn(lambda found: f"{found[1]}{table}\n{found[2]}", page)
     if count != 1:

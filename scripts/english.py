@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Finds sentences of more than 25 words in docs, docstrings, help texts and error messages.
 
-    python scripts/english.py [--longest N] [PATH …]     default: everything; exit code 1 if any is found
+    python scripts/english.py [--longest N] [PATH …]     default: everything; exit code 1 if any is
+    found
 
 Names in code style, links and numbers count as one word each. Tables and code blocks are not read.
 """

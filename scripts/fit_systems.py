@@ -4,8 +4,8 @@
     pip install -e ".[tables]" && python scripts/fit_systems.py [--check]
 
 Step times come from aiconfigurator-core (`sglang_kairos.sim.hardware.estimator`), rounded to a
-microsecond; the laws are `predict.*.fit` of them on one grid for all models. --check writes nothing
-and fails if the file is not what would be written.
+microsecond. Latency models are fitted to them by `predict.*.fit`, on one grid for all models.
+--check writes nothing, and fails if the file is not what would be written.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ BYTES = {"bfloat16": 2, "fp8": 1}
 
 @dataclass(frozen=True)
 class Spec:
-    """`kv_bytes_of`: the KV cache's type in the sizes, when it is not that of the step times.
+    """A system to fit.
 
-    `prefill_law`: kept as it is instead of fitted.
+    `kv_bytes_of`: the KV cache's type in the sizes, when it is not that of the step times.
+    `prefill_law`: a prefill latency model to keep as it is instead of fitting one.
     """
 
     model: str

@@ -2,9 +2,10 @@
 
     PYTHONPATH=python .venv/bin/python scripts/porting_history.py
 
-The static part of ``doctor --port``, and how it agrees with the table as it stands today. Versions
-that are not here are skipped. Seams, layouts and callees that no version before had are unknown to
-the tool, as they were then; the checks themselves were written with all versions at hand.
+It runs the static part of ``doctor --port`` and compares the result with the table as it stands
+today. Versions that are not here are skipped. Seams, layouts and callees that no version before had
+are unknown to the tool, as they were then. The checks themselves were written with all versions at
+hand.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 # The whole suite (the argument `test`) runs in three parts. First, on two cores, what has fake servers
 # or waits for real time. Then what starts SGLang: two files at a time, since a pair leaves half of two
 # cores idle. Beside that, in the time still left, what does not mind how slowly it runs; its report
-# comes last.
+# comes last. KAIROS_TEST_SERVER_FILES=1 runs the servers' files one after the other, for a slow or busy
+# machine.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -51,7 +52,7 @@ if [[ $whole == yes ]]; then
     # A decode server takes a prefill server for dead that answers late this often; the default is 2.
     # On a busy machine that fails requests of stock SGLang too.
     export SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE=6
-    run -n 2 --dist loadfile --no-loadscope-reorder "${others[@]}" --ignore "$fakes" test/e2e test/fault
+    run -n "${KAIROS_TEST_SERVER_FILES:-2}" --dist loadfile --no-loadscope-reorder "${others[@]}" --ignore "$fakes" test/e2e test/fault
     wait "$idle"
     ended=$? idle=
     cat "$report"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from helpers.fake_clock import JumpingLoop
 from helpers.trees import seed
 
 if TYPE_CHECKING:
@@ -137,6 +138,8 @@ def out_dir() -> Path:
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    """Async tests run on asyncio."""
+def anyio_backend(request: pytest.FixtureRequest) -> str | tuple[str, dict[str, Any]]:
+    """Async tests run on asyncio; those marked `fake_clock` in made-up time (`helpers.fake_clock`)."""
+    if request.node.get_closest_marker("fake_clock"):
+        return "asyncio", {"loop_factory": JumpingLoop}
     return "asyncio"

@@ -97,7 +97,7 @@ def write(folder: Path, found: SimulatedResults, took: str) -> None:
         fill("head", notes="\n".join(f"- {note}" for note in found.notes), **head),
         fill("goals", goals=_goals(found, half), half=half.text()),
         fill("paper", figures=_paper(found)),
-        fill("sweeps", sweeps="\n".join(fill("sweep", **_sweep(folder, s)) for s in found.sweeps)),
+        fill("sweeps", sweeps="".join(fill("sweep", **_sweep(folder, s)) for s in found.sweeps)),
     ]
     if found.windows:
         parts.append(fill("windows", half=HalfTable(found.windows, found.upstream).text()))
@@ -105,7 +105,7 @@ def write(folder: Path, found: SimulatedResults, took: str) -> None:
     if found.ablations:
         parts.append(fill("ablations", variants=_ablations(found.ablations)))
     if found.decode:
-        loads = "\n".join(fill("load", **_decode(load)) for load in found.decode)
+        loads = "".join(fill("load", **_decode(load)) for load in found.decode)
         parts.append(fill("decode", loads=loads))
     text = "\n".join(part.rstrip("\n") + "\n" for part in parts)
     (folder / "simulated.md").write_text(text, encoding="utf-8")

@@ -24,7 +24,7 @@ from sglang_kairos.policy.admission import Occupancy, QueueView, plan_admission
 from sglang_kairos.policy.decode_planner import DecodePlanner, RunningView
 from sglang_kairos.policy.packing import choose_step
 from sglang_kairos.predict.decode_latency import StepTimeModel
-from sglang_kairos.predict.request_statistics import Stay
+from sglang_kairos.predict.request_statistics import RequestStatistics
 
 SIZES = (16, 64, 256, 512, 2048)
 BOUND_US = {256: 100.0, 2048: 1000.0}
@@ -59,7 +59,7 @@ def measure(count: int, rounds: int) -> list[dict[str, Any]]:
     served = rng.random(count) < 0.9
     queue = 64
     prompt, due = context[rng.integers(0, count, queue)], rng.uniform(-1.0, 2.0, queue)
-    ttft, stay = np.full(queue, 2.0), Stay()
+    ttft, statistics = np.full(queue, 2.0), RequestStatistics()
     waiting = QueueView(0.0, due - ttft, ttft, np.full(queue, tpot[0]), prompt)
     full = Occupancy(context, tpot, 2.0 * context.sum(), 2 * count, float(context.sum()), count)
     reqs = [object() for _ in range(count)]
@@ -81,7 +81,7 @@ def measure(count: int, rounds: int) -> list[dict[str, Any]]:
         planner.choose(view, model)
 
     def admit() -> None:
-        plan_admission(waiting, full, model.step_s, stay)
+        plan_admission(waiting, full, model.step_s, statistics)
 
     def change() -> None:
         flip.reverse()

@@ -131,18 +131,16 @@ def placement_times() -> dict[str, float]:
             server.kairos = True
             for _ in range(20):
                 now = time.monotonic()
-                server.owe(rng.uniform(100, 8000), now + rng.uniform(0.5, 30), now)
+                server.enqueue(rng.uniform(100, 8000), now + rng.uniform(0.5, 30), now)
         times = []
         for _ in range(2000):
             began = time.perf_counter()
             due = time.monotonic() + rng.uniform(0.5, 30)
             request = PlacedRequest(rng.uniform(100, 8000), due, handoff_s=0.03, tpot_s=0.05)
-            placement = fleet.choose(request, (), blocks_of("x" * 4000, 4.0))
-            assert placement is not None
-            fleet.sent(placement.prefill, blocks_of("x" * 4000, 4.0))
-            ticket = placement.prefill.owe(request.tokens, due, time.monotonic())
-            times.append(time.perf_counter() - began)
-            placement.prefill.settle(ticket, time.monotonic(), served=False)
+            reservation = fleet.reserve(request, (), blocks_of("x" * 4000, 4.0))
+            assert reservation is not None
+            with reservation:
+                times.append(time.perf_counter() - began)
         found[f"{servers}_servers_us_p50"] = round(1e6 * float(np.median(times)), 1)
         found[f"{servers}_servers_us_p99"] = round(1e6 * float(np.percentile(times, 99)), 1)
     return found

@@ -1,4 +1,4 @@
-"""Decisions of decode servers, as their decision log has them, put to the planner again."""
+"""Replays decisions of decode servers: puts the rows of a decision log to the planner again."""
 
 from __future__ import annotations
 
@@ -48,5 +48,5 @@ def chosen_again(record: dict[str, Any]) -> StepChoice | None:
     )
     planner = DecodePlanner(config, Counter())
     older = 2.0 * record.get("horizon_tokens", HORIZON)
-    planner.stay.output_tokens = record.get("expected_output", older)
+    planner.statistics.output_tokens = record.get("expected_output", older)
     return planner.choose(view, Recorded(record))

@@ -1,4 +1,4 @@
-"""NVIDIA Dynamo on this machine: its frontend, a prefill and a decode worker, no etcd, no NATS."""
+"""Runs NVIDIA Dynamo on this machine: frontend, prefill and decode worker, no etcd, no NATS."""
 
 from __future__ import annotations
 

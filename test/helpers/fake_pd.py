@@ -1,4 +1,4 @@
-"""Fake prefill and decode servers on loopback, and a router in front of them."""
+"""Runs fake prefill and decode servers on loopback, and a router in front of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import aiohttp
 import uvicorn
 from aiohttp import web
 
+from helpers.fake_clock import clock_of
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.router.app import create_app
 from sglang_kairos.router.options import RouterOptions
@@ -137,8 +138,12 @@ async def bench(
             seed=7,
             **options,
         )
-        app = create_app(settings, config or KairosConfig())
-        listener = socket.create_server(("127.0.0.1", 0))
+        clock = clock_of(asyncio.get_running_loop())
+        app = create_app(settings, config or KairosConfig(), clock)
+        # asyncio switches Nagle's 40 ms off only for a socket that says it is TCP.
+        listener = socket.socket(proto=socket.IPPROTO_TCP)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1024)
         port = listener.getsockname()[1]
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", loop="asyncio"))
         serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -1,4 +1,4 @@
-"""As much of SGLang's scheduler as the engine looks at: a request, a batch, a scheduler, Kairos' state.
+"""Fakes as much of SGLang's scheduler as the engine uses: a request, a batch, a scheduler, a state.
 
 Layouts are those of the newest SGLang; `old_layout` makes a request of v0.5.16's shape.
 """

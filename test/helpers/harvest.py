@@ -1,7 +1,7 @@
 """What Kairos' handlers use of SGLang's objects, read from their own source: the check on `relied`.
 
-Handlers get SGLang's objects untyped, so what is whose follows from the names of variables. One that
-is in neither list is an error: nothing slips through.
+Handlers get SGLang's objects untyped, so what is whose follows from the names of variables. One
+that is in neither list is an error: nothing slips through.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ OURS = set(
         "int item itertools json kept key known kwargs last logger logging memory memory_of message "
         "metric mine aborts.one aborts.text np operator orjson os parked path pickle plan planner "
         "platform preferred promise random reqs rest roster row row_of self scheduler_infos scope "
-        "set state stay str table text through threading losses slo_middleware aborts prefill_step "
+        "set state statistics str table text through threading losses slo_middleware aborts prefill_step "
         "stamps seams fingerprints tp_sync scheduler_state graph_sizes time torch type value values "
         "verdict view views wire weakref watched len next getattr base chunks app name b more "
         "Counter gauge histogram counter metrics text_ silences sum max min sorted list tuple id "
-        "map "
+        "map names each "
     ).split()
 )
 # Attributes of plain values: lists, dictionaries, texts, numbers, arrays, tensors.

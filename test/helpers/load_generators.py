@@ -1,7 +1,8 @@
 """GuideLLM, aiperf, inference-perf and SGLang's own benchmark, as a user starts them.
 
-`requirements/load-generators-*.txt` pin the first three; ``make test-load-generators`` installs each
-into an environment of its own below out/load-generators (KAIROS_LOAD_GENERATORS names another folder).
+`requirements/load-generators-*.txt` pin the first three; ``make test-load-generators`` installs
+each into an environment of its own below out/load-generators (KAIROS_LOAD_GENERATORS names another
+folder).
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ WITHIN_S = 280
 
 @dataclass(frozen=True)
 class Load:
-    """What is sent: `count` requests, `rate` a second, of about `output` tokens each (normally
-    distributed with `spread`, 1 to `longest`), with these targets in ms in their bodies."""
+    """What to send: `count` requests at `rate` per second, with these targets in ms in their bodies.
+
+    Answers have about `output` tokens, normally distributed with `spread`, 1 to `longest`.
+    """
 
     count: int
     rate: float

@@ -1,4 +1,4 @@
-"""Decisions of prefill servers, as their decision log has them, put to the planner again."""
+"""Replays decisions of prefill servers: puts the rows of a decision log to the planner again."""
 
 from __future__ import annotations
 

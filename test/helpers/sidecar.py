@@ -1,6 +1,6 @@
-"""A stand-in for llm-d's sidecar before SGLang: body and headers go to both legs as they came.
+"""A stand-in for llm-d's sidecar before SGLang: body and headers go to both servers unchanged.
 
-It adds the three bootstrap fields and answers with what decode says, as it comes.
+It adds the three bootstrap fields and streams what decode answers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Sidecar:
         self._bootstrap = {"bootstrap_host": host, "bootstrap_port": bootstrap_port}
 
     async def start(self) -> int:
-        """Serves from now on; the port."""
+        """Serves from now on. Returns the port."""
         self._session = aiohttp.ClientSession()
         app = web.Application(client_max_size=2**26)
         app.router.add_post("/{path:.*}", self._forward)
@@ -70,7 +70,7 @@ class Sidecar:
 
 @contextlib.contextmanager
 def sidecar(prefill: str, bootstrap_port: int, decode: str) -> Iterator[str]:
-    """Runs one in a thread of its own; its URL."""
+    """Runs a sidecar in a thread of its own. Yields its URL."""
     loop, runs = asyncio.new_event_loop(), Sidecar(prefill, bootstrap_port, decode)
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""Single files and functions of an SGLang, without the ten seconds that importing the package takes."""
+"""Loads single files and functions of an SGLang, without the ten seconds of importing the package."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from sglang_kairos.policy.admission import (
     plan_admission,
 )
 from sglang_kairos.policy.load import step_costs
-from sglang_kairos.predict.request_statistics import Stay
+from sglang_kairos.predict.request_statistics import RequestStatistics
 
 KV, SLOTS = 100_000, 100
 
@@ -37,15 +37,15 @@ def server(kept: int, tpot: float = 0.05, used: float = 1.0, slots: float = 1.0)
     )
 
 
-class FixedStay(Stay):
+class FixedStatistics(RequestStatistics):
     """100 ms from the reservation to the first token, 100 tokens a request."""
 
-    def lead_s(self, prompt_tokens: Any, quantile: float = 0.5) -> Any:
+    def startup_s(self, prompt_tokens: Any, quantile: float = 0.5) -> Any:
         return np.full(len(prompt_tokens), 0.1)
 
 
-STAY = FixedStay()
-STAY.output_tokens = 100.0
+STATISTICS = FixedStatistics()
+STATISTICS.output_tokens = 100.0
 
 
 def queue(prompt: list[float], due: Any, tpot: Any = 0.05, ready: Any = None, **more: Any) -> Any:
@@ -71,7 +71,7 @@ def plan(
         queue(prompt, due, tpot, **more),
         occupancy,
         step_s,
-        STAY,
+        STATISTICS,
         starving=starving,
         clock=None if clock is None else np.array(clock, float),
         min_throughput=min_throughput,
@@ -258,10 +258,10 @@ def test_next_to_nobody_a_crowd_still_counts_one_by_one(there: int) -> None:
 
 
 def test_stay_learns_the_lead_and_the_length() -> None:
-    stay = Stay()
+    statistics = RequestStatistics()
     for turn in range(300):
         prompt = 200 + 97 * turn % 4000
-        stay.started(prompt, 0.2 + 1e-4 * prompt)
-        stay.ended(40)
-    assert stay.lead_s(np.array([1000.0]))[0] == pytest.approx(0.3, rel=0.05)
-    assert stay.output_tokens == pytest.approx(40, rel=0.05)
+        statistics.started(prompt, 0.2 + 1e-4 * prompt)
+        statistics.ended(40)
+    assert statistics.startup_s(np.array([1000.0]))[0] == pytest.approx(0.3, rel=0.05)
+    assert statistics.output_tokens == pytest.approx(40, rel=0.05)

@@ -196,7 +196,7 @@ def test_priorities_get_their_classes_from_text_or_a_file(tmp_path: Path) -> Non
         ({"priority_classes": "default"}, "must be PRIORITY=CLASS"),
         ({"priority_classes": "0=default,"}, "must be PRIORITY=CLASS"),
         ({"priority_classes": "0=default,0=default"}, "twice"),
-        ({"priority_classes": "x=default"}, "'x' is no whole number"),
+        ({"priority_classes": "x=default"}, "priority 'x' must be a whole number"),
         ({"priority_classes": "none.json"}, "cannot be read"),
         ({"age_headers": "x-forwarded-for"}, "--kairos-age-headers: must be off or of x-request"),
     ],

@@ -359,8 +359,8 @@ def test_flags_follow_mode_and_version() -> None:
 
 
 def test_flags_respect_other_spellings() -> None:
-    completed = flags.with_server_flags(["--decode-attention-backend", "triton"])
-    assert "--attention-backend" not in completed
+    completed = flags.with_server_flags(["--decode-cancellation-backend", "triton"])
+    assert "--cancellation-backend" not in completed
 
 
 DRAWS = (

@@ -206,7 +206,7 @@ def test_the_short_way_leads_where_the_long_one_does(rows: Any, mape: float, out
     """With a lead, everybody runs without a choice exactly where the choice would be everybody."""
     view = view_of([(context, abs(lead), tpot, served) for context, lead, tpot, served in rows])
     planned = planner()
-    planned.stay.output_tokens = output
+    planned.statistics.output_tokens = output
     error = PredictError(mape, mape, 999)
     got = planned.choose(view, Times(error))
     wanted = choose_step(

@@ -404,10 +404,10 @@ def test_the_table_follows_who_joins_and_leaves(kairos: scheduler_state.KairosSt
     a.finished_reason = "stop"
     for req in (a, b, c):
         kairos.promise(req)
-    before = memory_of(kairos).planner.stay.output_tokens
+    before = memory_of(kairos).planner.statistics.output_tokens
     step(kairos, Batch([a, b, c]))
     step(kairos, Batch([b, c]))
-    assert memory_of(kairos).planner.stay.output_tokens < before
+    assert memory_of(kairos).planner.statistics.output_tokens < before
 
 
 def retracted(kairos: scheduler_state.KairosState, batch: Batch) -> tuple[list[str], list[str]]:

@@ -71,8 +71,8 @@ def test_the_router_predicts_a_prompt_as_the_server_itself_does(
     state = router.state(0.0)._replace(cached_tokens=float(prefix))
     placed = prefill_outlook(state, PlacedRequest(tokens + prefix, math.inf))
     assert placed.end_s == pytest.approx(own, rel=1e-12)
-    ticket = router.owe(tokens + prefix, math.inf, 0.0, cached=prefix)
-    assert ticket.work_s == pytest.approx(own, rel=1e-12)
+    prompt = router.enqueue(tokens + prefix, math.inf, 0.0, cached=prefix)
+    assert prompt.work_s == pytest.approx(own, rel=1e-12)
 
 
 @given(prefill_laws, prompts, chunk_sizes)
@@ -85,8 +85,8 @@ def test_the_simulated_router_predicts_a_prompt_as_the_server_itself_does(
     router = SimRouter(system, POLICIES["kairos"], servers, servers, 0, 64)
     request = SimRequest(0, Request(0.0, tokens, 8), 1e3, 1e2)
     router.place(request, 0.0)
-    (ticket,) = router._tickets.values()
-    assert ticket.work_s == float(times.prefill_model().remaining_s(tokens, 0, chunk))
+    (reservation,) = router._reserved.values()
+    assert reservation.prefill.owed_s == float(times.prefill_model().remaining_s(tokens, 0, chunk))
 
 
 @given(decode_laws, st.integers(0, 4000), st.integers(0, 10_000_000))
@@ -96,7 +96,7 @@ def test_the_router_predicts_a_decode_step_as_the_server_itself_does(
     model = StepTimeModel.of(law)
     router = DecodeServer("http://d")
     router.learn(sent({"decode": model.law.to_json()}))
-    router.join(running, tokens)
+    router.admit(running, tokens)
     outlook = decode_outlook(router.state(), PlacedRequest(100, math.inf))
     own = model.step_s(running + 1, tokens + 100.0)
     assert outlook.step_s == own

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from sglang_kairos.policy import standstill
 from sglang_kairos.policy.admission import Occupancy, QueueView, plan_admission
-from sglang_kairos.predict.request_statistics import Stay
+from sglang_kairos.predict.request_statistics import RequestStatistics
 
 PREFILL_KV, DECODE_KV, SLOTS = 600, 500, 24
 TURN_S, MANY_TURNS = 0.05, 2000
@@ -91,7 +91,7 @@ class Pair:
                 len(held),
             ),
             lambda batch, tokens: 10e-3 + 1e-3 * batch + 1e-6 * tokens,
-            Stay(),
+            RequestStatistics(),
         )
         through = [self.asking[index] for index in plan.order[: plan.count]]
         for job in through:

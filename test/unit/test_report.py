@@ -145,7 +145,7 @@ def test_bench_record_with_other_targets_or_none() -> None:
     assert tight.metrics.ttft_attainment == 0.5
     record = bench_record()
     del record["itls"]
-    with pytest.raises(ValueError, match="no itls: run it with --output-details"):
+    with pytest.raises(ValueError, match="no itls: run SGLang's benchmark with --output-details"):
         from_bench_record(record, Targets())
 
 

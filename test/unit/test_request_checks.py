@@ -289,7 +289,7 @@ def test_a_prompt_is_refused_only_when_no_decode_server_holds_it_and_goes_to_one
 
     for tokens in (2000, 2400):
         for _ in range(8):
-            placed = fleet.choose(PlacedRequest(tokens=tokens, deadline_s=1e9))
+            placed = fleet.reserve(PlacedRequest(tokens=tokens, deadline_s=1e9))
             assert placed is not None and placed.decode is large
 
 

@@ -156,7 +156,7 @@ def test_a_target_in_the_file_counts_unless_another_is_given(tmp_path: Path) -> 
             "--output-details",
         ),
         ('{"planned_s": 0, "sent_s": 0, "status": "ok", "odd": 1}', "line 1: .*odd"),
-        ({"benchmarks": []}, "no requests in it"),
+        ({"benchmarks": []}, "file holds no requests"),
         ('{"metadata": {}, "metrics": {}}', "record.0. has no metadata.request_start_ns"),
     ],
 )
@@ -212,7 +212,7 @@ def test_aiperfs_warm_up_does_not_count_and_what_was_cancelled_has_failed(tmp_pa
     assert [outcome.status for outcome in result.outcomes] == ["ok", "error"]
     assert result.duration_s == pytest.approx(2.0)
     written(path, [warm_up])
-    with pytest.raises(ValueError, match="no requests in it but its warm-up's"):
+    with pytest.raises(ValueError, match="holds no requests but those of its warm-up"):
         read_results(path, Targets())
 
 
@@ -222,7 +222,10 @@ TIMES, LENGTH = "output_token_times", "output_sequence_length"
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"request_throughput": 3, "duration": 2}, "no ttfts, .*: run it with --output-details"),
+        (
+            {"request_throughput": 3, "duration": 2},
+            "no ttfts, .*: run SGLang's benchmark with --output-details",
+        ),
         ({"input_config": {}}, "aiperf's summary: give profile_export.jsonl"),
         ({"load_summary": {}}, "give per_request_lifecycle_metrics.json"),
         ({"a": 1}, "known tool .*; its fields: a"),

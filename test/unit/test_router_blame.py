@@ -16,8 +16,10 @@ from aiohttp import web
 from helpers.fake_pd import GENERATE, Fake, bench, failing, never, streaming, until
 from sglang_kairos.router import serve
 from sglang_kairos.router.fleet import outliers
-from sglang_kairos.router.fleet.health import HealthRules
-from sglang_kairos.router.fleet.outliers import Verdicts, own_shortage, was_aborted
+from sglang_kairos.router.fleet.outliers import Failures, own_shortage, was_aborted
+from sglang_kairos.router.health_rules import HealthRules
+
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 
 BODY = {"text": "x"}
 
@@ -43,7 +45,7 @@ def alive(*fakes: Fake) -> int:
 
 @pytest.mark.parametrize(("retries", "survivors"), [(3, 2), (0, 2)])
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_a_request_under_which_a_server_died_is_not_carried_through_the_fleet(
+async def test_a_request_under_which_a_server_died_is_not_carried_through_the_fleet(
     role: str, retries: int, survivors: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
@@ -58,100 +60,85 @@ def test_a_request_under_which_a_server_died_is_not_carried_through_the_fleet(
             assert alive(*servers) == (1 if retries else survivors)
 
     with caplog.at_level(logging.WARNING):
-        asyncio.run(main())
+        await main()
     assert any("cut off by" in line and "request " in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_the_last_live_server_of_a_role_is_spared(role: str) -> None:
-    async def main() -> None:
-        fakes: dict[str, Any] = {"prefill": Fake("prefill", never), "decode": Fake("decode", never)}
-        fakes[role] = [Fake(role) for _ in range(2)]
-        async with bench(**fakes) as b:
-            servers = b.prefills if role == "prefill" else b.decodes
-            await deadly(*servers)
-            status, answer = await asyncio.wait_for(b.post(GENERATE, BODY), 20)
-            assert status == 502
-            assert "the last one" in answer["error"]["message"]
-            assert alive(*servers) == 1
-            metrics = await (await b.client.get("/metrics")).text()
-            assert f'cut_off_total{{outcome="ended",role="{role}"}} 1.0' in metrics
-
-    asyncio.run(main())
+async def test_the_last_live_server_of_a_role_is_spared(role: str) -> None:
+    fakes: dict[str, Any] = {"prefill": Fake("prefill", never), "decode": Fake("decode", never)}
+    fakes[role] = [Fake(role) for _ in range(2)]
+    async with bench(**fakes) as b:
+        servers = b.prefills if role == "prefill" else b.decodes
+        await deadly(*servers)
+        status, answer = await asyncio.wait_for(b.post(GENERATE, BODY), 20)
+        assert status == 502
+        assert "the last one" in answer["error"]["message"]
+        assert alive(*servers) == 1
+        metrics = await (await b.client.get("/metrics")).text()
+        assert f'cut_off_total{{outcome="ended",role="{role}"}} 1.0' in metrics
 
 
-def test_with_the_last_server_unprotected_it_is_tried_there() -> None:
-    async def main() -> None:
-        decodes = [Fake("decode"), Fake("decode")]
-        async with bench(decode=decodes, protect_last_server=False) as b:
-            await deadly(decodes[0])
-            for _ in range(2):
-                status, _ = await asyncio.wait_for(b.post(GENERATE, BODY), 20)
-                assert status == 200
-
-    asyncio.run(main())
+async def test_with_the_last_server_unprotected_it_is_tried_there() -> None:
+    decodes = [Fake("decode"), Fake("decode")]
+    async with bench(decode=decodes, protect_last_server=False) as b:
+        await deadly(decodes[0])
+        for _ in range(2):
+            status, _ = await asyncio.wait_for(b.post(GENERATE, BODY), 20)
+            assert status == 200
 
 
-def test_an_id_used_twice_is_refused_and_the_first_goes_on() -> None:
-    async def main() -> None:
-        go_on = asyncio.Event()
-        decode = Fake("decode", streaming(b"data: 1\n\n", b"data: [DONE]\n\n", hold=go_on))
-        async with bench(decode=decode) as b:
-            body = {"text": "x", "rid": "job-7", "stream": True}
-            async with b.client.post(GENERATE, json=body) as first:
-                await first.content.readany()
-                status, answer = await b.post(GENERATE, {"text": "y", "rid": "job-7"})
-                assert (status, answer["error"]["param"]) == (400, "rid")
-                assert "job-7" in answer["error"]["message"]
-                go_on.set()
-                await first.read()
-            assert b.d.aborted == b.p.aborted == []
-            assert len(b.d.bodies) == 1
-            async with b.client.post(GENERATE, json=body) as again:
-                assert again.status == 200  # the id is free again
-
-    asyncio.run(main())
+async def test_an_id_used_twice_is_refused_and_the_first_goes_on() -> None:
+    go_on = asyncio.Event()
+    decode = Fake("decode", streaming(b"data: 1\n\n", b"data: [DONE]\n\n", hold=go_on))
+    async with bench(decode=decode) as b:
+        body = {"text": "x", "rid": "job-7", "stream": True}
+        async with b.client.post(GENERATE, json=body) as first:
+            await first.content.readany()
+            status, answer = await b.post(GENERATE, {"text": "y", "rid": "job-7"})
+            assert (status, answer["error"]["param"]) == (400, "rid")
+            assert "job-7" in answer["error"]["message"]
+            go_on.set()
+            await first.read()
+        assert b.d.aborted == b.p.aborted == []
+        assert len(b.d.bodies) == 1
+        async with b.client.post(GENERATE, json=body) as again:
+            assert again.status == 200  # the id is free again
 
 
-def test_a_refused_attempt_is_never_aborted_by_its_name() -> None:
-    async def main() -> None:
-        refusal = failing(400, {"error": {"message": "Duplicate request ID detected: job-7"}})
-        async with bench(Fake("prefill", never), Fake("decode", refusal)) as b:
-            status, _ = await b.post(GENERATE, {"text": "x", "rid": "job-7"})
-            assert status == 400
-            await b.router.proxy.finish()
-            assert b.p.aborted == b.d.aborted == []
-            await until(b.p.left.is_set)  # its connection was closed instead
-
-    asyncio.run(main())
+async def test_a_refused_attempt_is_never_aborted_by_its_name() -> None:
+    refusal = failing(400, {"error": {"message": "Duplicate request ID detected: job-7"}})
+    async with bench(Fake("prefill", never), Fake("decode", refusal)) as b:
+        status, _ = await b.post(GENERATE, {"text": "x", "rid": "job-7"})
+        assert status == 400
+        await b.router.proxy.finish()
+        assert b.p.aborted == b.d.aborted == []
+        await until(b.p.left.is_set)  # its connection was closed instead
 
 
-def test_an_id_that_another_begins_with_is_not_aborted_by_name() -> None:
-    async def main() -> None:
-        async with bench(Fake("prefill", never), Fake("decode", never)) as b:
-            short, long_ = (
-                asyncio.create_task(b.post(GENERATE, {"text": "x", "rid": rid}))
-                for rid in ("job-1", "job-10")
-            )
-            await until(lambda: len(b.d.bodies) == len(b.p.bodies) == 2)
-            short.cancel()
-            await until(lambda: b.router.proxy.limits.in_flight == 1)
-            await b.router.proxy.finish()
-            assert b.d.aborted == []
-            long_.cancel()
-            await until(lambda: b.d.aborted == ["job-10"])
-            for task in (short, long_):
-                with suppress(asyncio.CancelledError):
-                    await task
-
-    asyncio.run(main())
+async def test_an_id_that_another_begins_with_is_not_aborted_by_name() -> None:
+    async with bench(Fake("prefill", never), Fake("decode", never)) as b:
+        short, long_ = (
+            asyncio.create_task(b.post(GENERATE, {"text": "x", "rid": rid}))
+            for rid in ("job-1", "job-10")
+        )
+        await until(lambda: len(b.d.bodies) == len(b.p.bodies) == 2)
+        short.cancel()
+        await until(lambda: b.router.proxy.limits.in_flight == 1)
+        await b.router.proxy.finish()
+        assert b.d.aborted == []
+        long_.cancel()
+        await until(lambda: b.d.aborted == ["job-10"])
+        for task in (short, long_):
+            with suppress(asyncio.CancelledError):
+                await task
 
 
 ABORTED = {"error": {"message": "KVTransferError(bootstrap_room=7): Aborted by AbortReq."}}
 
 
 @pytest.mark.parametrize("ask", [{"rid": "x1"}, {"abort_all": True}])
-def test_who_was_aborted_through_the_router_is_not_run_again(ask: dict[str, Any]) -> None:
+async def test_who_was_aborted_through_the_router_is_not_run_again(ask: dict[str, Any]) -> None:
     async def main() -> None:
         go_on = asyncio.Event()
 
@@ -176,33 +163,27 @@ def test_who_was_aborted_through_the_router_is_not_run_again(ask: dict[str, Any]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Fake, "abort", fake_abort)
-        asyncio.run(main())
+        await main()
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_was_aborted_at_a_server_is_not_run_again(stream: bool) -> None:
-    async def main() -> None:
-        event = b'data: {"error": {"message": "Aborted by AbortReq.", "code": 500}}\n\n'
-        refusal = streaming(event) if stream else failing(500, ABORTED)
-        prefills = [Fake("prefill", refusal), Fake("prefill", refusal)]
-        async with bench(prefills, Fake("decode", never)) as b:
-            status, answer = await b.post(GENERATE, {"text": "x", "stream": stream})
-            assert status == 500
-            assert "Aborted by AbortReq" in answer["error"]["message"]
-            assert len(b.d.bodies) == 1
-
-    asyncio.run(main())
+async def test_who_was_aborted_at_a_server_is_not_run_again(stream: bool) -> None:
+    event = b'data: {"error": {"message": "Aborted by AbortReq.", "code": 500}}\n\n'
+    refusal = streaming(event) if stream else failing(500, ABORTED)
+    prefills = [Fake("prefill", refusal), Fake("prefill", refusal)]
+    async with bench(prefills, Fake("decode", never)) as b:
+        status, answer = await b.post(GENERATE, {"text": "x", "stream": stream})
+        assert status == 500
+        assert "Aborted by AbortReq" in answer["error"]["message"]
+        assert len(b.d.bodies) == 1
 
 
-def test_an_abort_that_names_nobody_is_refused() -> None:
-    async def main() -> None:
-        async with bench() as b:
-            for body in ({}, {"rid": ""}, {"rid": None, "abort_all": False}):
-                status, answer = await b.post("/abort_request", body)
-                assert (status, answer["error"]["param"]) == (400, "rid")
-            assert b.d.aborted == []
-
-    asyncio.run(main())
+async def test_an_abort_that_names_nobody_is_refused() -> None:
+    async with bench() as b:
+        for body in ({}, {"rid": ""}, {"rid": None, "abort_all": False}):
+            status, answer = await b.post("/abort_request", body)
+            assert (status, answer["error"]["param"]) == (400, "rid")
+        assert b.d.aborted == []
 
 
 @pytest.mark.parametrize(
@@ -219,32 +200,26 @@ def test_an_abort_is_told_from_a_failure_by_what_sglang_says(body: bytes, expect
     assert was_aborted(body) is expected
 
 
-def test_what_two_servers_say_of_a_request_is_the_requests_fault() -> None:
-    async def main() -> None:
-        broken = failing(500, {"error": {"message": "list index out of range"}})
-        decodes = [Fake("decode", broken), Fake("decode", broken)]
-        rules = HealthRules(request_failures=3)
-        async with bench(decode=decodes, health=rules) as b:
-            for _ in range(10):
-                status, _ = await b.post(GENERATE, BODY)
-                assert status == 500
-            assert all(server.up for server in b.router.fleet.servers)
-            assert (await b.client.get("/health")).status == 200
-
-    asyncio.run(main())
+async def test_what_two_servers_say_of_a_request_is_the_requests_fault() -> None:
+    broken = failing(500, {"error": {"message": "list index out of range"}})
+    decodes = [Fake("decode", broken), Fake("decode", broken)]
+    rules = HealthRules(request_failures=3)
+    async with bench(decode=decodes, health=rules) as b:
+        for _ in range(10):
+            status, _ = await b.post(GENERATE, BODY)
+            assert status == 500
+        assert all(server.up for server in b.router.fleet.servers)
+        assert (await b.client.get("/health")).status == 200
 
 
-def test_failures_alone_never_empty_a_role() -> None:
-    async def main() -> None:
-        async with bench(
-            decode=Fake("decode", failing(500, {})), health=HealthRules(request_failures=2)
-        ) as b:
-            for _ in range(6):
-                await b.post(GENERATE, BODY)
-            assert b.router.fleet.decodes[0].up
-            assert (await b.client.get("/health")).status == 200
-
-    asyncio.run(main())
+async def test_failures_alone_never_empty_a_role() -> None:
+    async with bench(
+        decode=Fake("decode", failing(500, {})), health=HealthRules(request_failures=2)
+    ) as b:
+        for _ in range(6):
+            await b.post(GENERATE, BODY)
+        assert b.router.fleet.decodes[0].up
+        assert (await b.client.get("/health")).status == 200
 
 
 class Named:
@@ -275,13 +250,13 @@ def test_a_server_is_blamed_for_what_another_could_do(
     said: list[tuple[Any, int]], end: str, had_others: bool, blamed: list[Any]
 ) -> None:
     found: list[Any] = []
-    verdicts = Verdicts(found.append)
+    failures = Failures(found.append)
     for server, status in said:
-        verdicts.said(server, status)
+        failures.answered(server, status)
     if end == SERVED:
-        verdicts.served()
+        failures.served()
     else:
-        verdicts.given_up(had_others)
+        failures.given_up(had_others)
     assert found == blamed
 
 
@@ -290,26 +265,23 @@ def out_of_descriptors() -> aiohttp.ClientConnectorError:
     return aiohttp.ClientConnectorError(key, OSError(errno.EMFILE, "Too many open files"))
 
 
-def test_the_routers_own_shortage_of_descriptors_costs_no_server() -> None:
-    async def main() -> None:
-        async with bench() as b:
+async def test_the_routers_own_shortage_of_descriptors_costs_no_server() -> None:
+    async with bench() as b:
 
-            def post(*_: Any, **__: Any) -> Any:
-                raise out_of_descriptors()
+        def post(*_: Any, **__: Any) -> Any:
+            raise out_of_descriptors()
 
-            session = b.router.proxy._attempts._session
-            session.post, whole = post, session.post
-            for _ in range(10):
-                status, answer = await b.post(GENERATE, BODY)
-                assert status == 503
-                assert "descriptor" in answer["error"]["message"]
-            assert all(server.up for server in b.router.fleet.servers)
-            b.router._watch._failed(b.router.fleet.decodes[0], out_of_descriptors())
-            assert (await b.client.get("/health")).status == 200
-            session.post = whole
-            assert (await b.post(GENERATE, BODY))[0] == 200
-
-    asyncio.run(main())
+        session = b.router.proxy._attempts._session
+        session.post, whole = post, session.post
+        for _ in range(10):
+            status, answer = await b.post(GENERATE, BODY)
+            assert status == 503
+            assert "descriptor" in answer["error"]["message"]
+        assert all(server.up for server in b.router.fleet.servers)
+        b.router._poller._failed(b.router.fleet.decodes[0], out_of_descriptors())
+        assert (await b.client.get("/health")).status == 200
+        session.post = whole
+        assert (await b.post(GENERATE, BODY))[0] == 200
 
 
 def test_a_refused_connection_is_no_shortage() -> None:
@@ -330,12 +302,9 @@ def test_the_router_takes_as_many_descriptors_as_it_may_and_says_when_they_do_no
     assert "--max-concurrent-requests 8192" in text and "from 1344 requests" in text
 
 
-def test_a_server_that_only_dropped_a_connection_still_answers() -> None:
-    async def main() -> None:
-        async with bench() as b:
-            server = b.router.fleet.decodes[0]
-            assert await outliers.answers(server)
-            server.url = "http://127.0.0.1:1"
-            assert not await outliers.answers(server)
-
-    asyncio.run(main())
+async def test_a_server_that_only_dropped_a_connection_still_answers() -> None:
+    async with bench() as b:
+        server = b.router.fleet.decodes[0]
+        assert await outliers.answers(server)
+        server.url = "http://127.0.0.1:1"
+        assert not await outliers.answers(server)

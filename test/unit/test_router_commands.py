@@ -17,6 +17,8 @@ from sglang_kairos.router.control.fan_out import ranked, together
 from sglang_kairos.router.fleet.fleet import Fleet
 from sglang_kairos.router.options import RouterOptions
 
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
+
 FLUSH = "/flush_cache"
 
 
@@ -38,7 +40,7 @@ async def info(b: Bench) -> Any:
         return await response.json()
 
 
-def test_a_command_has_as_long_as_a_request_or_as_it_asks_for(
+async def test_a_command_has_as_long_as_a_request_or_as_it_asks_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # In place of half a minute: whoever still waits that long only would fail here.
@@ -64,7 +66,7 @@ def test_a_command_has_as_long_as_a_request_or_as_it_asks_for(
                 assert "no answer within 0.1 s" in (await response.json())["error"]["message"]
 
     monkeypatch.setattr(fan_out, "_GRACE_S", 0.0)
-    asyncio.run(main())
+    await main()
 
 
 @pytest.mark.parametrize(
@@ -73,34 +75,28 @@ def test_a_command_has_as_long_as_a_request_or_as_it_asks_for(
 )
 def test_what_a_command_may_take_follows_its_own_timeout(words: str, patience_s: float) -> None:
     options = RouterOptions((), (), request_timeout_s=30.0)
-    asker = fan_out.Asker(Fleet(options), None, options)  # type: ignore[arg-type]
+    fan = fan_out.FanOut(Fleet(options), None, options)  # type: ignore[arg-type]
     scope = {"type": "http", "query_string": words.encode(), "headers": []}
-    assert asker._patience_s(Request(scope)) == patience_s
+    assert fan._patience_s(Request(scope)) == patience_s
 
 
-def test_what_all_servers_refuse_alike_is_passed_on_as_it_is() -> None:
-    async def main() -> None:
-        refusal = {"success": False, "message": "Failed to update weights: no such folder"}
-        path = "/update_weights_from_disk"
-        async with bench(*fakes(path, says(400, refusal))) as b:
-            assert await b.post(path, {"model_path": "/none"}) == (400, refusal)
-
-    asyncio.run(main())
+async def test_what_all_servers_refuse_alike_is_passed_on_as_it_is() -> None:
+    refusal = {"success": False, "message": "Failed to update weights: no such folder"}
+    path = "/update_weights_from_disk"
+    async with bench(*fakes(path, says(400, refusal))) as b:
+        assert await b.post(path, {"model_path": "/none"}) == (400, refusal)
 
 
-def test_mixed_answers_say_who_said_what() -> None:
-    async def main() -> None:
-        path = "/load_lora_adapter"
-        refusal = {"success": False, "error_message": "too many adapters"}
-        async with bench(*fakes(path, says(200, {"success": True}), says(400, refusal))) as b:
-            status, answer = await b.post(path, {"lora_name": "a"})
-            said = answer["error"]["servers"]
-            assert status == 502
-            assert said[b.p.url] == {"status": 200, "answer": {"success": True}}
-            assert said[b.d.url] == {"status": 400, "answer": refusal}
-            assert "1 of 2 servers did it" in answer["error"]["message"]
-
-    asyncio.run(main())
+async def test_mixed_answers_say_who_said_what() -> None:
+    path = "/load_lora_adapter"
+    refusal = {"success": False, "error_message": "too many adapters"}
+    async with bench(*fakes(path, says(200, {"success": True}), says(400, refusal))) as b:
+        status, answer = await b.post(path, {"lora_name": "a"})
+        said = answer["error"]["servers"]
+        assert status == 502
+        assert said[b.p.url] == {"status": 200, "answer": {"success": True}}
+        assert said[b.d.url] == {"status": 400, "answer": refusal}
+        assert "1 of 2 servers did it" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -124,112 +120,97 @@ def test_one_answer_is_made_of_all(answers: list[tuple[int, str]], status: int) 
         assert bytes(found.body).decode() == answers[0][1]
 
 
-def test_server_info_answers_within_a_second_with_what_is_known() -> None:
-    async def main() -> None:
-        hang = asyncio.Event()
-        known = {"internal_states": [{"avg_spec_accept_length": 2.5}]}
+async def test_server_info_answers_within_a_second_with_what_is_known() -> None:
+    hang = asyncio.Event()
+    known = {"internal_states": [{"avg_spec_accept_length": 2.5}]}
 
-        async def tell(_: web.Request) -> web.Response:
-            if hang.is_set():
-                await asyncio.Event().wait()
-            return web.json_response(known)
+    async def tell(_: web.Request) -> web.Response:
+        if hang.is_set():
+            await asyncio.Event().wait()
+        return web.json_response(known)
 
-        decode = Fake("decode", routes={"/server_info": tell})
-        async with bench(decode=decode, dead_decodes=1) as b:
-            await until(lambda: b.router.fleet.decodes[1].info is not None)
-            await until(lambda: b.router.fleet.decodes[0].health.gone)
-            hang.set()
-            async with asyncio.timeout(5.0):
-                told = await info(b)
-            # What bench_serving reads when its run has ended, its clock still running.
-            first, second = told["decode"]
-            assert first["internal_states"][0]["avg_spec_accept_length"] == 2.5
-            assert first["router_view"]["age_s"] > 0
-            assert told["internal_states"] == known["internal_states"]
-            assert second["router_view"]["state"] == "gone"
-            assert "gone" in second["error"]
-            assert told["prefill"][0]["router_view"]["age_s"] == 0
-
-    asyncio.run(main())
+    decode = Fake("decode", routes={"/server_info": tell})
+    async with bench(decode=decode, dead_decodes=1) as b:
+        await until(lambda: b.router.fleet.decodes[1].info is not None)
+        await until(lambda: b.router.fleet.decodes[0].health.gone)
+        hang.set()
+        async with asyncio.timeout(5.0):
+            told = await info(b)
+        # What bench_serving reads when its run has ended, its clock still running.
+        first, second = told["decode"]
+        assert first["internal_states"][0]["avg_spec_accept_length"] == 2.5
+        assert first["router_view"]["age_s"] > 0
+        assert told["internal_states"] == known["internal_states"]
+        assert second["router_view"]["state"] == "gone"
+        assert "gone" in second["error"]
+        assert told["prefill"][0]["router_view"]["age_s"] == 0
 
 
-def test_server_info_of_others_is_not_told_to_a_client_with_a_wrong_key() -> None:
-    async def main() -> None:
-        async def tell(request: web.Request) -> web.Response:
-            if request.headers.get("authorization") != "Bearer sk":
-                await asyncio.Event().wait()
-            return web.json_response({"secret": 1})
+async def test_server_info_of_others_is_not_told_to_a_client_with_a_wrong_key() -> None:
+    async def tell(request: web.Request) -> web.Response:
+        if request.headers.get("authorization") != "Bearer sk":
+            await asyncio.Event().wait()
+        return web.json_response({"secret": 1})
 
-        decode = Fake("decode", routes={"/server_info": tell})
-        async with bench(decode=decode, api_key="sk") as b:
-            await until(lambda: b.router.fleet.decodes[0].info is not None)
-            for key, seen in (("sk", True), ("other", False)):
-                headers = {"authorization": f"Bearer {key}"}
-                async with b.client.get("/server_info", headers=headers) as response:
-                    told = await response.json()
-                assert ("secret" in told["decode"][0]) is seen
-
-    asyncio.run(main())
+    decode = Fake("decode", routes={"/server_info": tell})
+    async with bench(decode=decode, api_key="sk") as b:
+        await until(lambda: b.router.fleet.decodes[0].info is not None)
+        for key, seen in (("sk", True), ("other", False)):
+            headers = {"authorization": f"Bearer {key}"}
+            async with b.client.get("/server_info", headers=headers) as response:
+                told = await response.json()
+            assert ("secret" in told["decode"][0]) is seen
 
 
-def test_a_client_that_leaves_is_not_waited_for() -> None:
-    async def main() -> None:
-        waiting, left = asyncio.Event(), asyncio.Event()
+async def test_a_client_that_leaves_is_not_waited_for() -> None:
+    waiting, left = asyncio.Event(), asyncio.Event()
 
-        async def hang(_: web.Request) -> web.StreamResponse:
-            waiting.set()
-            try:
-                return await never(_)
-            finally:
-                left.set()
+    async def hang(_: web.Request) -> web.StreamResponse:
+        waiting.set()
+        try:
+            return await never(_)
+        finally:
+            left.set()
 
-        async with bench(*fakes(FLUSH, hang)) as b:
-            asked = asyncio.create_task(b.client.post(f"{FLUSH}?timeout=600"))
-            await waiting.wait()
-            asked.cancel()
-            await asyncio.wait_for(left.wait(), 10)
-
-    asyncio.run(main())
+    async with bench(*fakes(FLUSH, hang)) as b:
+        asked = asyncio.create_task(b.client.post(f"{FLUSH}?timeout=600"))
+        await waiting.wait()
+        asked.cancel()
+        await asyncio.wait_for(left.wait(), 10)
 
 
-def test_the_routers_key_is_not_lent_for_commands_to_clients_without_one() -> None:
-    async def main() -> None:
-        seen: list[str] = []
+async def test_the_routers_key_is_not_lent_for_commands_to_clients_without_one() -> None:
+    seen: list[str] = []
 
-        async def look(request: web.Request) -> web.Response:
-            seen.append(request.headers.get("authorization", ""))
-            return web.json_response({})
+    async def look(request: web.Request) -> web.Response:
+        seen.append(request.headers.get("authorization", ""))
+        return web.json_response({})
 
-        async def keys(sent: str, path: str, **options: str) -> set[str]:
-            seen.clear()
-            headers = {"authorization": f"Bearer {sent}"} if sent else {}
-            async with (
-                bench(*fakes(path, look), api_key="sk", **options) as b,
-                b.client.post(path, headers=headers),
-            ):
-                return set(seen)
+    async def keys(sent: str, path: str, **options: str) -> set[str]:
+        seen.clear()
+        headers = {"authorization": f"Bearer {sent}"} if sent else {}
+        async with (
+            bench(*fakes(path, look), api_key="sk", **options) as b,
+            b.client.post(path, headers=headers),
+        ):
+            return set(seen)
 
-        assert await keys("", FLUSH) == {""}
-        assert await keys("mine", FLUSH) == {"Bearer mine"}
-        assert await keys("", "/tokenize") == {"Bearer sk"}
-        both = {"client_api_key": "client", "admin_api_key": "root"}
-        assert await keys("client", FLUSH, **both) == {"Bearer sk"}
-        # Servers with an --admin-api-key take commands with that one only.
-        assert await keys("root", FLUSH, **both) == {"Bearer root"}
-        assert await keys("", FLUSH, **both) == set()
-
-    asyncio.run(main())
+    assert await keys("", FLUSH) == {""}
+    assert await keys("mine", FLUSH) == {"Bearer mine"}
+    assert await keys("", "/tokenize") == {"Bearer sk"}
+    both = {"client_api_key": "client", "admin_api_key": "root"}
+    assert await keys("client", FLUSH, **both) == {"Bearer sk"}
+    # Servers with an --admin-api-key take commands with that one only.
+    assert await keys("root", FLUSH, **both) == {"Bearer root"}
+    assert await keys("", FLUSH, **both) == set()
 
 
-def test_a_command_body_has_the_limit_of_a_requests() -> None:
-    async def main() -> None:
-        path = "/update_weights_from_tensor"
-        async with bench(*fakes(path, says(200, {})), max_body_bytes=2048) as b:
-            status, answer = await b.post(path, {"x": "y" * 4096})
-            assert (status, "--max-payload-size" in answer["error"]["message"]) == (413, True)
-            assert (await b.post(path, {"x": "y"}))[0] == 200
-
-    asyncio.run(main())
+async def test_a_command_body_has_the_limit_of_a_requests() -> None:
+    path = "/update_weights_from_tensor"
+    async with bench(*fakes(path, says(200, {})), max_body_bytes=2048) as b:
+        status, answer = await b.post(path, {"x": "y" * 4096})
+        assert (status, "--max-payload-size" in answer["error"]["message"]) == (413, True)
+        assert (await b.post(path, {"x": "y"}))[0] == 200
 
 
 def test_ranks_of_a_weight_update_group_follow_each_other() -> None:
@@ -242,17 +223,14 @@ def test_ranks_of_a_weight_update_group_follow_each_other() -> None:
         assert ranked(odd, infos) == [odd] * 3
 
 
-def test_a_dead_server_is_named_by_a_command() -> None:
-    async def main() -> None:
-        async with bench() as b:
-            dead = f"http://127.0.0.1:{free_port()}"
-            b.router.fleet.add_decode(dead)
-            async with b.client.post(FLUSH) as response:
-                said = (await response.json())["error"]["servers"]
-            assert (response.status, said[dead]["status"], said[b.p.url]["status"]) == (
-                502,
-                503,
-                200,
-            )
-
-    asyncio.run(main())
+async def test_a_dead_server_is_named_by_a_command() -> None:
+    async with bench() as b:
+        dead = f"http://127.0.0.1:{free_port()}"
+        b.router.fleet.add_decode(dead)
+        async with b.client.post(FLUSH) as response:
+            said = (await response.json())["error"]["servers"]
+        assert (response.status, said[dead]["status"], said[b.p.url]["status"]) == (
+            502,
+            503,
+            200,
+        )

@@ -13,9 +13,11 @@ import pytest
 from aiohttp import web
 
 from helpers.fake_pd import bench, until
-from sglang_kairos.router.fleet import discovery
-from sglang_kairos.router.fleet.discovery import PORT_ANNOTATION, ApiServer, Discovery, address
+from sglang_kairos.router.control import discovery
+from sglang_kairos.router.control.discovery import PORT_ANNOTATION, ApiServer, Discovery, address
 from sglang_kairos.router.options import OptionError, Pods
+
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 
 PODS = Pods("role=prefill", "role=decode", 30000, "llm")
 
@@ -100,7 +102,7 @@ async def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     host, port = runner.addresses[0][:2]
     async with bench() as b:
         for server in b.router.fleet.servers:
-            b.router._watch.drop(server)
+            b.router._poller.drop(server)
             b.router.fleet.remove(server)
         found = Discovery(PODS, b.router._admin, ApiServer(f"http://{host}:{port}", tmp_path))
         yield api, found, b.router.fleet
@@ -108,79 +110,70 @@ async def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     await runner.cleanup()
 
 
-def test_pods_join_when_ready_leave_when_not_and_come_back(
+async def test_pods_join_when_ready_leave_when_not_and_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def main() -> None:
-        async with cluster(tmp_path, monkeypatch) as (api, found, fleet):
-            here = pod("p0", "10.0.0.1", annotations={PORT_ANNOTATION: "9001"})
-            api.pods["prefill"] = {"p0": here, "p1": pod("p1", "10.0.0.2", ready=False)}
-            found.start()
-            await until(lambda: [s.url for s in fleet.prefills] == ["http://10.0.0.1:30000"])
-            assert fleet.prefills[0].bootstrap_port == 9001
-            assert api.tokens == {"Bearer secret"}
-            await until(lambda: bool(api.watches["prefill"] and api.watches["decode"]))
-            api.change("decode", "ADDED", pod("d0", "fd00::1"))
-            api.change("prefill", "MODIFIED", pod("p1", "10.0.0.2"))
-            await until(lambda: len(fleet.servers) == 3)
-            assert fleet.decodes[0].url == "http://[fd00::1]:30000"
-            # One with a request in flight is drained, and taken back as it was.
-            busy = fleet.prefills[1]
-            busy.attempts.add(object())  # type: ignore[arg-type]
-            api.change("prefill", "MODIFIED", pod("p1", "10.0.0.2", ready=False))
-            await until(lambda: busy.draining)
-            api.change("prefill", "MODIFIED", pod("p1", "10.0.0.2"))
-            await until(lambda: not busy.draining)
-            assert fleet.prefills[1] is busy
-            busy.attempts.clear()
-            api.change("prefill", "DELETED", pod("p1", "10.0.0.2"))
-            api.change("prefill", "MODIFIED", pod("p0", "10.0.0.1", deletionTimestamp="now"))
-            await until(lambda: not fleet.prefills)
-
-    asyncio.run(main())
+    async with cluster(tmp_path, monkeypatch) as (api, found, fleet):
+        here = pod("p0", "10.0.0.1", annotations={PORT_ANNOTATION: "9001"})
+        api.pods["prefill"] = {"p0": here, "p1": pod("p1", "10.0.0.2", ready=False)}
+        found.start()
+        await until(lambda: [s.url for s in fleet.prefills] == ["http://10.0.0.1:30000"])
+        assert fleet.prefills[0].bootstrap_port == 9001
+        assert api.tokens == {"Bearer secret"}
+        await until(lambda: bool(api.watches["prefill"] and api.watches["decode"]))
+        api.change("decode", "ADDED", pod("d0", "fd00::1"))
+        api.change("prefill", "MODIFIED", pod("p1", "10.0.0.2"))
+        await until(lambda: len(fleet.servers) == 3)
+        assert fleet.decodes[0].url == "http://[fd00::1]:30000"
+        # One with a request in flight is drained, and taken back as it was.
+        busy = fleet.prefills[1]
+        busy.attempts.add(object())  # type: ignore[arg-type]
+        api.change("prefill", "MODIFIED", pod("p1", "10.0.0.2", ready=False))
+        await until(lambda: busy.draining)
+        api.change("prefill", "MODIFIED", pod("p1", "10.0.0.2"))
+        await until(lambda: not busy.draining)
+        assert fleet.prefills[1] is busy
+        busy.attempts.clear()
+        api.change("prefill", "DELETED", pod("p1", "10.0.0.2"))
+        api.change("prefill", "MODIFIED", pod("p0", "10.0.0.1", deletionTimestamp="now"))
+        await until(lambda: not fleet.prefills)
 
 
-def test_a_broken_or_forgotten_watch_ends_in_a_new_list(
+async def test_a_broken_or_forgotten_watch_ends_in_a_new_list(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def main() -> None:
-        async with cluster(tmp_path, monkeypatch) as (api, found, fleet):
-            api.failing = 3  # refused at first: tried again
-            found.start()
-            await until(lambda: bool(api.watches["prefill"] and api.watches["decode"]))
-            # What happened while nobody watched is seen by the next list.
-            api.pods["decode"]["d0"] = pod("d0", "10.0.0.3")
-            api.say("decode", {"type": "ERROR", "object": {"code": 410, "message": "too old"}})
-            await until(lambda: len(fleet.decodes) == 1 and bool(api.watches["decode"]))
-            api.pods["decode"] = {"d1": pod("d1", "10.0.0.4")}
-            api.say("decode", {"type": "ERROR", "object": {"code": 500, "message": "odd"}})
-            await until(lambda: [s.url for s in fleet.decodes] == ["http://10.0.0.4:30000"])
-            # A watch that has run its time goes on from the version it has reached.
-            await until(lambda: bool(api.watches["decode"]))
-            bookmark = {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": "77"}}}
-            api.say("decode", bookmark)
-            api.drop("decode")
-            await until(lambda: any(one.get("resourceVersion") == "77" for one in api.asked))
-            assert [s.url for s in fleet.decodes] == ["http://10.0.0.4:30000"]
-
-    asyncio.run(main())
+    async with cluster(tmp_path, monkeypatch) as (api, found, fleet):
+        api.failing = 3  # refused at first: tried again
+        found.start()
+        await until(lambda: bool(api.watches["prefill"] and api.watches["decode"]))
+        # What happened while nobody watched is seen by the next list.
+        api.pods["decode"]["d0"] = pod("d0", "10.0.0.3")
+        api.say("decode", {"type": "ERROR", "object": {"code": 410, "message": "too old"}})
+        await until(lambda: len(fleet.decodes) == 1 and bool(api.watches["decode"]))
+        api.pods["decode"] = {"d1": pod("d1", "10.0.0.4")}
+        api.say("decode", {"type": "ERROR", "object": {"code": 500, "message": "odd"}})
+        await until(lambda: [s.url for s in fleet.decodes] == ["http://10.0.0.4:30000"])
+        # A watch that has run its time goes on from the version it has reached.
+        await until(lambda: bool(api.watches["decode"]))
+        bookmark = {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": "77"}}}
+        api.say("decode", bookmark)
+        api.drop("decode")
+        await until(lambda: any(one.get("resourceVersion") == "77" for one in api.asked))
+        assert [s.url for s in fleet.decodes] == ["http://10.0.0.4:30000"]
 
 
-def test_servers_of_the_command_line_are_not_a_pods_to_take_away(
+async def test_servers_of_the_command_line_are_not_a_pods_to_take_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def main() -> None:
-        async with cluster(tmp_path, monkeypatch) as (api, found, fleet):
-            fixed = fleet.add_decode("http://10.0.0.9:30000")
-            api.pods["decode"]["d9"] = pod("d9", "10.0.0.9")
-            found.start()
-            await until(lambda: bool(api.watches["decode"]))
-            api.change("decode", "DELETED", pod("d9", "10.0.0.9"))
-            api.change("decode", "ADDED", pod("d0", "10.0.0.3"))
-            await until(lambda: len(fleet.decodes) == 2)
-            assert fleet.decodes[0] is fixed and not fixed.draining
-
-    asyncio.run(main())
+    async with cluster(tmp_path, monkeypatch) as (api, found, fleet):
+        fixed = fleet.add_decode("http://10.0.0.9:30000")
+        api.pods["decode"]["d9"] = pod("d9", "10.0.0.9")
+        found.start()
+        await until(lambda: bool(api.watches["decode"]))
+        api.change("decode", "DELETED", pod("d9", "10.0.0.9"))
+        api.change("decode", "ADDED", pod("d0", "10.0.0.3"))
+        await until(lambda: len(fleet.decodes) == 2)
+        assert fleet.decodes[0] is fixed and not fixed.draining
 
 
 @pytest.mark.parametrize(

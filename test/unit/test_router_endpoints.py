@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from sglang_kairos.router.control.endpoints import (
     REFUSED,
     WEBSOCKET,
 )
+
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 
 ROOT = Path(__file__).parents[2]
 TREES = sorted(ROOT.glob(".venv/sglang-*/sglang")) + sorted(
@@ -85,123 +86,109 @@ def concrete(path: str) -> str:
     )
 
 
-def test_every_endpoint_of_the_table_reaches_whom_it_should() -> None:
-    async def main() -> None:
-        reached: list[tuple[str, str, str]] = []
+async def test_every_endpoint_of_the_table_reaches_whom_it_should() -> None:
+    reached: list[tuple[str, str, str]] = []
 
-        def note(role: str) -> Any:
-            async def answer(request: web.Request) -> web.Response:
-                reached.append((role, request.method, request.path))
-                return web.json_response({})
+    def note(role: str) -> Any:
+        async def answer(request: web.Request) -> web.Response:
+            reached.append((role, request.method, request.path))
+            return web.json_response({})
 
-            return answer
+        return answer
 
-        asked = {concrete(one.path) for one in HTTP if one.kind in (ANY, EACH, EVERY)} - {
-            "/v1/loads"
-        }
-        prefill = Fake("prefill", routes=dict.fromkeys(asked, note("prefill")))
-        decode = Fake("decode", routes=dict.fromkeys(asked, note("decode")))
-        async with bench(prefill, decode) as b:
-            for one in HTTP:
-                path = concrete(one.path)
-                for method in one.methods:
-                    reached.clear()
-                    # A trailing slash is no other endpoint.
-                    for spelt in (path, path + "/"):
-                        async with b.client.request(method, spelt, json=BODY) as response:
-                            text = await response.text()
-                            status = response.status
-                        assert (status == 404) == (one.kind == REFUSED), (method, spelt, text)
-                        if one.kind == REFUSED:
-                            assert one.why in text
-                            assert (await response.json())["error"]["code"] == 404
-                        else:
-                            assert status == 200, (method, spelt, text)
-                    roles = sorted(role for role, *_ in reached)
-                    if path in asked:
-                        both = ["decode", "decode", "prefill", "prefill"]
-                        assert roles == (["prefill"] * 2 if one.kind == ANY else both), path
-                        assert {(m, p) for _, m, p in reached} == {(method, path)}
+    asked = {concrete(one.path) for one in HTTP if one.kind in (ANY, EACH, EVERY)} - {"/v1/loads"}
+    prefill = Fake("prefill", routes=dict.fromkeys(asked, note("prefill")))
+    decode = Fake("decode", routes=dict.fromkeys(asked, note("decode")))
+    async with bench(prefill, decode) as b:
+        for one in HTTP:
+            path = concrete(one.path)
+            for method in one.methods:
+                reached.clear()
+                # A trailing slash is no other endpoint.
+                for spelt in (path, path + "/"):
+                    async with b.client.request(method, spelt, json=BODY) as response:
+                        text = await response.text()
+                        status = response.status
+                    assert (status == 404) == (one.kind == REFUSED), (method, spelt, text)
+                    if one.kind == REFUSED:
+                        assert one.why in text
+                        assert (await response.json())["error"]["code"] == 404
                     else:
-                        assert roles == []
-            served = [one for one in HTTP if one.kind == PAIR]
-            assert len(b.d.bodies) == sum(2 * len(one.methods) for one in served)
+                        assert status == 200, (method, spelt, text)
+                roles = sorted(role for role, *_ in reached)
+                if path in asked:
+                    both = ["decode", "decode", "prefill", "prefill"]
+                    assert roles == (["prefill"] * 2 if one.kind == ANY else both), path
+                    assert {(m, p) for _, m, p in reached} == {(method, path)}
+                else:
+                    assert roles == []
+        served = [one for one in HTTP if one.kind == PAIR]
+        assert len(b.d.bodies) == sum(2 * len(one.methods) for one in served)
 
-    asyncio.run(main())
 
-
-def test_unknown_paths_and_wrong_methods_are_answered_in_json() -> None:
-    async def main() -> None:
-        async with bench() as b:
-            for method, path, status in (
-                ("GET", "/v1/nothing", 404),
-                ("GET", "/v1", 404),
-                ("POST", "/", 405),
-                ("GET", GENERATE, 405),
-                ("DELETE", "/server_info", 405),
-                ("GET", "/v1/embeddings", 405),
-                ("PUT", "/admin/servers", 405),
-            ):
-                async with b.client.request(method, path) as response:
-                    assert response.status == status, path
-                    error = (await response.json())["error"]
-                    assert (error["code"], path in error["message"]) == (status, True)
-                    assert (status == 405) == ("allow" in response.headers)
-
-    asyncio.run(main())
+async def test_unknown_paths_and_wrong_methods_are_answered_in_json() -> None:
+    async with bench() as b:
+        for method, path, status in (
+            ("GET", "/v1/nothing", 404),
+            ("GET", "/v1", 404),
+            ("POST", "/", 405),
+            ("GET", GENERATE, 405),
+            ("DELETE", "/server_info", 405),
+            ("GET", "/v1/embeddings", 405),
+            ("PUT", "/admin/servers", 405),
+        ):
+            async with b.client.request(method, path) as response:
+                assert response.status == status, path
+                error = (await response.json())["error"]
+                assert (error["code"], path in error["message"]) == (status, True)
+                assert (status == 405) == ("allow" in response.headers)
 
 
 @pytest.mark.parametrize("path", [GENERATE, CHAT, "/server_info", "/v1/models", "/v1/nothing"])
-def test_a_web_page_may_call_every_path_as_with_sglangs_own_server(path: str) -> None:
-    async def main() -> None:
-        async def open_to_all(_: web.Request) -> web.Response:
-            return web.json_response({}, headers={"access-control-allow-origin": "*"})
+async def test_a_web_page_may_call_every_path_as_with_sglangs_own_server(path: str) -> None:
+    async def open_to_all(_: web.Request) -> web.Response:
+        return web.json_response({}, headers={"access-control-allow-origin": "*"})
 
-        async with bench(decode=Fake("decode", open_to_all), client_api_key="sk") as b:
-            asking = {
-                **ORIGIN,
-                "access-control-request-method": "POST",
-                "access-control-request-headers": "content-type,authorization",
-            }
-            async with b.client.options(path, headers=asking) as response:
+    async with bench(decode=Fake("decode", open_to_all), client_api_key="sk") as b:
+        asking = {
+            **ORIGIN,
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "content-type,authorization",
+        }
+        async with b.client.options(path, headers=asking) as response:
+            assert response.status == 200
+            allowed = response.headers["access-control-allow-headers"]
+            assert "authorization" in allowed and "content-type" in allowed
+            assert "POST" in response.headers["access-control-allow-methods"]
+            assert response.headers["access-control-allow-origin"] == ORIGIN["origin"]
+        async with b.client.get("/ready") as response:
+            assert response.status == 200  # probes carry no key
+        for key in ("sk", "wrong"):
+            headers = {**ORIGIN, "authorization": f"Bearer {key}"}
+            async with b.client.post(path, json={"text": "x"}, headers=headers) as response:
+                assert (response.status == 401) == (key == "wrong")
+                assert len(response.headers.getall("access-control-allow-origin")) == 1
+                assert response.headers["access-control-allow-credentials"] == "true"
+
+
+async def test_pages_that_are_not_named_are_not_let_in_even_if_the_servers_would() -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        return await streaming(b"data: {}\n\n")(request)
+
+    async def open_to_all(request: web.Request) -> web.Response:
+        return web.json_response({}, headers={"access-control-allow-origin": "*"})
+
+    for origins, let_in in (
+        (("http://localhost:4200",), True),
+        (("http://b",), False),
+        ((), 0),
+    ):
+        async with bench(decode=Fake("decode", open_to_all), cors_origins=origins) as b:
+            async with b.client.post(GENERATE, json={"text": "x"}, headers=ORIGIN) as response:
                 assert response.status == 200
-                allowed = response.headers["access-control-allow-headers"]
-                assert "authorization" in allowed and "content-type" in allowed
-                assert "POST" in response.headers["access-control-allow-methods"]
-                assert response.headers["access-control-allow-origin"] == ORIGIN["origin"]
-            async with b.client.get("/ready") as response:
-                assert response.status == 200  # probes carry no key
-            for key in ("sk", "wrong"):
-                headers = {**ORIGIN, "authorization": f"Bearer {key}"}
-                async with b.client.post(path, json={"text": "x"}, headers=headers) as response:
-                    assert (response.status == 401) == (key == "wrong")
-                    assert len(response.headers.getall("access-control-allow-origin")) == 1
-                    assert response.headers["access-control-allow-credentials"] == "true"
-
-    asyncio.run(main())
-
-
-def test_pages_that_are_not_named_are_not_let_in_even_if_the_servers_would() -> None:
-    async def main() -> None:
-        async def answer(request: web.Request) -> web.StreamResponse:
-            return await streaming(b"data: {}\n\n")(request)
-
-        async def open_to_all(request: web.Request) -> web.Response:
-            return web.json_response({}, headers={"access-control-allow-origin": "*"})
-
-        for origins, let_in in (
-            (("http://localhost:4200",), True),
-            (("http://b",), False),
-            ((), 0),
-        ):
-            async with bench(decode=Fake("decode", open_to_all), cors_origins=origins) as b:
-                async with b.client.post(GENERATE, json={"text": "x"}, headers=ORIGIN) as response:
-                    assert response.status == 200
-                    found = response.headers.getall("access-control-allow-origin", [])
-                    assert found == ([ORIGIN["origin"]] if let_in else [])
-                async with b.client.post(GENERATE, json=BODY) as response:
-                    assert "access-control-allow-origin" not in response.headers
-                    # Caches must not give it to a web page.
-                    assert response.headers.getall("vary", []) == (["Origin"] if origins else [])
-
-    asyncio.run(main())
+                found = response.headers.getall("access-control-allow-origin", [])
+                assert found == ([ORIGIN["origin"]] if let_in else [])
+            async with b.client.post(GENERATE, json=BODY) as response:
+                assert "access-control-allow-origin" not in response.headers
+                # Caches must not give it to a web page.
+                assert response.headers.getall("vary", []) == (["Origin"] if origins else [])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import importlib.util
 import logging
 from collections.abc import Iterator
@@ -19,12 +18,19 @@ from sglang_kairos.config import KairosConfig
 from sglang_kairos.launch_router import main as launch
 from sglang_kairos.policy.placement import PlacedRequest
 from sglang_kairos.router.arguments import POLICIES, build_parser
-from sglang_kairos.router.fleet.health import HealthRules
-from sglang_kairos.router.fleet.policies import CacheRule, chooser_of
+from sglang_kairos.router.fleet.policies import CacheRule, policy_of
 from sglang_kairos.router.fleet.prefix_index import Blocks
 from sglang_kairos.router.fleet.servers import DecodeServer, PrefillServer
-from sglang_kairos.router.options import OptionError, Pods, RouterOptions, parse_options
+from sglang_kairos.router.health_rules import HealthRules
+from sglang_kairos.router.options import (
+    OptionError,
+    Pods,
+    RouterOptions,
+    parse_options,
+)
 from sglang_kairos.router.upstream_flags import NO_EFFECT, REFUSED, VALUES
+
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 
 PAIR = "--pd-disaggregation --prefill http://127.0.0.1:1 --decode http://127.0.0.1:2 "
 PODS = "--pd-disaggregation --service-discovery --service-discovery-port 30000 "
@@ -182,19 +188,19 @@ def servers(count: int) -> tuple[list[PrefillServer], list[DecodeServer]]:
 @pytest.mark.parametrize("decode", POLICIES)
 def test_each_role_is_picked_by_its_own_policy(prefill: str, decode: str) -> None:
     both = servers(3)
-    both[0][0].owe(1000, 10.0, 0.0)
-    both[1][0].join(5, 1000.0)
-    chooser = chooser_of(prefill, decode, Random(3))
+    both[0][0].enqueue(1000, 10.0, 0.0)
+    both[1][0].admit(5, 1000.0)
+    policy = policy_of(prefill, decode, Random(3))
     request = PlacedRequest(tokens=100.0, deadline_s=10.0, now_s=0.0)
-    picked = [chooser.choose(both, request, Blocks()) for _ in range(6)]
+    got = [policy.pick(both, request, Blocks()) for _ in range(6)]
     if decode == "round_robin" and prefill != decode:
-        assert [one.decode.url for one in picked] == [f"http://d{i}" for i in (0, 1, 2) * 2]
+        assert [server.url for _, server, _ in got] == [f"http://d{i}" for i in (0, 1, 2) * 2]
     if prefill == "round_robin":
-        assert [one.prefill.url for one in picked] == [f"http://p{i}" for i in (0, 1, 2) * 2]
+        assert [server.url for server, _, _ in got] == [f"http://p{i}" for i in (0, 1, 2) * 2]
     if prefill in ("least_load", "cache_aware", "kairos"):
-        assert all(one.prefill is not both[0][0] for one in picked)
+        assert all(server is not both[0][0] for server, _, _ in got)
     if decode in ("least_load", "cache_aware"):
-        assert all(one.decode is not both[1][0] for one in picked)
+        assert all(server is not both[1][0] for _, server, _ in got)
 
 
 def test_the_thresholds_of_cache_aware_are_the_command_lines() -> None:
@@ -208,73 +214,61 @@ def test_the_thresholds_of_cache_aware_are_the_command_lines() -> None:
         both = servers(2)
         both[0][0].prefix.cached_tokens = lambda _: 600.0  # type: ignore[method-assign]
         for _ in range(3):
-            both[0][0].owe(10, 10.0, 0.0)
-        found = chooser_of("cache_aware", "cache_aware", Random(0), rule)
-        assert found.choose(both, request, Blocks()).prefill.url == picked, rule
+            both[0][0].enqueue(10, 10.0, 0.0)
+        found = policy_of("cache_aware", "cache_aware", Random(0), rule)
+        assert found.pick(both, request, Blocks())[0].url == picked, rule
 
 
-def test_metrics_are_served_on_a_port_of_their_own() -> None:
-    async def main() -> None:
-        async with bench(metrics_port=0, metrics_host="127.0.0.1", ttft_buckets=(0.25, 4.0)) as b:
-            await b.post(GENERATE, {"text": "x", "stream": True})
-            for base in (b.router.metrics_address, b.client._base_url):
-                async with aiohttp.ClientSession(base) as client, client.get("/metrics") as found:
-                    text = await found.text()
-                assert "kairos_router_requests_total" in text
-                assert 'le="0.25"' in text and 'le="0.05"' not in text.split("tpot")[0]
-
-    asyncio.run(main())
+async def test_metrics_are_served_on_a_port_of_their_own() -> None:
+    async with bench(metrics_port=0, metrics_host="127.0.0.1", ttft_buckets=(0.25, 4.0)) as b:
+        await b.post(GENERATE, {"text": "x", "stream": True})
+        for base in (b.router.metrics_address, b.client._base_url):
+            async with aiohttp.ClientSession(base) as client, client.get("/metrics") as found:
+                text = await found.text()
+            assert "kairos_router_requests_total" in text
+            assert 'le="0.25"' in text and 'le="0.05"' not in text.split("tpot")[0]
 
 
-def test_an_id_is_taken_from_the_headers_named() -> None:
-    async def main() -> None:
-        async with bench(id_headers=("x-trace-id", "x-other")) as b:
-            for headers, expected in (
-                ({"x-trace-id": "t", "x-other": "o"}, "t"),
-                ({"x-other": "o"}, "o"),
-                ({"x-request-id": "r", "x-trace-id": "t"}, "r"),
-            ):
-                async with b.client.post(GENERATE, json={"text": "x"}, headers=headers) as response:
-                    assert response.headers["x-request-id"] == expected
-                assert b.d.headers[-1]["x-request-id"] == expected
-
-    asyncio.run(main())
+async def test_an_id_is_taken_from_the_headers_named() -> None:
+    async with bench(id_headers=("x-trace-id", "x-other")) as b:
+        for headers, expected in (
+            ({"x-trace-id": "t", "x-other": "o"}, "t"),
+            ({"x-other": "o"}, "o"),
+            ({"x-request-id": "r", "x-trace-id": "t"}, "r"),
+        ):
+            async with b.client.post(GENERATE, json={"text": "x"}, headers=headers) as response:
+                assert response.headers["x-request-id"] == expected
+            assert b.d.headers[-1]["x-request-id"] == expected
 
 
-def test_probes_that_are_switched_off_take_nobody_out() -> None:
-    async def main() -> None:
-        for probes, gone in ((True, True), (False, False)):
-            async with bench(probes=probes) as b:
-                server = b.router.fleet.decodes[0]
-                await until(lambda server=server: server.looked_at)
-                server.url = f"http://127.0.0.1:{free_port()}"
-                counts = b.router._watch._answered
-                await until(lambda counts=counts, server=server: counts[server] == 0)
-                assert server.health.gone is gone
-
-    asyncio.run(main())
-
-
-def test_a_server_is_back_after_as_many_probes_as_asked_for() -> None:
-    async def main() -> None:
-        answered = 0
-
-        async def tell(request: Any) -> Any:
-            nonlocal answered
-            answered += server.health.gone
-            return await decode.tell(request)
-
-        decode = Fake("decode", routes={"/server_info": tell})
-        async with bench(decode=decode, probe_successes=3) as b:
+async def test_probes_that_are_switched_off_take_nobody_out() -> None:
+    for probes, gone in ((True, True), (False, False)):
+        async with bench(probes=probes) as b:
             server = b.router.fleet.decodes[0]
-            await until(lambda: server.looked_at)
-            url, server.url = server.url, f"http://127.0.0.1:{free_port()}"
-            await until(lambda: server.health.gone)
-            answered, server.url = 0, url
-            await until(lambda: not server.health.gone)
-            assert answered == 3
+            await until(lambda server=server: server.looked_at)
+            server.url = f"http://127.0.0.1:{free_port()}"
+            counts = b.router._poller._answered
+            await until(lambda counts=counts, server=server: counts[server] == 0)
+            assert server.health.gone is gone
 
-    asyncio.run(main())
+
+async def test_a_server_is_back_after_as_many_probes_as_asked_for() -> None:
+    answered = 0
+
+    async def tell(request: Any) -> Any:
+        nonlocal answered
+        answered += server.health.gone
+        return await decode.tell(request)
+
+    decode = Fake("decode", routes={"/server_info": tell})
+    async with bench(decode=decode, probe_successes=3) as b:
+        server = b.router.fleet.decodes[0]
+        await until(lambda: server.looked_at)
+        url, server.url = server.url, f"http://127.0.0.1:{free_port()}"
+        await until(lambda: server.health.gone)
+        answered, server.url = 0, url
+        await until(lambda: not server.health.gone)
+        assert answered == 3
 
 
 def test_the_log_goes_to_a_file_too(tmp_path: Path) -> None:

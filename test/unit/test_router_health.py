@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_kairos.router.fleet.health import Health, HealthRules
+from sglang_kairos.router.fleet.health import Health
+from sglang_kairos.router.health_rules import HealthRules
 
 RULES = HealthRules(probe_failures=3, request_failures=2, eject_s=5.0, longest_eject_s=15.0)
 

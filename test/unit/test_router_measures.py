@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import time
 from itertools import pairwise
 from typing import Any
 
@@ -14,13 +13,22 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.fake_clock import now_s
 from helpers.fake_pd import CHAT, COMPLETIONS, GENERATE, Bench, Fake, bench, streaming, until
 from sglang_kairos.router.request import attempt
 from sglang_kairos.router.request.logprobs import Merger
-from sglang_kairos.router.request.relay import Passage, Relayed
-from sglang_kairos.router.request.sse import Splitter, data_of
-from sglang_kairos.router.request.token_times import Hidden, Meter, ask_for_counts, without
-from sglang_kairos.router.request.upstream_stream import DecodeHead
+from sglang_kairos.router.request.sse import (
+    Hidden,
+    Meter,
+    Relayed,
+    Splitter,
+    ask_for_counts,
+    data_of,
+    without,
+)
+from sglang_kairos.router.request.upstream_stream import AnswerRelay, DecodeHead
+
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 
 DONE = b"data: [DONE]\n\n"
 
@@ -86,9 +94,9 @@ def ask(path: str, **more: Any) -> dict[str, Any]:
 async def stream(b: Bench, path: str, body: dict[str, Any]) -> tuple[bytes, float]:
     """What the client got, and how long it took in seconds."""
     await until(lambda: b.router.fleet.decodes[0].usage_by_default is not None)
-    began = time.monotonic()
+    began = now_s()
     async with b.client.post(path, json=body) as response:
-        return await response.read(), time.monotonic() - began
+        return await response.read(), now_s() - began
 
 
 async def metric(b: Bench, name: str, **labels: str) -> float:
@@ -108,66 +116,56 @@ EIGHTS = [[1], [9], [17], [25], [33], [40]]
 
 
 @pytest.mark.parametrize("path", [GENERATE, COMPLETIONS, CHAT])
-def test_tpot_counts_tokens_and_not_events_with_a_stream_interval(path: str) -> None:
-    async def main() -> None:
-        async with bench(decode=server(path, EIGHTS, 0.02)) as b:
-            body = ask(path)
-            got, took = await stream(b, path, body)
-            assert got == b"".join(stock(path, body, EIGHTS))
-            seconds, count = await tpot(b)
-            assert count == 1
-            # Gaps of 20 ms lie between the first of 40 tokens and the last (one or two fewer are
-            # seen by a router that was late to read the first).
-            assert 3 * 0.02 / 39 <= seconds <= took / 39
-
-    asyncio.run(main())
+async def test_tpot_counts_tokens_and_not_events_with_a_stream_interval(path: str) -> None:
+    async with bench(decode=server(path, EIGHTS, 0.02)) as b:
+        body = ask(path)
+        got, took = await stream(b, path, body)
+        assert got == b"".join(stock(path, body, EIGHTS))
+        seconds, count = await tpot(b)
+        assert count == 1
+        # Gaps of 20 ms lie between the first of 40 tokens and the last (one or two fewer are
+        # seen by a router that was late to read the first).
+        assert 3 * 0.02 / 39 <= seconds <= took / 39
 
 
 @pytest.mark.parametrize("options", [None, {"include_usage": True}])
-def test_tpot_of_several_samples_is_that_of_each_and_not_of_all_together(options: Any) -> None:
-    async def main() -> None:
-        counts = [[n] * 4 for n in (1, 2, 3)]
-        async with bench(decode=server(COMPLETIONS, counts, 0.01)) as b:
-            body = ask(COMPLETIONS, n=4, **({"stream_options": options} if options else {}))
-            got, took = await stream(b, COMPLETIONS, body)
-            assert got == b"".join(stock(COMPLETIONS, body, counts))
-            seconds, count = await tpot(b)
-            assert count == 1
-            # Between the first and the last token of a sample there are eight gaps (as above).
-            assert 6 * 0.01 / 2 <= seconds <= took / 2
-
-    asyncio.run(main())
+async def test_tpot_of_several_samples_is_that_of_each_and_not_of_all_together(
+    options: Any,
+) -> None:
+    counts = [[n] * 4 for n in (1, 2, 3)]
+    async with bench(decode=server(COMPLETIONS, counts, 0.01)) as b:
+        body = ask(COMPLETIONS, n=4, **({"stream_options": options} if options else {}))
+        got, took = await stream(b, COMPLETIONS, body)
+        assert got == b"".join(stock(COMPLETIONS, body, counts))
+        seconds, count = await tpot(b)
+        assert count == 1
+        # Between the first and the last token of a sample there are eight gaps (as above).
+        assert 6 * 0.01 / 2 <= seconds <= took / 2
 
 
 @pytest.mark.parametrize("path", [GENERATE, COMPLETIONS, CHAT])
-def test_a_stream_whose_tokens_nobody_counted_has_no_tpot(path: str) -> None:
-    async def main() -> None:
-        rows = [{"choices": [{"index": 0, "text": "a"}]}] * 3
-        decode = Fake("decode", streaming(*map(sse, rows), DONE, gap_s=0.01))
-        async with bench(decode=decode) as b:
-            await stream(b, path, ask(path))
-            assert await tpot(b) == (0, 0)
-            assert await metric(b, "slo_total", target="tpot") == 0
-            assert await metric(b, "slo_total", target="ttft") == 1
-
-    asyncio.run(main())
+async def test_a_stream_whose_tokens_nobody_counted_has_no_tpot(path: str) -> None:
+    rows = [{"choices": [{"index": 0, "text": "a"}]}] * 3
+    decode = Fake("decode", streaming(*map(sse, rows), DONE, gap_s=0.01))
+    async with bench(decode=decode) as b:
+        await stream(b, path, ask(path))
+        assert await tpot(b) == (0, 0)
+        assert await metric(b, "slo_total", target="tpot") == 0
+        assert await metric(b, "slo_total", target="ttft") == 1
 
 
-def test_a_server_that_tells_its_usage_unasked_goes_on_telling_the_client() -> None:
+async def test_a_server_that_tells_its_usage_unasked_goes_on_telling_the_client() -> None:
     async def answer(request: web.Request) -> web.StreamResponse:
         body = await request.json()
         assert "stream_options" not in body
         told = stock(COMPLETIONS, {"stream_options": {"include_usage": True}}, EIGHTS)
         return await streaming(*told)(request)
 
-    async def main() -> None:
-        decode = Fake("decode", answer, info={"stream_response_default_include_usage": True})
-        async with bench(decode=decode) as b:
-            got, _ = await stream(b, COMPLETIONS, ask(COMPLETIONS))
-            assert b'"completion_tokens":40' in got.split(b"\n\n")[-3]
-            assert (await tpot(b))[1] == 1
-
-    asyncio.run(main())
+    decode = Fake("decode", answer, info={"stream_response_default_include_usage": True})
+    async with bench(decode=decode) as b:
+        got, _ = await stream(b, COMPLETIONS, ask(COMPLETIONS))
+        assert b'"completion_tokens":40' in got.split(b"\n\n")[-3]
+        assert (await tpot(b))[1] == 1
 
 
 CUTS = st.lists(st.integers(0, 4000), max_size=12)
@@ -335,72 +333,63 @@ async def answered(b: Bench, status: str) -> None:
     ],
 )
 @pytest.mark.parametrize("prefill_is_done", [True, False])
-def test_a_client_that_closes_when_it_has_its_answer_has_been_served(
+async def test_a_client_that_closes_when_it_has_its_answer_has_been_served(
     path: str, word: bytes, prefill_is_done: bool
 ) -> None:
-    async def main() -> None:
-        over = asyncio.Event()
-        ended: list[str] = []
+    over = asyncio.Event()
+    ended: list[str] = []
 
-        async def decode(request: web.Request) -> web.StreamResponse:
-            *parts, done = stock(path, await request.json(), EIGHTS)
-            last = [] if word == b"[DONE]" else [parts.pop()] if path == CHAT else []
-            now = [*parts, done] if word == b"[DONE]" else parts
-            response = web.StreamResponse(headers={"content-type": "text/event-stream"})
-            await response.prepare(request)
-            for part in now:
-                await response.write(part)
+    async def decode(request: web.Request) -> web.StreamResponse:
+        *parts, done = stock(path, await request.json(), EIGHTS)
+        last = [] if word == b"[DONE]" else [parts.pop()] if path == CHAT else []
+        now = [*parts, done] if word == b"[DONE]" else parts
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for part in now:
+            await response.write(part)
+        await over.wait()
+        for part in last:
+            await response.write(part)
+        await response.write_eof()
+        ended.append("decode")
+        return response
+
+    async def prefill(_: web.Request) -> web.StreamResponse:
+        if not prefill_is_done:
             await over.wait()
-            for part in last:
-                await response.write(part)
-            await response.write_eof()
-            ended.append("decode")
-            return response
+        ended.append("prefill")
+        return web.json_response({})
 
-        async def prefill(_: web.Request) -> web.StreamResponse:
-            if not prefill_is_done:
-                await over.wait()
-            ended.append("prefill")
-            return web.json_response({})
-
-        async with bench(Fake("prefill", prefill), Fake("decode", decode)) as b:
-            await leave_at(b, path, ask(path), word)
-            await answered(b, "200")
-            assert not await metric(b, "requests_total", status="499")
-            over.set()
-            await until(lambda: sorted(ended) == ["decode", "prefill"])
-            async with asyncio.timeout(30):
-                while (await tpot(b))[1] != 1:
-                    await asyncio.sleep(0.005)
-            # Nobody was told to stop, and nobody's connection was cut.
-            assert not (b.p.aborted or b.d.aborted or b.p.left.is_set() or b.d.left.is_set())
-
-    asyncio.run(main())
+    async with bench(Fake("prefill", prefill), Fake("decode", decode)) as b:
+        await leave_at(b, path, ask(path), word)
+        await answered(b, "200")
+        assert not await metric(b, "requests_total", status="499")
+        over.set()
+        await until(lambda: sorted(ended) == ["decode", "prefill"])
+        async with asyncio.timeout(30):
+            while (await tpot(b))[1] != 1:
+                await asyncio.sleep(0.005)
+        # Nobody was told to stop, and nobody's connection was cut.
+        assert not (b.p.aborted or b.d.aborted or b.p.left.is_set() or b.d.left.is_set())
 
 
-def test_a_client_that_closes_before_the_last_token_has_left() -> None:
-    async def main() -> None:
-        hold = asyncio.Event()
-        parts = stock(COMPLETIONS, {}, EIGHTS)[:3]
-        async with bench(decode=Fake("decode", streaming(*parts, hold=hold))) as b:
-            await leave_at(b, COMPLETIONS, ask(COMPLETIONS), b"data")
-            await answered(b, "499")
-            await until(lambda: bool(b.d.aborted))
-
-    asyncio.run(main())
+async def test_a_client_that_closes_before_the_last_token_has_left() -> None:
+    hold = asyncio.Event()
+    parts = stock(COMPLETIONS, {}, EIGHTS)[:3]
+    async with bench(decode=Fake("decode", streaming(*parts, hold=hold))) as b:
+        await leave_at(b, COMPLETIONS, ask(COMPLETIONS), b"data")
+        await answered(b, "499")
+        await until(lambda: bool(b.d.aborted))
 
 
-def test_what_happens_behind_the_end_of_an_answer_changes_nothing_of_it() -> None:
-    async def main() -> None:
-        parts = stock(GENERATE, {}, EIGHTS)
-        decode = Fake("decode", streaming(*parts, hold=asyncio.Event()))
-        async with bench(decode=decode, request_timeout_s=0.3) as b:
-            got, _ = await stream(b, GENERATE, ask(GENERATE))
-            assert got == b"".join(parts)
-            await answered(b, "200")
-            assert not b.d.aborted
-
-    asyncio.run(main())
+async def test_what_happens_behind_the_end_of_an_answer_changes_nothing_of_it() -> None:
+    parts = stock(GENERATE, {}, EIGHTS)
+    decode = Fake("decode", streaming(*parts, hold=asyncio.Event()))
+    async with bench(decode=decode, request_timeout_s=0.3) as b:
+        got, _ = await stream(b, GENERATE, ask(GENERATE))
+        assert got == b"".join(parts)
+        await answered(b, "200")
+        assert not b.d.aborted
 
 
 # Answers of SGLang 0.5.23 on a pair of tiny models: prefill's, decode's, and a unified server's.
@@ -444,7 +433,9 @@ def completion(index: int, *parts: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("prompts", [1, 2])
-def test_the_prompts_log_probabilities_of_a_completion_are_a_unified_servers(prompts: int) -> None:
+async def test_the_prompts_log_probabilities_of_a_completion_are_a_unified_servers(
+    prompts: int,
+) -> None:
     each = range(prompts)
     whole = {
         "prefill": {"choices": [completion(i, PROMPTS[i], FIRST[i]) for i in each]},
@@ -466,18 +457,15 @@ def test_the_prompts_log_probabilities_of_a_completion_are_a_unified_servers(pro
 
         return Fake(role, answer)
 
-    async def main() -> None:
-        async with bench(fake("prefill"), fake("decode")) as b:
-            prompt = ["the water", "a s"][:prompts]
-            body = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 2}
-            assert await b.post(COMPLETIONS, body) == (200, whole["unified"])
-            got, _ = await stream(b, COMPLETIONS, {**body, "stream": True})
-            rows = [json.loads(event[6:]) for event in got.split(b"\n\n")[:-2]]
-            assert rows == events["unified"]
-            for other in ({**body, "echo": False}, {**body, "logprobs": 0}):
-                assert await b.post(COMPLETIONS, other) == (200, whole["decode"])
-
-    asyncio.run(main())
+    async with bench(fake("prefill"), fake("decode")) as b:
+        prompt = ["the water", "a s"][:prompts]
+        body = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 2}
+        assert await b.post(COMPLETIONS, body) == (200, whole["unified"])
+        got, _ = await stream(b, COMPLETIONS, {**body, "stream": True})
+        rows = [json.loads(event[6:]) for event in got.split(b"\n\n")[:-2]]
+        assert rows == events["unified"]
+        for other in ({**body, "echo": False}, {**body, "logprobs": 0}):
+            assert await b.post(COMPLETIONS, other) == (200, whole["decode"])
 
 
 @pytest.mark.parametrize(
@@ -492,7 +480,7 @@ def test_the_prompts_log_probabilities_of_a_completion_are_a_unified_servers(pro
     ],
 )
 @pytest.mark.parametrize("stream", [True, False])
-def test_log_probabilities_too_long_to_join_are_an_error_and_never_left_out(
+async def test_log_probabilities_too_long_to_join_are_an_error_and_never_left_out(
     monkeypatch: pytest.MonkeyPatch, path: str, body: Any, param: str, stream: bool
 ) -> None:
     async def answer(_: web.Request) -> web.StreamResponse:
@@ -508,8 +496,8 @@ def test_log_probabilities_too_long_to_join_are_an_error_and_never_left_out(
             only = {"text": "x", "return_logprob": True}
             assert (await b.post(GENERATE, only))[0] == 200
 
-    monkeypatch.setattr(attempt, "KEEP_LOGPROBS", 4096)
-    asyncio.run(main())
+    monkeypatch.setattr(attempt, "KEEP_LOGPROBS_BYTES", 4096)
+    await main()
 
 
 @pytest.mark.parametrize("first", [[None], []], ids=["0.5.23", "0.5.16"])
@@ -565,7 +553,7 @@ def test_an_answer_is_ended_once_and_with_its_last_bytes_where_they_are_known(
 
     response: Any = Answered(Content(events[1:], apart), kind)
     seen = Relayed()
-    passage = Passage(DecodeHead(response, events[0]), seen, send, Meter(GENERATE, 1), hidden)
+    passage = AnswerRelay(DecodeHead(response, events[0]), seen, send, Meter(GENERATE, 1), hidden)
     assert asyncio.run(passage.relay([])) is None
     bodies = sent[1:]
     assert b"".join(message["body"] for message in bodies) == b"".join(events)

@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PATCH = ROOT / "patches" / "sglang-router-0.3.2" / "0001-mini-lb-kairos-policy.patch"
 WHEEL = importlib.util.find_spec("sglang_router")
 
-pytestmark = pytest.mark.skipif(WHEEL is None, reason="sglang_router is not installed")
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.skipif(WHEEL is None, reason="sglang_router is not installed"),
+]
 
 
 def patched(into: Path) -> Path:
@@ -52,7 +55,7 @@ def launch(tree: Path, *words: str) -> subprocess.Popen[bytes]:
     )
 
 
-def test_with_the_policy_requests_go_where_less_is_owed(tmp_path: Path) -> None:
+async def test_with_the_policy_requests_go_where_less_is_owed(tmp_path: Path) -> None:
     async def slowly(_: web.Request) -> web.Response:
         await asyncio.sleep(0.6)
         return web.json_response({})
@@ -63,47 +66,42 @@ def test_with_the_policy_requests_go_where_less_is_owed(tmp_path: Path) -> None:
             return await streaming(b"data: {}\n\n")(request)
         return web.json_response({})
 
-    async def main() -> None:
-        prefills = [Fake("prefill", slowly), Fake("prefill", slowly)]
-        decodes = [Fake("decode", later), Fake("decode", later)]
-        async with AsyncExitStack() as stack:
-            for fake in (*prefills, *decodes):
-                await stack.enter_async_context(fake.run())
-            words = ["--mini-lb", "--policy", "kairos", "--port", str(port := free_port())]
-            for fake in prefills:
-                words += ["--prefill", fake.url, "8998"]
-            for fake in decodes:
-                words += ["--decode", fake.url]
-            process = launch(patched(tmp_path), *words)
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-            client = await stack.enter_async_context(
-                aiohttp.ClientSession(f"http://127.0.0.1:{port}")
-            )
-            async with asyncio.timeout(30):
-                while True:
-                    try:
-                        async with client.get("/health"):
-                            break
-                    except aiohttp.ClientError:
-                        await asyncio.sleep(0.05)
+    prefills = [Fake("prefill", slowly), Fake("prefill", slowly)]
+    decodes = [Fake("decode", later), Fake("decode", later)]
+    async with AsyncExitStack() as stack:
+        for fake in (*prefills, *decodes):
+            await stack.enter_async_context(fake.run())
+        words = ["--mini-lb", "--policy", "kairos", "--port", str(port := free_port())]
+        for fake in prefills:
+            words += ["--prefill", fake.url, "8998"]
+        for fake in decodes:
+            words += ["--decode", fake.url]
+        process = launch(patched(tmp_path), *words)
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        client = await stack.enter_async_context(aiohttp.ClientSession(f"http://127.0.0.1:{port}"))
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    async with client.get("/health"):
+                        break
+                except aiohttp.ClientError:
+                    await asyncio.sleep(0.05)
 
-            texts = (letter * 4000 for letter in "abcdefgh")
+        texts = (letter * 4000 for letter in "abcdefgh")
 
-            async def one(stream: bool) -> int:
-                body = {"text": next(texts), "stream": stream, "ttft_ms": 5000}
-                async with client.post(GENERATE, json=body) as response:
-                    await response.read()
-                    return response.status
+        async def one(stream: bool) -> int:
+            body = {"text": next(texts), "stream": stream, "ttft_ms": 5000}
+            async with client.post(GENERATE, json=body) as response:
+                await response.read()
+                return response.status
 
-            # Both prefill servers look alike, so the first two requests go to one each, and while
-            # they run the third and fourth again.
-            found = await asyncio.gather(*(one(stream) for stream in (False, True, False, True)))
-            assert set(found) == {200}
-            assert len(prefills[0].bodies) == len(prefills[1].bodies) == 2
-            assert len(decodes[0].bodies) == len(decodes[1].bodies) == 2
-
-    asyncio.run(main())
+        # Both prefill servers look alike, so the first two requests go to one each, and while
+        # they run the third and fourth again.
+        found = await asyncio.gather(*(one(stream) for stream in (False, True, False, True)))
+        assert set(found) == {200}
+        assert len(prefills[0].bodies) == len(prefills[1].bodies) == 2
+        assert len(decodes[0].bodies) == len(decodes[1].bodies) == 2
 
 
 def test_the_rust_router_refuses_the_policy_and_says_what_to_do(tmp_path: Path) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 import pytest
 from aiohttp import web
 
+from helpers.fake_clock import now_s
 from helpers.fake_pd import CHAT, GENERATE, Bench, Fake, bench, streaming, until
-from helpers.timing import once_undisturbed, promptly
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.policy.overload import Overload, OverloadOutcome, retry_after_s, verdict
 from sglang_kairos.router.options import OptionError, parse_options
-from sglang_kairos.router.request.deferred_queue import Later
-from sglang_kairos.router.request.limits import Full, Limits, TooLarge
+from sglang_kairos.router.request.context import Full, Limits, TooLarge
+from sglang_kairos.router.request.deferred_queue import DeferredQueue
+
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
 
 # 1 ms a token, and 1 ms a step for each request running.
 PREFILL = {"a_s": 0.0, "b_s": 1e-3, "c_s": 0.0}
@@ -54,69 +55,57 @@ def one_s(token: int = 1, **slo: float | str) -> dict[str, Any]:
     return {"input_ids": [token] * 1000, "stream": True, "sampling_params": params, **slo}
 
 
-def test_who_cannot_be_on_time_is_shed_with_the_prediction_and_when_to_come_back() -> None:
-    async def main() -> None:
-        async with bench(slow_prefill(), slow_decode(), overload=SHED) as b:
-            await known(b)
-            first = asyncio.create_task(b.post(GENERATE, one_s(ttft_ms=1500)))
-            await until(lambda: bool(b.p.bodies))
-            for path, body in (
-                (GENERATE, one_s(2, ttft_ms=1400)),
-                (CHAT, {"messages": [{"content": "x" * 9000}], "ttft_ms": 1400}),
-            ):
-                async with b.client.post(path, json=body) as response:
-                    error = (await response.json())["error"]
-                    assert response.status == 429
-                    assert 1 <= int(response.headers["retry-after"]) <= 2
-                    assert response.headers["x-request-id"]
-                    assert error["code"] == 429
-                    assert 1400 < error["predicted_ttft_ms"] < 4500
-                    assert error["ttft_ms"] == 1400
-            assert len(b.p.bodies) == 1
-            first.cancel()
-            async with b.client.get("/metrics") as response:
-                text = await response.text()
-            assert 'overloaded_total{action="shed",slo_class="default"} 2.0' in text
-
-    asyncio.run(main())
-
-
-def test_who_would_push_an_accepted_request_past_its_deadline_is_shed_too() -> None:
-    async def main() -> None:
-        async with bench(slow_prefill(), slow_decode(), overload=SHED) as b:
-            await known(b)
-            first = asyncio.create_task(b.post(GENERATE, one_s(ttft_ms=1600)))
-            await until(lambda: bool(b.p.bodies))
-            # On time itself, as it goes first; but then the one accepted would be late.
-            urgent = one_s(2, ttft_ms=1550)
-            async with b.client.post(GENERATE, json=urgent) as response:
+async def test_who_cannot_be_on_time_is_shed_with_the_prediction_and_when_to_come_back() -> None:
+    async with bench(slow_prefill(), slow_decode(), overload=SHED) as b:
+        await known(b)
+        first = asyncio.create_task(b.post(GENERATE, one_s(ttft_ms=1500)))
+        await until(lambda: bool(b.p.bodies))
+        for path, body in (
+            (GENERATE, one_s(2, ttft_ms=1400)),
+            (CHAT, {"messages": [{"content": "x" * 9000}], "ttft_ms": 1400}),
+        ):
+            async with b.client.post(path, json=body) as response:
+                error = (await response.json())["error"]
                 assert response.status == 429
-            first.cancel()
-
-    asyncio.run(main())
-
-
-def test_a_tpot_that_cannot_be_kept_is_shed() -> None:
-    async def main() -> None:
-        async with bench(slow_prefill(), slow_decode(), overload=SHED) as b:
-            await known(b)
-            status, answer = await b.post(GENERATE, one_s(tpot_ms=0.5))
-            assert status == 429
-            assert answer["error"]["predicted_tpot_ms"] == pytest.approx(1.0)
-
-    asyncio.run(main())
+                assert 1 <= int(response.headers["retry-after"]) <= 2
+                assert response.headers["x-request-id"]
+                assert error["code"] == 429
+                assert 1400 < error["predicted_ttft_ms"] < 4500
+                assert error["ttft_ms"] == 1400
+        assert len(b.p.bodies) == 1
+        first.cancel()
+        async with b.client.get("/metrics") as response:
+            text = await response.text()
+        assert 'overloaded_total{action="shed",slo_class="default"} 2.0' in text
 
 
-def test_nobody_is_shed_on_a_first_guess_of_a_servers_speed() -> None:
-    async def main() -> None:
-        async with bench(overload=SHED) as b:
-            body = {"input_ids": [1] * 50_000, "ttft_ms": 1, "tpot_ms": 0.1}
-            assert (await b.post(GENERATE, body))[0] == 200
+async def test_who_would_push_an_accepted_request_past_its_deadline_is_shed_too() -> None:
+    async with bench(slow_prefill(), slow_decode(), overload=SHED) as b:
+        await known(b)
+        first = asyncio.create_task(b.post(GENERATE, one_s(ttft_ms=1600)))
+        await until(lambda: bool(b.p.bodies))
+        # On time itself, as it goes first; but then the one accepted would be late.
+        urgent = one_s(2, ttft_ms=1550)
+        async with b.client.post(GENERATE, json=urgent) as response:
+            assert response.status == 429
+        first.cancel()
 
-    asyncio.run(main())
+
+async def test_a_tpot_that_cannot_be_kept_is_shed() -> None:
+    async with bench(slow_prefill(), slow_decode(), overload=SHED) as b:
+        await known(b)
+        status, answer = await b.post(GENERATE, one_s(tpot_ms=0.5))
+        assert status == 429
+        assert answer["error"]["predicted_tpot_ms"] == pytest.approx(1.0)
 
 
-def test_each_class_has_its_own_way() -> None:
+async def test_nobody_is_shed_on_a_first_guess_of_a_servers_speed() -> None:
+    async with bench(overload=SHED) as b:
+        body = {"input_ids": [1] * 50_000, "ttft_ms": 1, "tpot_ms": 0.1}
+        assert (await b.post(GENERATE, body))[0] == 200
+
+
+async def test_each_class_has_its_own_way() -> None:
     async def main(tmp: str) -> None:
         classes = (("batch", RELEGATE), ("free", SHED))
         config = KairosConfig(slo_classes=tmp)
@@ -138,74 +127,63 @@ def test_each_class_has_its_own_way() -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump({"batch": {"ttft_ms": 100}, "free": {"ttft_ms": 100}}, file)
         file.flush()
-        asyncio.run(main(file.name))
+        await main(file.name)
 
 
-def test_a_relegated_request_is_served_after_those_that_are_on_time() -> None:
-    async def main() -> None:
-        # A stock server takes requests as they come: the router has to hold them back.
-        async with bench(slow_prefill(kairos=False), slow_decode(), overload=RELEGATE) as b:
-            server = b.router.fleet.prefills[0]
-            server._estimate.batches = 5
-            first = asyncio.create_task(b.post(GENERATE, one_s(ttft_ms=1500)))
-            await until(lambda: bool(b.p.bodies))
-            server._works[0] = 1.0
-            second = asyncio.create_task(b.post(GENERATE, one_s(2, ttft_ms=50)))
-            await until(lambda: len(b.router.proxy.later) == 1)
-            await asyncio.sleep(0.1)
-            assert len(b.p.bodies) == 1
-            await until(lambda: len(b.p.bodies) == 2)
-            assert not server._works or server._works[0] <= 0.1
-            for task in (first, second):
-                task.cancel()
-
-    asyncio.run(main())
+async def test_a_relegated_request_is_served_after_those_that_are_on_time() -> None:
+    # A stock server takes requests as they come: the router has to hold them back.
+    async with bench(slow_prefill(kairos=False), slow_decode(), overload=RELEGATE) as b:
+        server = b.router.fleet.prefills[0]
+        server._estimate.batches = 5
+        first = asyncio.create_task(b.post(GENERATE, one_s(ttft_ms=1500)))
+        await until(lambda: bool(b.p.bodies))
+        server._works[0] = 1.0
+        second = asyncio.create_task(b.post(GENERATE, one_s(2, ttft_ms=50)))
+        await until(lambda: len(b.router.proxy.deferred) == 1)
+        await asyncio.sleep(0.1)
+        assert len(b.p.bodies) == 1
+        await until(lambda: len(b.p.bodies) == 2)
+        assert not server._works or server._works[0] <= 0.1
+        for task in (first, second):
+            task.cancel()
 
 
-def test_waiting_is_bounded_and_in_turn() -> None:
-    async def main() -> None:
-        later, went = Later(), []
+async def test_waiting_is_bounded_and_in_turn() -> None:
+    later, went = DeferredQueue(), []
 
-        async def one(name: str, until_s: float, may: bool) -> None:
-            await later.wait(lambda: may, time.monotonic() + until_s)
-            went.append(name)
+    async def one(name: str, until_s: float, may: bool) -> None:
+        await later.wait(lambda: may, now_s() + until_s)
+        went.append(name)
 
-        began = time.monotonic()
-        await asyncio.gather(one("blocked", 0.1, False), one("a", 9.0, True), one("b", 9.0, True))
-        assert went == ["blocked", "a", "b"]
-        assert len(later) == 0
-        promptly(began, 1.0)
-
-    once_undisturbed(lambda: asyncio.run(main()))
+    began = now_s()
+    await asyncio.gather(one("blocked", 0.1, False), one("a", 9.0, True), one("b", 9.0, True))
+    assert went == ["blocked", "a", "b"]
+    assert len(later) == 0
+    assert now_s() - began < 1.0
 
 
-def test_in_flight_and_bytes_are_bounded_and_given_back() -> None:
-    async def main() -> None:
-        go_on = asyncio.Event()
-        decode = Fake("decode", streaming(b"data: {}\n\n", hold=go_on), told("decode", DECODE))
-        async with bench(
-            decode=decode, max_in_flight=2, max_body_bytes=5000, max_held_bytes=6000
-        ) as b:
-            assert (await b.post(GENERATE, {"text": "x" * 6000}))[0] == 413
-            running = [asyncio.create_task(b.post(GENERATE, {"text": "x" * 100})) for _ in range(2)]
-            await until(lambda: len(b.d.bodies) == 2)
-            async with b.client.post(GENERATE, json={"text": "x"}) as response:
-                assert response.status == 429
-                assert response.headers["retry-after"] == "1"
-                assert "--max-concurrent-requests" in (await response.json())["error"]["message"]
-            go_on.set()
-            await asyncio.gather(*running, return_exceptions=True)
-            limits = b.router.proxy.limits
-            assert (limits.in_flight, limits.held_bytes) == (0, 0)
-            go_on.clear()
-            big = [asyncio.create_task(b.post(GENERATE, {"text": "x" * 4000})) for _ in range(2)]
-            await asyncio.wait(big, return_when=asyncio.FIRST_COMPLETED)  # the one without room
-            go_on.set()
-            found = await asyncio.gather(*big, return_exceptions=True)
-            assert any(isinstance(one, tuple) and one[0] == 429 for one in found)
-            await until(lambda: (limits.in_flight, limits.held_bytes) == (0, 0))
-
-    asyncio.run(main())
+async def test_in_flight_and_bytes_are_bounded_and_given_back() -> None:
+    go_on = asyncio.Event()
+    decode = Fake("decode", streaming(b"data: {}\n\n", hold=go_on), told("decode", DECODE))
+    async with bench(decode=decode, max_in_flight=2, max_body_bytes=5000, max_held_bytes=6000) as b:
+        assert (await b.post(GENERATE, {"text": "x" * 6000}))[0] == 413
+        running = [asyncio.create_task(b.post(GENERATE, {"text": "x" * 100})) for _ in range(2)]
+        await until(lambda: len(b.d.bodies) == 2)
+        async with b.client.post(GENERATE, json={"text": "x"}) as response:
+            assert response.status == 429
+            assert response.headers["retry-after"] == "1"
+            assert "--max-concurrent-requests" in (await response.json())["error"]["message"]
+        go_on.set()
+        await asyncio.gather(*running, return_exceptions=True)
+        limits = b.router.proxy.limits
+        assert (limits.in_flight, limits.held_bytes) == (0, 0)
+        go_on.clear()
+        big = [asyncio.create_task(b.post(GENERATE, {"text": "x" * 4000})) for _ in range(2)]
+        await asyncio.wait(big, return_when=asyncio.FIRST_COMPLETED)  # the one without room
+        go_on.set()
+        found = await asyncio.gather(*big, return_exceptions=True)
+        assert any(isinstance(one, tuple) and one[0] == 429 for one in found)
+        await until(lambda: (limits.in_flight, limits.held_bytes) == (0, 0))
 
 
 def test_limits_say_what_is_full() -> None:

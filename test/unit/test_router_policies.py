@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import random
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -18,8 +17,10 @@ from sglang_kairos.policy.overload import Overload, verdict
 from sglang_kairos.policy.placement import PlacedRequest
 from sglang_kairos.policy.urgency import urgency_order
 from sglang_kairos.predict.latency_model import PrefillLatency
+from sglang_kairos.router.clock import Clock
 from sglang_kairos.router.fleet.fleet import Fleet
-from sglang_kairos.router.fleet.servers import PrefillServer, Ticket
+from sglang_kairos.router.fleet.reservation import Reservation
+from sglang_kairos.router.fleet.servers import PrefillServer
 from sglang_kairos.router.options import RouterOptions
 
 CHUNK, SLO_S = 512, 1.0
@@ -30,7 +31,7 @@ POLICIES = ("random", "round_robin", "least_load", "power_of_two", "cache_aware"
 class Job:
     arrived_s: float
     left: float
-    ticket: Ticket
+    reservation: Reservation
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Worker:
     def next_chunk(self, now: float) -> None:
         """Start the chunk of whoever is most urgent."""
         works = [self.law.work_s(job.left, 0.0, CHUNK) for job in self.jobs]
-        due = [job.ticket.deadline_s - now for job in self.jobs]
+        due = [job.reservation.request.deadline_s - now for job in self.jobs]
         self.running = self.jobs[urgency_order(works, due).order[0]]
         self.until_s = now + self.law.work_s(min(CHUNK, self.running.left))
 
@@ -61,10 +62,8 @@ class Run:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    return now
+def clock() -> list[float]:
+    return [0.0]
 
 
 def arrivals(rate: float, count: int, seed: int) -> Iterator[tuple[float, float]]:
@@ -95,7 +94,8 @@ def simulate(
             decodes=("http://d",),
             policy=policy,
             seed=1,
-        )
+        ),
+        Clock(lambda: clock[0]),
     )
     laws = [PrefillLatency(4e-3 / s, 150e-6 / s, 20e-9 / s) for s in (1.0, slow)]
     workers = [Worker(b, s) for b, s in zip(fleet.prefills, laws, strict=True)]
@@ -114,15 +114,14 @@ def simulate(
             now, tokens = pending.pop()
             clock[0] = now
             request = PlacedRequest(tokens, now + SLO_S)
-            found = fleet.choose(request)
+            found = fleet.reserve(request)
             assert found is not None
             if shed and verdict(Overload.SHED, found.outcome) is Overload.SHED:
                 refused += 1
                 continue
             accepted += 1
             worker = workers[fleet.prefills.index(found.prefill)]
-            ticket = found.prefill.owe(tokens, now + SLO_S, now)
-            worker.jobs.append(Job(now, tokens, ticket))
+            worker.jobs.append(Job(now, tokens, found.take()))
             if worker.running is None:
                 worker.next_chunk(now)
             continue
@@ -133,7 +132,8 @@ def simulate(
         job.left -= CHUNK
         if job.left <= 0:
             worker.jobs.remove(job)
-            worker.books.settle(job.ticket, clock[0], served=True)
+            job.reservation.prefilled()
+            job.reservation.release()
             met += clock[0] <= job.arrived_s + SLO_S
         worker.running = None
         if worker.jobs:

@@ -12,6 +12,8 @@ from aiohttp import web
 from helpers.fake_pd import GENERATE, Bench, Fake, bench, never, until
 from sglang_kairos.router.fleet.server_info import misplaced, roles
 
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
+
 ADMIN = {"admin_api_key": "root"}
 
 
@@ -50,7 +52,7 @@ def test_the_ranks_say_which_role_a_server_has_now(
     assert tuple(found) == usable
 
 
-def test_exchanged_servers_are_down_and_everybody_is_told_why(
+async def test_exchanged_servers_are_down_and_everybody_is_told_why(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def main() -> None:
@@ -78,10 +80,10 @@ def test_exchanged_servers_are_down_and_everybody_is_told_why(
         assert len(lines) == 2  # once for each server, though looked at more often
 
     with caplog.at_level(logging.WARNING):
-        asyncio.run(main())
+        await main()
 
 
-def test_a_wrong_role_is_said_of_a_server_that_came_later_than_the_router_too(
+async def test_a_wrong_role_is_said_of_a_server_that_came_later_than_the_router_too(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def main() -> None:
@@ -95,60 +97,51 @@ def test_a_wrong_role_is_said_of_a_server_that_came_later_than_the_router_too(
                 await until(lambda: "is down: it says it is a unified server" in caplog.text)
 
     with caplog.at_level(logging.WARNING):
-        asyncio.run(main())
+        await main()
 
 
 @pytest.mark.parametrize("was", ["decode", "null"])
-def test_a_server_that_takes_on_the_right_role_comes_back(was: str) -> None:
-    async def main() -> None:
-        prefill = Fake("prefill", info=of("prefill", was))
-        async with bench(prefill) as b:
-            assert (await health(b))[0] == 503
-            prefill.info = of("null", "prefill")
-            server = b.router.fleet.prefills[0]
-            await until(lambda: server.up)
-            assert (await health(b))[0] == 200
-            assert (await b.post(GENERATE, {"text": "x"}))[0] == 200
-
-    asyncio.run(main())
+async def test_a_server_that_takes_on_the_right_role_comes_back(was: str) -> None:
+    prefill = Fake("prefill", info=of("prefill", was))
+    async with bench(prefill) as b:
+        assert (await health(b))[0] == 503
+        prefill.info = of("null", "prefill")
+        server = b.router.fleet.prefills[0]
+        await until(lambda: server.up)
+        assert (await health(b))[0] == 200
+        assert (await b.post(GENERATE, {"text": "x"}))[0] == 200
 
 
-def test_a_role_switched_under_a_request_ends_its_wait() -> None:
-    async def main() -> None:
-        prefill = Fake("prefill", never, info=of("prefill"))
-        async with bench(prefill, Fake("decode", never, info=of("decode"))) as b:
-            asked = asyncio.create_task(b.post(GENERATE, {"text": "x"}))
-            await until(lambda: bool(prefill.bodies))
-            prefill.info = of("prefill", "decode")
-            status, answer = await asyncio.wait_for(asked, 20)
-            assert (status, "decode server" in answer["error"]["message"]) == (503, True)
-
-    asyncio.run(main())
+async def test_a_role_switched_under_a_request_ends_its_wait() -> None:
+    prefill = Fake("prefill", never, info=of("prefill"))
+    async with bench(prefill, Fake("decode", never, info=of("decode"))) as b:
+        asked = asyncio.create_task(b.post(GENERATE, {"text": "x"}))
+        await until(lambda: bool(prefill.bodies))
+        prefill.info = of("prefill", "decode")
+        status, answer = await asyncio.wait_for(asked, 20)
+        assert (status, "decode server" in answer["error"]["message"]) == (503, True)
 
 
-def test_health_is_not_ok_before_a_pair_has_answered_a_probe() -> None:
-    async def main() -> None:
-        let = asyncio.Event()
+async def test_health_is_not_ok_before_a_pair_has_answered_a_probe() -> None:
+    let = asyncio.Event()
 
-        async def slow(_: web.Request) -> web.Response:
-            await let.wait()
-            return web.json_response(of("decode"))
+    async def slow(_: web.Request) -> web.Response:
+        await let.wait()
+        return web.json_response(of("decode"))
 
-        async with bench(decode=Fake("decode", routes={"/server_info": slow})) as b:
-            status, told = await health(b)
-            assert (status, told["status"]) == (
-                503,
-                "no prefill/decode pair has answered a probe yet",
-            )
-            let.set()
-            await until(lambda: b.router.fleet.met)
-            assert (await health(b))[0] == 200
-
-    asyncio.run(main())
+    async with bench(decode=Fake("decode", routes={"/server_info": slow})) as b:
+        status, told = await health(b)
+        assert (status, told["status"]) == (
+            503,
+            "no prefill/decode pair has answered a probe yet",
+        )
+        let.set()
+        await until(lambda: b.router.fleet.met)
+        assert (await health(b))[0] == 200
 
 
 @pytest.mark.parametrize("key", ["", "wrong"])
-def test_a_server_that_refuses_the_routers_key_is_named_once_and_still_serves(
+async def test_a_server_that_refuses_the_routers_key_is_named_once_and_still_serves(
     key: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
@@ -174,4 +167,4 @@ def test_a_server_that_refuses_the_routers_key_is_named_once_and_still_serves(
         assert len(lines) == 1
 
     with caplog.at_level(logging.WARNING):
-        asyncio.run(main())
+        await main()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-import time
 from typing import Any
 
 import pytest
@@ -28,6 +26,8 @@ from sglang_kairos.router.fleet.servers import FRESH_S, DecodeServer, PrefillSer
 from sglang_kairos.router.options import RouterOptions
 from sglang_kairos.router.request.body import prompt_blocks
 
+pytestmark = [pytest.mark.anyio, pytest.mark.fake_clock]
+
 
 def fleet_of(policy: str = "kairos", prefills: int = 3, decodes: int = 2) -> Fleet:
     return Fleet(
@@ -49,11 +49,11 @@ def test_every_policy_picks_servers_that_are_up_and_not_excluded(policy: str) ->
     fleet.prefills[0].health.request_refused()
     excluded = {fleet.decodes[0]}
     for _ in range(30):
-        placement = fleet.choose(REQUEST, excluded)
+        placement = fleet.reserve(REQUEST, excluded)
         assert placement is not None
         assert placement.prefill in fleet.prefills[1:]
         assert placement.decode is fleet.decodes[1]
-    assert fleet.choose(REQUEST, set(fleet.decodes)) is None
+    assert fleet.reserve(REQUEST, set(fleet.decodes)) is None
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -62,7 +62,7 @@ def test_when_nobody_is_up_somebody_is_tried_but_never_one_being_removed(policy:
     for server in fleet.servers:
         server.health.request_refused()
     fleet.prefills[0].draining = fleet.prefills[1].draining = True
-    placement = fleet.choose(REQUEST)
+    placement = fleet.reserve(REQUEST)
     assert placement is not None
     assert placement.prefill is fleet.prefills[2]
     assert not fleet.ready
@@ -72,15 +72,15 @@ def test_round_robin_meets_every_pair_and_least_load_the_shortest_queue() -> Non
     fleet = fleet_of("round_robin")
     met = set()
     for _ in range(6):
-        placement = fleet.choose(REQUEST)
+        placement = fleet.reserve(REQUEST)
         assert placement is not None
         met.add((placement.prefill.url, placement.decode.url))
     assert len(met) == 6
     fleet = fleet_of("least_load")
     for server in fleet.prefills[:2]:
-        server.owe(10, 1.0, 0.0)
-    fleet.decodes[0].join(1, 1.0)
-    placement = fleet.choose(REQUEST)
+        server.enqueue(10, 1.0, 0.0)
+    fleet.decodes[0].admit(1, 1.0)
+    placement = fleet.reserve(REQUEST)
     assert placement is not None
     assert (placement.prefill, placement.decode) == (fleet.prefills[2], fleet.decodes[1])
 
@@ -88,15 +88,15 @@ def test_round_robin_meets_every_pair_and_least_load_the_shortest_queue() -> Non
 def test_cache_aware_goes_where_the_prefix_is_unless_the_load_is_uneven() -> None:
     fleet = fleet_of("cache_aware")
     blocks, busy = blocks_of([7] * 1000, 4.0), fleet.prefills[1]
-    fleet.sent(busy, blocks)
-    busy.owe(10, 1.0, 0.0)
-    placement = fleet.choose(REQUEST, (), blocks)
+    busy.prefix.add(blocks)
+    busy.enqueue(10, 1.0, 0.0)
+    placement = fleet.reserve(REQUEST, (), blocks)
     assert placement is not None
     assert placement.prefill is busy
     assert placement.cached_tokens == 1000 // BLOCK_TOKENS * BLOCK_TOKENS
     for _ in range(70):
-        busy.owe(10, 1.0, 0.0)
-    placement = fleet.choose(REQUEST, (), blocks)
+        busy.enqueue(10, 1.0, 0.0)
+    placement = fleet.reserve(REQUEST, (), blocks)
     assert placement is not None
     assert placement.prefill is not busy
 
@@ -106,14 +106,14 @@ def test_kairos_weighs_a_cached_prefix_against_the_work_ahead() -> None:
     for server in fleet.prefills:
         server.learn({"internal_states": [{"kairos": {"prefill": LAW}}]})
     blocks = blocks_of([7] * 1024, 4.0)
-    fleet.sent(fleet.prefills[1], blocks)
+    fleet.prefills[1].prefix.add(blocks)
     due = 1e12
-    fleet.prefills[1].owe(500, due, time.monotonic())
-    placement = fleet.choose(PlacedRequest(1024, due), (), blocks)
+    fleet.prefills[1].enqueue(500, due, fleet.clock.now_s())
+    placement = fleet.reserve(PlacedRequest(1024, due), (), blocks)
     assert placement is not None
     assert placement.prefill is fleet.prefills[1]
-    fleet.prefills[1].owe(900, due, time.monotonic())
-    placement = fleet.choose(PlacedRequest(1024, due), (), blocks)
+    fleet.prefills[1].enqueue(900, due, fleet.clock.now_s())
+    placement = fleet.reserve(PlacedRequest(1024, due), (), blocks)
     assert placement is not None
     assert placement.prefill is fleet.prefills[0]
 
@@ -121,16 +121,16 @@ def test_kairos_weighs_a_cached_prefix_against_the_work_ahead() -> None:
 def test_a_large_fleet_is_sampled_and_a_prefix_found_again() -> None:
     fleet = fleet_of(prefills=500, decodes=500)
     blocks = blocks_of("x" * 4000, 4.0)
-    first = fleet.choose(PlacedRequest(1000, math.inf), (), blocks)
+    first = fleet.reserve(PlacedRequest(1000, math.inf), (), blocks)
     assert first is not None
-    fleet.sent(first.prefill, blocks)
+    first.take().release()
     for _ in range(20):
-        again = fleet.choose(PlacedRequest(1000, math.inf), (), blocks)
+        again = fleet.reserve(PlacedRequest(1000, math.inf), (), blocks)
         assert again is not None
         assert again.prefill is first.prefill
     for server in fleet.servers[:495]:
         server.health.request_refused()
-    left = fleet.choose(PlacedRequest(1000, math.inf), (), blocks)
+    left = fleet.reserve(PlacedRequest(1000, math.inf), (), blocks)
     assert left is not None
     assert left.prefill in fleet.prefills[495:]
 
@@ -191,7 +191,7 @@ def test_loads_of_all_ranks_add_up_and_odd_ones_say_nothing() -> None:
 def test_what_others_sent_a_server_counts_while_its_report_is_fresh() -> None:
     server = PrefillServer("http://p", 1)
     server.learn({"internal_states": [{"kairos": {"prefill": LAW}}]})
-    server.owe(300, 5.0, 100.0)
+    server.enqueue(300, 5.0, 100.0)
     server.learn_load(Load(3, 0.0, 1000.0), 100.0)
     assert server.state(100.0).extra_s == pytest.approx(0.7)
     assert server.state(100.0 + 2 * FRESH_S).extra_s == 0.0
@@ -200,20 +200,20 @@ def test_what_others_sent_a_server_counts_while_its_report_is_fresh() -> None:
     server.learn_load(None, 102.0)
     assert server.state(102.0).extra_s == 0.0
     decode = DecodeServer("http://d")
-    decode.join(2, 100.0, 0.05)
+    decode.admit(2, 100.0, 0.05)
     decode.learn_load(Load(5, 160.0, 0.0), 100.0)
     state = decode.state(100.0)
     assert (state.running, state.tokens, list(state.tpots_s)) == (5, 160.0, [0.05])
     assert decode.state(100.0 + 2 * FRESH_S).running == 2
-    decode.leave(2, 100.0, 0.05)
+    decode.release(2, 100.0, 0.05)
     assert decode.state(200.0) == DecodeServer("http://d").state()
 
 
 def test_a_server_that_falls_behind_its_plan_gets_a_new_one() -> None:
     server = PrefillServer("http://p", 1)
     server.learn({"internal_states": [{"kairos": {"prefill": LAW}}]})
-    server.owe(1000, 2.0, 0.0)
-    server.owe(500, 3.0, 0.0)
+    server.enqueue(1000, 2.0, 0.0)
+    server.enqueue(500, 3.0, 0.0)
     plan = server.state(0.5).backlog
     assert plan is server.state(0.99).backlog
     assert plan is not None
@@ -226,15 +226,15 @@ def test_a_server_that_falls_behind_its_plan_gets_a_new_one() -> None:
 @given(
     st.lists(st.tuples(st.floats(1, 1e4), st.floats(0, 100)), max_size=30), st.randoms(), st.data()
 )
-def test_settled_tickets_leave_no_trace(
+def test_dequeued_prompts_leave_no_trace(
     jobs: list[tuple[float, float]], rng: Any, data: st.DataObject
 ) -> None:
     server = PrefillServer("http://p", 1)
-    tickets = [server.owe(tokens, due, 0.0) for tokens, due in jobs]
-    rng.shuffle(tickets)
-    for ticket in tickets:
-        server.settle(ticket, 1.0, served=data.draw(st.booleans()))
-        server.settle(ticket, 1.0, served=True)
+    prompts = [server.enqueue(tokens, due, 0.0) for tokens, due in jobs]
+    rng.shuffle(prompts)
+    for prompt in prompts:
+        server.dequeue(prompt, 1.0, served=data.draw(st.booleans()))
+        server.dequeue(prompt, 1.0, served=True)
     assert (server.owed, server.owed_s, server._owed_tokens) == (0, 0, 0.0)
 
 
@@ -291,19 +291,16 @@ def test_the_margin_follows_how_far_predictions_fall_short() -> None:
     assert margin.value_s < 0.05
 
 
-def test_servers_are_asked_and_odd_answers_do_no_harm() -> None:
-    async def main() -> None:
-        prefill = Fake("prefill", info={"internal_states": [{"kairos": {"prefill": LAW}}]})
-        prefill.loads = {"num_waiting_uncached_tokens": 2000}
-        decode = Fake("decode", info={"internal_states": "odd", "max_total_num_tokens": 5})
-        decode.loads = {"num_running_reqs": "many"}
-        async with bench(prefill, decode) as b:
-            fleet = b.router.fleet
-            await until(lambda: fleet.prefills[0].describe()["foreign_tokens"] == 2000)
-            assert fleet.prefills[0].describe()["speed"][1] == 1e-3
-            await until(lambda: fleet.decodes[0].state().capacity_tokens == 5)
-            async with b.client.get("/v1/loads") as response:
-                loads = await response.json()
-            assert loads["servers"][b.p.url]["loads"] == [prefill.loads]
-
-    asyncio.run(main())
+async def test_servers_are_asked_and_odd_answers_do_no_harm() -> None:
+    prefill = Fake("prefill", info={"internal_states": [{"kairos": {"prefill": LAW}}]})
+    prefill.loads = {"num_waiting_uncached_tokens": 2000}
+    decode = Fake("decode", info={"internal_states": "odd", "max_total_num_tokens": 5})
+    decode.loads = {"num_running_reqs": "many"}
+    async with bench(prefill, decode) as b:
+        fleet = b.router.fleet
+        await until(lambda: fleet.prefills[0].describe()["foreign_tokens"] == 2000)
+        assert fleet.prefills[0].describe()["speed"][1] == 1e-3
+        await until(lambda: fleet.decodes[0].state().capacity_tokens == 5)
+        async with b.client.get("/v1/loads") as response:
+            loads = await response.json()
+        assert loads["servers"][b.p.url]["loads"] == [prefill.loads]

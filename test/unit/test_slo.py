@@ -140,11 +140,11 @@ def test_a_priority_has_the_class_of_the_last_step_it_has_reached(
     ("raw", "text"),
     [
         ([], "object of priority -> class"),
-        ({"high": "chat"}, "'high' is no whole number"),
-        ({"1.5": "chat"}, "no whole number"),
+        ({"high": "chat"}, "priority 'high' must be a whole number"),
+        ({"1.5": "chat"}, "priority '1.5' must be a whole number"),
         ({"1": "gold"}, r"priority_classes.1: unknown class 'gold'; known: chat, default"),
         ({"1": 5}, r"priority_classes.1: must be the name"),
-        ({"1": "chat", "01": "chat"}, "1 is there twice"),
+        ({"1": "chat", "01": "chat"}, "priority 1 is listed twice"),
     ],
 )
 def test_unusable_priorities_are_refused(raw: Any, text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -13,6 +12,7 @@ import pytest
 
 from helpers.fake_scheduler import Req, make_state
 from sglang_kairos.engine.hooks.slo_middleware import SloMiddleware
+from sglang_kairos.router.clock import Clock
 from sglang_kairos.router.fleet.fleet import Fleet
 from sglang_kairos.router.options import RouterOptions
 from sglang_kairos.router.request import context
@@ -56,15 +56,12 @@ def new_table() -> SloTable:
 class Router:
     """Reads a request as the router does; `send` gives the body of an attempt."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.now_s, self.table = 100.0, new_table()
         self.options = RouterOptions(prefills=(("http://p", 1),), decodes=("http://d",))
-        self.fleet = Fleet(self.options)
-        monkeypatch.setattr(
-            context, "time", SimpleNamespace(monotonic=lambda: self.now_s, time=lambda: self.now_s)
-        )
+        self.fleet = Fleet(self.options, Clock(lambda: self.now_s, lambda: self.now_s))
 
-    def accept(self, path: str, body: Any, headers: dict[str, str]) -> context.Call:
+    def accept(self, path: str, body: Any, headers: dict[str, str]) -> context.RequestContext:
         lines = [(name.encode(), value.encode()) for name, value in headers.items()]
         scope = {"type": "http", "path": path, "headers": lines}
         raw, came_s = orjson.dumps(body), self.now_s - 0.002
@@ -132,19 +129,18 @@ CASES: list[tuple[str, Any, dict[str, str], int]] = [
 
 @pytest.mark.parametrize(("path", "body", "headers", "prompts"), CASES)
 async def test_an_slo_is_parsed_once_in_each_process(
-    monkeypatch: pytest.MonkeyPatch,
     parsed: Counter[int],
     path: str,
     body: Any,
     headers: dict[str, str],
     prompts: int,
 ) -> None:
-    router = Router(monkeypatch)
+    router = Router()
     request = router.accept(path, body, headers)
     came_ms = request.carried.slo.age_ms
     for attempt in range(3):  # the first pair, and two retries
         router.now_s += 0.4
-        raw = request.payload()
+        raw = request.payload(router.now_s)
         assert parsed[id(router.table)] == 1
         for _ in ("prefill", "decode"):
             server, passed = await serve(path, raw, headers)
@@ -158,22 +154,20 @@ async def test_an_slo_is_parsed_once_in_each_process(
     assert sum(parsed.values()) <= 1 + 3 * 2 * 2
 
 
-def test_the_age_that_arrives_is_what_the_router_spent(
-    monkeypatch: pytest.MonkeyPatch, parsed: Counter[int]
-) -> None:
-    router = Router(monkeypatch)
+def test_the_age_that_arrives_is_what_the_router_spent(parsed: Counter[int]) -> None:
+    router = Router()
     shared = {"n": 2, "custom_params": {"kairos": WIRE}}
     body = {"text": ["a", "b"], "sampling_params": [shared, {"n": 2}], "ttft_ms": 9}
     request = router.accept(GENERATE, body, {})
     router.now_s += 0.25
-    request.payload()
+    request.payload(router.now_s)
     router.now_s += 0.0001  # too little to write the body for
-    passed = json.loads(request.payload())
+    passed = json.loads(request.payload(router.now_s))
     wires = [item["custom_params"]["kairos"] for item in passed["sampling_params"]]
     assert [wire["age_ms"] for wire in wires] == [257.0, 257.0, 252.0, 252.0]
     assert [wire["ttft_ms"] for wire in wires] == [700.0, 700.0, 9.0, 9.0]
     router.now_s += 1e9
-    last = json.loads(request.payload())["sampling_params"]
+    last = json.loads(request.payload(router.now_s))["sampling_params"]
     assert {item["custom_params"]["kairos"]["age_ms"] for item in last} == {3_600_000.0}
 
 
@@ -225,12 +219,12 @@ async def test_a_slow_body_makes_the_request_older() -> None:
     ("name", "label"), [("chat", "chat"), ("made up", "other"), (None, "default")]
 )
 def test_classes_that_clients_make_up_are_one_to_the_router_and_travel_as_they_are(
-    monkeypatch: pytest.MonkeyPatch, name: str | None, label: str
+    name: str | None, label: str
 ) -> None:
-    router = Router(monkeypatch)
+    router = Router()
     wire = {"ttft_ms": 500.0, **({} if name is None else {"class": name})}
     body = {"text": "hi", "sampling_params": {"custom_params": {"kairos": wire}}}
     request = router.accept(GENERATE, body, {})
     assert (request.slo.name, request.slo.ttft_ms) == (label, 500.0)
-    sent = orjson.loads(request.payload())["sampling_params"]["custom_params"]["kairos"]
+    sent = orjson.loads(request.payload(router.now_s))["sampling_params"]["custom_params"]["kairos"]
     assert sent.get("class") == name

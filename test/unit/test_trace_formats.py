@@ -135,7 +135,9 @@ def test_a_turn_of_a_session_comes_its_delay_after_the_turn_before(tmp_path: Pat
 def test_what_is_no_trace_is_said_to_be_none(tmp_path: Path) -> None:
     path = tmp_path / "t"
     path.write_text("[1, 2]\n")
-    with pytest.raises(TraceError, match=r"known format .Bailian, BurstGPT, aiperf, Mooncake"):
+    with pytest.raises(
+        TraceError, match=r"known trace format .Bailian, BurstGPT, aiperf, Mooncake"
+    ):
         traces.read_trace(path)
 
 

@@ -3,9 +3,9 @@
     kairos calibrate --url http://HOST:PORT --out step_times.json        a server: under a minute
     kairos calibrate --kernels --heads 32 --kv-heads 8 --head-dim 128    FlashInfer's paged kernels
 
-The first writes the file that ``--kairos-latency-model`` reads; start the server with it next time.
-For a pair, measure the prefill and the decode server into the same file: each adds its part. The
-decode server must take made-up KV, as it does for bootstrap host 2.2.2.2.
+The first form writes the file that ``--kairos-latency-model`` reads; give it to the server at its
+next start. For a pair, measure the prefill and the decode server into the same file: each adds its
+part. The decode server must accept made-up KV, as it does for bootstrap host 2.2.2.2.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--api-key", default="", help="sent as bearer token")
     parser.add_argument("--gpu", default="", help="GPU name, for a server without Kairos")
     parser.add_argument("--rows", type=Path, help="also write the measured rows here (JSON)")
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 1000, help="of the prompts")
+    parser.add_argument(
+        "--seed", type=int, default=time.time_ns() % 1000, help="seed of the prompts"
+    )
     kernels.add_flags(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure. Returns 0, 1 when nothing could be measured, 2 for a bad command line."""
+    """Measures. Returns 0, 1 when nothing could be measured, 2 for a bad command line."""
     parser = build_parser()
     given = parser.parse_args(argv)
     if given.kernels:
@@ -58,12 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def profile_url(given: argparse.Namespace, say: Callable[[str], None]) -> int:
-    """Measure, fit, write, tell."""
+    """Measures a server, fits a latency model, writes it and reports. Returns the exit status."""
     headers = {"Authorization": f"Bearer {given.api_key}"} if given.api_key else {}
     server = MeasuredServer(given.url.rstrip("/"), headers)
     report = server.refresh()
     key = key_of(server, report, given.gpu)
-    old = load_profile(given.out, key)  # an unusable file is told before the measuring
+    old = load_profile(given.out, key)  # before measuring, so that an unusable file is reported now
     captured = report.get("captured_sizes") or None
     say(f"{server.mode if server.mode != 'null' else 'unified'} server of {key.model} on {key.gpu}")
     measuring = Measurement(server, given.budget_s, say, given.seed)

@@ -1,8 +1,9 @@
-"""From measured steps to an entry of the file that ``--kairos-latency-model`` reads. Pure numerics.
+"""Fits the entry of a ``--kairos-latency-model`` file to measured steps. Pure numerics.
 
-Rows as the models take them: prefill (prefix tokens, new tokens, seconds), decode (batch, KV
-tokens, seconds). Laws are the predictors' own, fitted by non-negative least squares of relative
-errors; what the law leaves over goes into the predictor's state by observing the rows.
+Rows are as the models take them. Prefill: (prefix tokens, new tokens, seconds). Decode: (batch, KV
+tokens, seconds). The latency models are the predictors' own, fitted by non-negative least squares
+of relative errors. What such a model leaves over goes into the predictor's state, which observes
+the rows.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ PASSES = 3
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted predictor, and its mean relative error on rows that it had not seen (None: too few
-    rows to hold any out)."""
+    """A fitted predictor. `rows`: how many rows it was fitted to.
+
+    `held_out_error`: mean relative error on rows it had not seen; None: too few rows to hold any
+    out.
+    """
 
     model: Any
     held_out_error: float | None
@@ -37,7 +41,7 @@ class Fit:
 
 
 def fit_prefill(rows: Sequence[PrefillRow]) -> Fit | None:
-    """None when there are fewer than LEAST_ROWS rows."""
+    """Returns the fit of prefill rows; None when there are fewer than LEAST_ROWS rows."""
 
     def build(some: Sequence[PrefillRow]) -> PrefillTimeModel:
         model = PrefillTimeModel.fit(some)
@@ -50,7 +54,10 @@ def fit_prefill(rows: Sequence[PrefillRow]) -> Fit | None:
 
 
 def fit_decode(rows: Sequence[DecodeRow], captured: Sequence[int] | None = None) -> Fit | None:
-    """`captured`: the server's CUDA graph sizes. None when there are fewer than LEAST_ROWS rows."""
+    """Returns the fit of decode rows; None when there are fewer than LEAST_ROWS rows.
+
+    `captured`: the server's CUDA graph sizes.
+    """
 
     def build(some: Sequence[DecodeRow]) -> StepTimeModel:
         model = StepTimeModel.fit(some, captured)
@@ -70,7 +77,7 @@ def entry(
     provenance: str,
     old: Seed | None = None,
 ) -> Seed:
-    """The file's entry; a part that was not measured is taken from the `old` one."""
+    """Returns the file's entry. A part that was not measured is taken from the `old` one."""
     laws: dict[str, Any] = {
         "prefill": old and old.prefill,
         "prefill_state": old and old.prefill_state,
@@ -87,7 +94,7 @@ def entry(
 
 
 def medians(rows: Iterable[tuple[float, float, float]]) -> list[tuple[float, float, float]]:
-    """One row per first value and power of two of the second: medians, so hiccups drop out."""
+    """Returns one median row per first value and quarter octave of the second: hiccups drop out."""
     groups: dict[tuple[float, int], list[tuple[float, float, float]]] = {}
     for row in rows:
         groups.setdefault((row[0], round(4 * np.log2(max(row[1], 1.0)))), []).append(row)

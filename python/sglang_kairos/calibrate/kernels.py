@@ -1,8 +1,8 @@
-"""How long FlashInfer's paged prefill and decode attention take, kernel by kernel. No server.
+"""Times FlashInfer's paged prefill and decode attention, kernel by kernel. No server is needed.
 
-Times are medians between CUDA events, after warm-up; the caches of the two wrappers are planned
-outside the timed region, as SGLang does once a step. Random inputs, enough of them that the second
-level cache does not hold the KV.
+Times are medians between CUDA events, after warm-up. The two wrappers are planned outside the timed
+region, as SGLang plans once a step. Inputs are random, and enough of them that the second-level
+cache does not hold the KV.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WARM_UP, TIMES = 5, 30
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``--kernels``."""
+    """Adds the flags of ``--kernels``."""
     group = parser.add_argument_group("kernels (no server; needs CUDA and flashinfer)")
     group.add_argument("--kernels", action="store_true", help="time kernels instead of a server")
     group.add_argument("--heads", type=int, default=32)
@@ -35,7 +35,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(given: argparse.Namespace) -> int:
-    """Times the grid and prints (or writes) JSON; 1 with a message where that is impossible."""
+    """Times the grid and prints (or writes) JSON. Returns 1, with a message, where that is impossible."""
     missing = why_not()
     if missing:
         print(f"error: --kernels {missing}", file=sys.stderr)
@@ -58,7 +58,7 @@ def main(given: argparse.Namespace) -> int:
 
 
 def why_not() -> str:
-    """What is missing here, in words; empty when kernels can be timed."""
+    """Returns what is missing here, in words; empty when kernels can be timed."""
     if importlib.util.find_spec("torch") is None:
         return "needs torch, which is not installed"
     import torch
@@ -71,7 +71,7 @@ def why_not() -> str:
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """The whole grid; cells that do not fit into the GPU's free memory are left out."""
+    """Returns the whole grid; cells that do not fit into the GPU's free memory are left out."""
     import torch
 
     name = torch.cuda.get_device_name()
@@ -140,7 +140,7 @@ def decode_cell(given: argparse.Namespace, batch: int, context: int) -> dict[str
 
 
 class Pages:
-    """Paged KV of some requests, in shuffled pages, as often as keeps it out of the L2 cache."""
+    """Paged KV of some requests, in shuffled pages, in enough copies to keep it out of the L2 cache."""
 
     def __init__(self, given: argparse.Namespace, lengths: Sequence[int]) -> None:
         import torch
@@ -161,7 +161,7 @@ class Pages:
 
 
 def timed(call: Callable[[int], object]) -> dict[str, float]:
-    """Median and lowest milliseconds of `call(turn)`, between CUDA events."""
+    """Returns median and lowest milliseconds of `call(turn)`, between CUDA events."""
     import torch
 
     for turn in range(WARM_UP):

@@ -1,9 +1,8 @@
 """Measures prefill and decode steps of a running server, over HTTP, with its own model.
 
-A Kairos server tells its latest steps (``/server_info``, `engine/state/recent_steps.py`): those are
-what its predictors learn from, and no HTTP time is in them. A server that does not, such as a
-unified one while it decodes, is timed from outside: the time to a first token, the cadence of
-streams.
+A Kairos server reports its latest steps in ``/server_info`` (`engine/state/recent_steps.py`). Its
+own predictors learn from them, and they hold no HTTP time. Other servers are timed from outside, by
+the time to a first token and the cadence of streams. So is a unified server while it decodes.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from sglang_kairos.predict.learnt_file import Key
 
 # SGLang takes made-up KV for a request with this bootstrap host, on either side of a pair.
 FAKE_HOST = "2.2.2.2"
-RELAXED_MS = 1e5  # nobody is parked or shed for these targets
+RELAXED_MS = 1e5  # targets so long that no request is parked or shed for them
 NEW = (16, 64, 256, 512, 1024, 2048, 4096, 8192)
 PREFIX = (0, 512, 2048, 8192, 32_768)
 BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -41,14 +40,17 @@ class ProfileFailed(RuntimeError):
 
 @dataclass
 class MeasuredServer:
-    """A running server: its address, and what it told of itself."""
+    """A running server: its address, and what it reports of itself."""
 
     url: str
     headers: dict[str, str]
     info: dict[str, Any] = field(default_factory=dict)
 
     def refresh(self) -> dict[str, Any]:
-        """Kairos' entry of /server_info; empty on a stock server. ProfileFailed if none answers."""
+        """Returns Kairos' entry of /server_info; empty on a stock server.
+
+        Raises ProfileFailed if the server does not answer.
+        """
         request = urllib.request.Request(self.url + "/server_info", headers=self.headers)
         try:
             with open_url(request, timeout=30) as answer:
@@ -60,18 +62,18 @@ class MeasuredServer:
 
     @property
     def mode(self) -> str:
-        """null (unified), prefill or decode."""
+        """Returns null (unified), prefill or decode."""
         return str(self.info.get("disaggregation_mode") or "null")
 
     @property
     def chunk(self) -> int:
-        """Most new tokens in a prefill step."""
+        """Returns the most new tokens in a prefill step."""
         size = self.info.get("chunked_prefill_size") or 0
         return int(size) if size > 0 else int(self.info.get("max_prefill_tokens") or 8192)
 
     @property
     def capacity(self) -> int:
-        """KV tokens it holds, or the longest context if that is less known."""
+        """Returns the KV tokens that the server holds; 65,536 if it does not say."""
         state = (self.info.get("internal_states") or [{}])[0]
         memory = state.get("memory_usage") or {}
         tokens = self.info.get("max_total_num_tokens") or memory.get("token_capacity")
@@ -79,7 +81,7 @@ class MeasuredServer:
 
     @property
     def longest(self) -> int:
-        """Longest prompt it takes."""
+        """Returns the longest prompt that the server takes, in tokens."""
         limit = self.info.get("context_length") or self.info.get("max_req_input_len") or 32_000
         return int(limit) - 2 * STEPS
 
@@ -91,13 +93,16 @@ class MeasuredServer:
 
 
 def key_of(server: MeasuredServer, report: Mapping[str, Any], gpu: str = "") -> Key:
-    """What the server looks its profile up by: it says so itself, or `gpu` completes the rest."""
-    # Servers of the release before say it by the second name.
+    """Returns the key by which the server looks its latency model up. A Kairos server reports it.
+
+    `gpu`: name of the GPU, for a server that does not. Raises ProfileFailed if it is missing.
+    """
+    # Servers of the release before report it by the second name.
     told = report.get("latency_model_key", report.get("profile_key"))
     if isinstance(told, dict):
         return Key(**told)
     if not gpu:
-        raise ProfileFailed("a server without Kairos does not say what it runs on: give --gpu NAME")
+        raise ProfileFailed("a server without Kairos does not report its GPU; name it with --gpu")
     return Key.of_server(server.info.get, gpu, int(server.info.get("tp_size") or 1))
 
 
@@ -114,24 +119,24 @@ class Measurement:
 
     @property
     def _caches(self) -> bool:
-        """Whether prompts stay in its prefix cache: not those with made-up KV or a made-up peer."""
+        """Returns whether prompts stay in the prefix cache; with made-up KV they do not."""
         return self.server.mode == "null"
 
     def left_s(self) -> float:
         return self._ends_s - time.monotonic()
 
     def prefill(self, until_s: float) -> list[PrefillRow]:
-        """Rows over the grid, fewest tokens first, until `until_s` of the budget are left.
+        """Returns rows over the grid, fewest tokens first, until `until_s` of the budget are left.
 
-        A cell behind a prefix is taken as soon as the budget allows one: without any, the law has
-        no attention term.
+        The first cell behind a prefix is taken as soon as the budget allows one. Without any, the
+        latency model has no attention term.
         """
         server, rows = self.server, list[PrefillRow]()
         self._send([self._job(32, 1), self._job(300, 1)])
         sizes = {min(new, server.chunk) for new in NEW}
         prefixes = PREFIX if self._caches else (0, *(server.chunk * k for k in (1, 2, 4)))
-        room = min(server.longest, server.capacity // 2)
-        cells = [(prefix, new) for prefix in prefixes for new in sizes if prefix + new <= room]
+        limit = min(server.longest, server.capacity // 2)
+        cells = [(prefix, new) for prefix in prefixes for new in sizes if prefix + new <= limit]
         cells.sort(key=lambda cell: (sum(cell), cell))
         while fits := [cell for cell in cells if self._affords(rows, cell, until_s)]:
             wanted = bool(rows) and not any(cached for cached, *_ in rows)
@@ -148,14 +153,14 @@ class Measurement:
         return self.left_s() - 1.5 * cost > until_s
 
     def decode(self) -> list[DecodeRow]:
-        """Rows over the grid, smallest batches' shortest contexts first, while the budget lasts."""
+        """Returns rows over the grid, small batches with short contexts first, while the budget lasts."""
         server, rows = self.server, list[tuple[float, float, float]]()
         self._send([self._job(32, 8)])
         cells = [(batch, context) for batch in BATCH for context in CONTEXT]
-        room = 0.9 * server.capacity
+        limit = 0.9 * server.capacity
         took: dict[int, float] = {}
         for batch, context in sorted(cells, key=lambda cell: cell[0] * (cell[1] + 1000)):
-            fits = batch * (context + STEPS + 1) <= room and context <= server.longest
+            fits = batch * (context + STEPS + 1) <= limit and context <= server.longest
             if batch > server.most_running or not fits:
                 continue
             # What a cell takes grows no faster than its tokens.
@@ -169,7 +174,7 @@ class Measurement:
         return [(int(b), tokens, seconds) for b, tokens, seconds in medians(rows)]
 
     def _prefill_cell(self, prefix: int, new: int) -> list[PrefillRow]:
-        """`new` tokens behind `prefix` cached ones, or behind chunks of that size, a few times."""
+        """Measures `new` tokens behind `prefix` cached ones, or behind chunks of that size."""
         group = next(self._draws)
         size = prefix + new
         shared = (group,) if prefix and self._caches else None
@@ -186,27 +191,27 @@ class Measurement:
             self.source = "HTTP times"
             times = [outcome.ttft_ms / 1e3 for outcome in result.outcomes if outcome.ok]
             found = [(float(prefix), float(new), seconds) for seconds in times]
-        # Without a cache hit, or in pieces, it is another cell: rows say what ran.
+        # Without a cache hit, or in pieces, another cell ran. So rows take what the server reports.
         grouped: dict[tuple[float, float], list[float]] = {}
         for cached, n, seconds in found:
             grouped.setdefault((cached, n), []).append(seconds)
         return [(cached, n, float(np.median(s))) for (cached, n), s in grouped.items()]
 
     def _decode_cell(self, batch: int, context: int) -> list[tuple[float, float, float]]:
-        """Rows (batch, KV tokens, seconds) of `batch` streams over contexts of that length."""
+        """Returns rows (batch, KV tokens, seconds) of `batch` streams over contexts of that length."""
         row = traces.Request(0.0, context, STEPS)
         seen = self._seen()
         result = self._send(self._jobs([row] * batch, next(self._draws)), abreast=batch)
         if self.server.mode == "decode" and (steps := self._fresh(seen)) is not None:
             return [(float(b), float(tokens), s) for b, tokens, s in steps]
         self.source = "HTTP times"
-        pace = cadence(result.outcomes)
-        return [] if pace is None else [(float(batch), batch * (context + STEPS / 2), pace)]
+        step_s = cadence(result.outcomes)
+        return [] if step_s is None else [(float(batch), batch * (context + STEPS / 2), step_s)]
 
     def _estimate(self, rows: Sequence[PrefillRow], tokens: float) -> float:
-        """Seconds for so many new tokens, at most: quadratic beyond each measured cell.
+        """Returns an upper bound in seconds for so many new tokens: quadratic beyond each measured cell.
 
-        What the cheapest cell takes is mostly there at any size; at least a quarter grows.
+        Most of what the cheapest cell takes is there at any size; at least a quarter grows.
         """
         known = [(new, seconds) for _, new, seconds in rows if new > 0]
         floor = min((seconds for _, seconds in known), default=0.0)
@@ -236,7 +241,7 @@ class Measurement:
         result = run(sending)
         bad = [outcome for outcome in result.outcomes if not outcome.ok]
         if bad:
-            raise ProfileFailed(f"a request was not answered: {bad[0].status} {bad[0].error}")
+            raise ProfileFailed(f"a request failed: {bad[0].status} {bad[0].error}")
         return result
 
     def _steps(self) -> dict[str, Any]:
@@ -247,7 +252,7 @@ class Measurement:
         return int(self._steps().get("seen", 0))
 
     def _fresh(self, seen: int) -> list[tuple[float, float, float]] | None:
-        """Steps that ran since; None where the server did not note any."""
+        """Returns the steps that ran since `seen`; None where the server did not note any."""
         steps = self._steps()
         count = int(steps.get("seen", 0)) - seen
         latest = steps.get("latest") or []
@@ -256,7 +261,7 @@ class Measurement:
 
 
 def cadence(outcomes: Sequence[Outcome]) -> float | None:
-    """Seconds between tokens while all streams ran; None if they never did for three tokens."""
+    """Returns the seconds between tokens while all streams ran; None if none had three tokens then."""
     streams = [
         outcome.first_token_s + np.concatenate([[0.0], np.cumsum(outcome.itls_ms) / 1e3])
         for outcome in outcomes

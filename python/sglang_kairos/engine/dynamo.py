@@ -1,11 +1,13 @@
-"""Inside a worker of NVIDIA Dynamo, ``python -m dynamo.sglang``: what an HTTP server's seam does else.
+"""Kairos inside a worker of NVIDIA Dynamo, ``python -m dynamo.sglang``.
 
-Such a worker runs SGLang in its own process (`sgl.Engine`), so there is no HTTP server of SGLang's and
-no middleware. SGLang loads its plugins there all the same, when the engine is made: Kairos then takes
-the SLO of each request from what Dynamo's frontend says (`slo.dynamo`), in the prefill and in the decode
-worker, checks that every scheduler has Kairos, and shows ``kairos_…`` metrics on the worker's own port.
+Such a worker runs SGLang in its own process (`sgl.Engine`), so there is no HTTP server of SGLang's
+and no middleware. SGLang still loads its plugins there when the engine is made. Kairos then does
+three things in the prefill and in the decode worker:
+- it takes the SLO of each request from what Dynamo's frontend says (`slo.dynamo`);
+- it checks that every scheduler has Kairos;
+- it shows ``kairos_…`` metrics on the worker's own port.
 
-Dynamo's functions are known by their text like SGLang's: an unknown one stops the start.
+Dynamo's functions are known by their source text, like SGLang's: an unknown one stops the start.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ _HANDLERS = "dynamo.sglang.request_handlers.llm"
 DECODE_MODULE, PREFILL_MODULE = f"{_HANDLERS}.decode_handler", f"{_HANDLERS}.prefill_handler"
 
 
-# Where Dynamo is unknown, its requests …
+# Completes "requests …", for a Dynamo that is unknown.
 _LOST = "all have the default SLO, and Kairos' metrics are missing"
 
 
@@ -97,7 +99,10 @@ FUNCTIONS = (
 
 
 def unknown_texts() -> list[str]:
-    """One sentence for each of `FUNCTIONS` that is not as known. They must be importable."""
+    """Returns one sentence for each of `FUNCTIONS` that is not as known.
+
+    They must be importable.
+    """
     found = []
     for function in FUNCTIONS:
         text = _text(function)
@@ -118,7 +123,7 @@ def _text(function: Callee) -> str:
 
 
 def install(config: KairosConfig) -> None:
-    """Put Kairos into this worker; SystemExit where Dynamo is not one that it knows."""
+    """Installs Kairos in this worker. Raises SystemExit if Dynamo is not one that it knows."""
     if not config.dynamo:
         logger.warning("Kairos: Dynamo's requests all have the default SLO (--kairos-dynamo off)")
         return
@@ -146,7 +151,7 @@ def _replace(module: str, name: str, handler: Callable[..., Any]) -> None:
 
 
 class Worker:
-    """One Dynamo worker: its handlers, each given the function of Dynamo's that it stands before."""
+    """One Dynamo worker's handlers; each is given the function of Dynamo that it wraps."""
 
     def __init__(
         self, table: SloTable, clock: Callable[[], float] = time.time, facts: ServerFacts = UNKNOWN
@@ -163,7 +168,7 @@ class Worker:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """The engine is there, nothing is served yet: are its schedulers ours? Then metrics."""
+        """Checks the schedulers and shows metrics, once the engine exists and before it serves."""
         schedulers = engine._scheduler_init_result.scheduler_infos
         http.refuse_to_serve(engine.server_args, schedulers)
         self._facts = http.facts_of(
@@ -184,7 +189,7 @@ class Worker:
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """What Dynamo makes of a request, with its SLO."""
+        """Returns what Dynamo makes of a request, with its SLO."""
         result = original(request, *args, **kwargs)
 
         def with_slo() -> dict[str, Any]:
@@ -198,7 +203,7 @@ class Worker:
     def native_payload(
         self, original: Callable[..., Mapping[str, Any] | None], request: Mapping[str, Any]
     ) -> Mapping[str, Any] | None:
-        """The body of a native request, checked as an HTTP server would, with its SLO."""
+        """Returns the body of a native request with its SLO, checked as an HTTP server would."""
         payload = original(request)
         if payload is None:
             return None
@@ -211,7 +216,10 @@ class Worker:
         return self._guarded("native request", with_slo, payload)
 
     def _guarded(self, what: str, made: Callable[[], Any], fallback: Any) -> Any:
-        """`made()`; a client's mistake is answered 400, one of ours costs the SLO and no request."""
+        """Returns `made()`, or `fallback` on an error of ours.
+
+        A client's mistake is answered with 400.
+        """
         try:
             return made()
         except (SloError, RequestError) as error:
@@ -226,7 +234,7 @@ class Worker:
 
 
 def _show_metrics(engine: Any, config: Any, endpoint: Any) -> None:
-    """Show what Kairos' schedulers count where Dynamo shows SGLang's, which it picks by prefix."""
+    """Shows Kairos' counts where Dynamo shows SGLang's, which it picks by prefix."""
     from dynamo.common.utils.prometheus import register_engine_metrics_callback
     from prometheus_client import CollectorRegistry, multiprocess
 

@@ -1,8 +1,9 @@
-"""SGLang features that Kairos does not schedule around, in one table.
+"""A table of SGLang features that Kairos does not schedule around.
 
 Pausing and parking are proven where the identity tests run. Elsewhere a request may carry state
-beside its KV, or be counted somewhere that does not know of it: there stock scheduling stays.
-The start-up log and the table in docs/architecture.md (``scripts/doc_tables.py``) come from `FEATURES`.
+beside its KV, or be counted somewhere that does not know of a pause. There stock scheduling stays.
+The start-up log and the table in docs/architecture.md (``scripts/doc_tables.py``) come from
+`FEATURES`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from sglang_kairos.engine import compat
 
 Action = Literal["pause", "park", "reserve", "start", "serve"]
 
-# What a server says when it starts, by the mode where the action matters.
+# What a server logs when it starts, by the mode where the action matters.
 _LOST: dict[str, dict[Action, str]] = {
     "prefill": {"pause": "chunked prefills are not paused"},
     "decode": {
@@ -30,11 +31,15 @@ _LOST: dict[str, dict[Action, str]] = {
 class Feature:
     """One feature of SGLang and what it forbids.
 
-    `reason` completes "… is off while", a refusal's is the whole message; `flag` is what users know
-    it by. It is looked for on the scheduler (`server`) and, for parking, on each running batch
-    (`batch`). Forbidden may be: to pause a chunked prefill, to park running requests, to have
-    predicted steps limit the reservations, to start a scheduler at all, to start the HTTP server
-    (there `server` gets SGLang's server arguments).
+    `reason` completes "… is off while"; for a refusal it is the whole message. `flag` is what users
+    know it by. `server` looks for it on the scheduler, `batch` on each running batch (for parking).
+
+    `forbids`:
+        pause     pausing a chunked prefill
+        park      parking running requests
+        reserve   limiting reservations by predicted steps
+        start     starting a scheduler at all
+        serve     starting the HTTP server; `server` then gets SGLang's server arguments
     """
 
     name: str
@@ -45,19 +50,19 @@ class Feature:
     flag: str = ""
 
     def found(self, server: Any, batch: Any = None) -> bool:
-        """Whether `server` or, where one is given, `batch` has it."""
+        """Returns whether `server` or, if given, `batch` has it."""
         if self.server is not None and self.server(server):
             return True
         return batch is not None and self.batch is not None and bool(self.batch(batch))
 
 
 def _on(name: str) -> Callable[[Any], Any]:
-    """A switch of the scheduler, or one of its server arguments."""
+    """Returns a check for a switch of the scheduler, or for one of its server arguments."""
     return functools.partial(compat.feature, name=name)
 
 
 def _speculates(owner: Any) -> bool:
-    """Of a scheduler or a batch."""
+    """Returns whether a scheduler or a batch decodes speculatively."""
     algorithm = getattr(owner, "spec_algorithm", None)
     return algorithm is not None and not algorithm.is_none()
 
@@ -152,23 +157,26 @@ _BY_ACTION: dict[Action, tuple[Feature, ...]] = {
 
 
 def reasons(action: Action, server: Any, batch: Any = None) -> Iterator[str]:
-    """Why `action` is forbidden on this scheduler (and batch), in words; none when it is allowed."""
+    """Yields why `action` is forbidden on this scheduler (and batch), in words."""
     return (row.reason for row in _BY_ACTION[action] if row.found(server, batch))
 
 
 def why_not(action: Action, server: Any, batch: Any = None) -> str:
-    """The first of the `reasons`; empty when there is none."""
+    """Returns the first of the `reasons`; empty if the action is allowed."""
     return next(reasons(action, server, batch), "")
 
 
 def refuse_unsupported(scheduler: Any) -> None:
-    """RuntimeError where Kairos cannot schedule correctly at all."""
+    """Raises RuntimeError where Kairos cannot schedule correctly at all."""
     if reason := why_not("start", scheduler):
         raise RuntimeError(reason)
 
 
 def lost(mode: str, scheduler: Any, wanted: Container[Action]) -> list[str]:
-    """What a server in this mode does without of what is `wanted`, and why: for the start-up log."""
+    """Returns what of `wanted` a server in this mode does without, and why.
+
+    For the start-up log.
+    """
     return [
         f"{text}: {', '.join(found)}"
         for action, text in _LOST.get(mode, {}).items()

@@ -1,4 +1,4 @@
-"""What is installed in this process: the plugin, its settings, its seams, those that are left out.
+"""What is installed in this process: the plugin, its settings, its seams, those left out.
 
 `plugin` fills it, handlers read it.
 """
@@ -23,12 +23,12 @@ VOUCHED_FOR: list[str] = []
 
 @functools.cache
 def active_config() -> KairosConfig:
-    """This process' configuration, read once from the environment."""
+    """Returns this process' configuration, read once from the environment."""
     return KairosConfig.from_env()
 
 
 def check_loadable() -> None:
-    """ConfigError when SGLang would not load this plugin."""
+    """Raises ConfigError if SGLang would not load this plugin."""
     if not any(
         entry.name == PLUGIN_NAME for entry in importlib.metadata.entry_points(group=PLUGIN_GROUP)
     ):

@@ -1,6 +1,6 @@
-"""What a change of SGLang means for each seam, as far as a machine can tell.
+"""Judges what a change of SGLang means for each seam, as far as a machine can tell.
 
-`survey` says which texts are known; here the others are looked at: is everything there that the
+`survey` says which texts are known; this module looks at the others. Is everything there that the
 handler relies on (`engine.seams.relied`)? Does another seam of the table serve in its place? What
 is left needs a person. Source is read; nothing of SGLang is imported.
 """
@@ -28,14 +28,18 @@ GOOD: tuple[Kind, ...] = ("as in", "harmless", "compat")
 
 @dataclass(frozen=True)
 class SeamVerdict:
-    """Of one seam in one tree.
+    """The verdict on one seam in one tree; `reasons` are in words.
 
-    `kind`: *as in* a known version; *harmless*: the text changed, everything relied on is there;
-    *compat*: so it is, but an older layout serves for some of it; *another*: it is not wrapped, since
-    another seam serves or none is needed; *person*: somebody must look. `reasons` in words. `text`:
-    the hash of the function's text, empty where there is none; `like`: the versions that have it.
-    `engine.seams.callees`: what of SGLang's the handler calls or replaces, with its hash and
-    whether it is known.
+    `kind` is one of:
+    - *as in*: the text is that of a known version;
+    - *harmless*: the text changed, and everything relied on is there;
+    - *compat*: likewise, but an older layout serves for some of it;
+    - *another*: it is not wrapped, since another seam serves or none is needed;
+    - *person*: somebody must look.
+
+    `text`: hash of the function's text, empty if there is none; `like`: the versions that have it.
+    `callees`: functions of SGLang that the handler calls or replaces (`engine.seams.callees`), each
+    with its hash and whether it is known.
     """
 
     seam: Seam
@@ -47,12 +51,12 @@ class SeamVerdict:
 
     @property
     def wrapped(self) -> bool:
-        """Whether the seam is to be wrapped in that tree."""
+        """Returns whether the seam is to be wrapped in that tree."""
         return self.kind in GOOD
 
     @property
     def known(self) -> bool:
-        """Whether all its texts are known, so that Kairos starts."""
+        """Returns whether all its texts are known, so that Kairos starts."""
         return not self.wrapped or (bool(self.like) and all(known for *_, known in self.callees))
 
     def __str__(self) -> str:
@@ -69,10 +73,11 @@ class SeamVerdict:
 
 
 class Judge:
-    """Of one SGLang. `package`: its folder. `version`: what it is, or is closest to.
+    """Judges one SGLang. `package`: its folder. `version`: what it is, or is closest to.
 
-    `versions` are those whose texts count as known, `layouts` says whether an alternative of
-    `engine.seams.relied` is known: both are for a table that knows less than Kairos does.
+    `versions`: those whose texts count as known. `layouts`: whether an alternative of
+    `engine.seams.relied` counts as known. Both serve to test a table that knows less than Kairos
+    does.
     """
 
     def __init__(
@@ -91,12 +96,12 @@ class Judge:
         self._seams = [seam for seam in seams if self._known(seam)]
 
     def verdicts(self) -> list[SeamVerdict]:
-        """One for each seam of the table."""
+        """Returns one verdict for each seam of the table."""
         own = {seam.qualname: self._alone(seam) for seam in self._seams}
         return [self._among(seam, own) for seam in self._seams]
 
     def _among(self, seam: Seam, own: dict[str, SeamVerdict]) -> SeamVerdict:
-        """Of those that stand for one another the first that is well serves."""
+        """Returns the verdict of the first good seam among those that stand for one another."""
         mine = own[seam.qualname]
         others = [own[name] for name in seam.instead if name in own]
         complete = len(others) == len(seam.instead) > 0
@@ -119,7 +124,7 @@ class Judge:
         known = self._known(seam)
         like = tuple(version for version, print_ in known.items() if print_ == text)
         callees = tuple(self._callees(seam))
-        # Of a known text too: what it relies on may have moved elsewhere.
+        # This is checked for a known text too: what it relies on may have moved elsewhere.
         compat, faults = self._attributes(seam)
         if not faults and like and all(is_known for *_, is_known in callees):
             return SeamVerdict(seam, "as in", (), text, like, callees)
@@ -150,13 +155,13 @@ class Judge:
                 yield callee, text, text in known.values()
 
     def _needless(self, callee: Callee, known: dict[str, str]) -> bool:
-        """It is there, and versions of this age do without it."""
+        """Returns whether it is there although versions of this age do without it."""
         return bool(callee.elsewhere) and known_texts.order(self._version) < min(
             map(known_texts.order, known)
         )
 
     def _gone(self, seam: Seam, callees: tuple[tuple[Callee, str, bool], ...]) -> Iterator[str]:
-        """Functions that the handler calls and that are no more, save where others serve."""
+        """Yields functions that the handler calls and that are gone, unless others serve."""
         there = {callee for callee, *_ in callees}
         for callee in seam.relies_on:
             if callee not in there and self._known(callee) and not callee.elsewhere:
@@ -178,7 +183,7 @@ class Judge:
         return [fault for check in checks for fault in check.faults(self.tree)]
 
     def _attributes(self, seam: Seam) -> tuple[list[str], list[str]]:
-        """Which older layouts serve, and what is missing."""
+        """Returns which older layouts serve, and what is missing."""
         compat: list[str] = []
         faults: list[str] = []
         for need in relied.needs(seam.qualname):
@@ -202,7 +207,10 @@ class Judge:
         return self.tree.has(choice) if ":" in choice else has(self.tree, choice, ours)
 
     def _parameters(self, seam: Seam) -> list[str]:
-        """Whether upstream's callers can call the handler as they call the function."""
+        """Returns why upstream's callers cannot call the handler as they call the function.
+
+        Or nothing.
+        """
         function = self.tree.function(seam.target)
         handler = _ours().function(seam.handler)
         if function is None or handler is None:
@@ -213,7 +221,10 @@ class Judge:
 
 
 def has(tree: SourceTree, choice: str, ours: bool = False) -> bool:
-    """Whether the owner of ``owner.attribute`` has it or, if it is `ours`, takes new attributes."""
+    """Returns whether the owner of ``owner.attribute`` has it.
+
+    If `ours`, whether it takes new ones.
+    """
     owner, _, attribute = choice.partition(".")
     for place in relied.OWNERS[owner]:
         if place.startswith("["):

@@ -1,7 +1,8 @@
-"""Run a function right after a module is first imported.
+"""Runs a function right after a module is first imported.
 
-SGLang's main process loads plugins before its HTTP server module exists; importing that module early
-would read environment variables that SGLang sets later. So the wrap waits for upstream's own import.
+SGLang's main process loads plugins before its HTTP server module exists. Importing that module
+early would read environment variables that SGLang sets later. So the wrap waits for upstream's own
+import.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def when_imported(name: str, then: Callable[[], None]) -> None:
-    """Call `then` once module `name` is loaded; at once when it already is."""
+    """Calls `then` once module `name` is loaded, or at once if it already is."""
     if name in sys.modules:
         then()
     else:

@@ -1,7 +1,7 @@
 """Entry point of SGLang's plugin framework: `install` runs early in every SGLang process.
 
-Upstream logs and swallows whatever a plugin raises. Kairos must not serve half-installed, so every
-failure here becomes `SystemExit`, which upstream lets through.
+SGLang logs and swallows whatever a plugin raises. Kairos must not serve half-installed, so every
+failure here becomes `SystemExit`, which SGLang lets through.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DYNAMO_MODULE = "dynamo.sglang.init_llm"  # its workers have it before they make
 
 
 def installed_sglang() -> str:
-    """Version of the SGLang distribution, or a phrase when there is none."""
+    """Returns the version of the SGLang distribution, or a phrase if there is none."""
     try:
         return f"v{importlib.metadata.version('sglang')}"
     except importlib.metadata.PackageNotFoundError:
@@ -41,7 +41,7 @@ def installed_sglang() -> str:
 
 
 def install() -> None:
-    """Wrap the seams that matter in this process. Called by ``sglang.srt.plugins.load_plugins``."""
+    """Wraps the seams that matter in this process. ``sglang.srt.plugins.load_plugins`` calls it."""
     try:
         config = active_config()
         config.slo_table()
@@ -60,9 +60,9 @@ def install() -> None:
         named = f"{known_texts.VOUCHED_FOR}={os.environ.get(known_texts.VOUCHED_FOR)}"
         logger.warning("Kairos: texts vouched for by %s: %s", named, ", ".join(VOUCHED_FOR))
     # In the main process none of these modules is there yet. It needs the scheduler's seams only to
-    # hand them to children that are forked; spawned ones come through here with their module loaded.
-    # Mooncake's comes where SGLang wants it: it is not installed everywhere, and imported early it
-    # would have prometheus-client forget that there are several processes.
+    # hand them to forked children; spawned ones come through here with their module loaded.
+    # Mooncake's module is wrapped when SGLang imports it. It is not installed everywhere, and an
+    # early import would make prometheus-client miss that there are several processes.
     modules = {"scheduler": SCHEDULER_MODULE, "http": HTTP_MODULE, "mooncake": MOONCAKE_MODULE}
     for process, module in modules.items():
         seams = [seam for seam in kept if seam.process == process]
@@ -77,14 +77,14 @@ def _into_dynamo(config: KairosConfig) -> None:
 
 
 def _kept(found: Survey) -> list[Seam]:
-    """The seams to install; notes in `MISSING` what is lost with the others."""
+    """Returns the seams to install; notes in `MISSING` what is lost with the others."""
     MISSING.clear()
     wanted = [finding.seam for finding in found.findings]
     if not found.problems:
         return wanted
     unknown = {seam.qualname for seam in wanted} - {seam.qualname for seam in found.usable}
     reasons = list(found.problems)
-    # Texts that are known may rely on what is known no more, as all of SGLang here is not.
+    # This SGLang as a whole is unknown, so known functions may rely on others that have changed.
     package = package_folder()
     for verdict in Judge(package, found.version).verdicts() if package else ():
         if verdict.kind == "person" and verdict.seam in found.usable:
@@ -109,14 +109,14 @@ def _resolve(path: str) -> Any:
 
 
 def _tree_seams() -> Any:
-    """``sglang.srt.kairos_seams`` of a patched tree, or None on a stock wheel."""
+    """Returns ``sglang.srt.kairos_seams`` of a patched tree, or None on a stock wheel."""
     if importlib.util.find_spec("sglang.srt.kairos_seams") is None:
         return None
     return importlib.import_module("sglang.srt.kairos_seams")
 
 
 def _wrap(seams: Iterable[Seam]) -> None:
-    """Install handlers: into a patched tree's own seams where it announces them, else by hooks."""
+    """Installs handlers: in a patched tree's own seams where it announces them, else by hooks."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     tree = _tree_seams()
@@ -124,7 +124,7 @@ def _wrap(seams: Iterable[Seam]) -> None:
     for seam in seams:
         handler: Callable[..., Any] = _resolve(seam.handler)
         function = _resolve(seam.target)
-        # A tree's seams announce themselves when their module is imported, as it now is.
+        # A tree's seams announce themselves when their module is imported, which has happened.
         if tree is not None and seam.target in tree.PATCHED:
             tree.install(seam.target, handler)
             INSTALLED["tree"] += 1

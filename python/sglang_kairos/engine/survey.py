@@ -1,4 +1,7 @@
-"""Is the installed SGLang one that Kairos knows? Its source is read, never imported."""
+"""Compares the installed SGLang with the versions that Kairos knows.
+
+Source is read, not imported.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,10 @@ State = Literal["same", "changed", "gone"]
 
 @dataclass(frozen=True)
 class Finding:
-    """How a function of a seam stands in an SGLang tree. `problem` is empty when Kairos knows it.
+    """How a function of a seam stands in an SGLang tree. `problem` is empty if Kairos knows it.
 
     `callee` is None for the function that the seam wraps, else one that its handler relies on.
-    `text` is the hash of what is there; `known_as`: the versions whose text is the same, newest first.
+    `text` is the hash of what is there. `known_as`: the versions with the same text, newest first.
     """
 
     seam: Seam
@@ -36,17 +39,17 @@ class Finding:
 
     @property
     def function(self) -> Seam | Callee:
-        """The one that was looked for."""
+        """The function that was looked for."""
         return self.callee or self.seam
 
 
 @dataclass(frozen=True)
 class Survey:
-    """A tree against the column of the table that fits it best, whatever version it says it is.
+    """A tree compared with the column of the table that fits it best, whatever version it claims.
 
-    The column says which functions are wrapped; the text of each may be that of any version in which
-    it is wrapped, for it has the same handler there.
-    `findings`: of the wrapped functions. `relied_on`: of what their handlers rely on.
+    The column says which functions are wrapped. The text of each may be that of any version in
+    which it is wrapped, since the handler is the same there. `findings`: of the wrapped functions.
+    `relied_on`: of what their handlers rely on.
     """
 
     version: str
@@ -59,12 +62,12 @@ class Survey:
 
     @property
     def problems(self) -> list[str]:
-        """One sentence per function that is not as known, each naming it."""
+        """Returns one sentence per function that is not as known, each naming it."""
         return [finding.problem for finding in self.all if finding.problem]
 
     @property
     def vouched_for(self) -> list[str]:
-        """Functions whose text only the file of `KAIROS_SEAMS` knows."""
+        """Returns the functions whose text only the file of `KAIROS_SEAMS` knows."""
         return sorted(
             {
                 one.function.target
@@ -77,15 +80,15 @@ class Survey:
 
     @property
     def usable(self) -> list[Seam]:
-        """The seams whose functions are as known, and all that their handlers rely on."""
+        """Returns the seams whose functions, and all that their handlers rely on, are as known."""
         broken = {finding.seam.target for finding in self.all if finding.problem}
         return [found.seam for found in self.findings if found.seam.target not in broken]
 
 
 def survey(seams: Iterable[Seam] = SEAMS, package: Path | None = None) -> Survey:
-    """Compare the seams with the sources of SGLang, without importing it.
+    """Compares the seams with the sources of SGLang, without importing it.
 
-    `package` is SGLang's package folder; by default it is looked for as an import would.
+    `package`: SGLang's package folder; None: it is looked for as an import would.
     """
     seams = list(seams)
     texts = Texts(package)
@@ -109,8 +112,10 @@ def _survey(version: str, seams: list[Seam], texts: Texts) -> Survey:
 
 
 def _misfit(found: Survey) -> tuple[float, int]:
-    """Share of the functions not as known, then how many are as in another version only. A version
-    that the table is silent on is no fit."""
+    """Returns the share of functions not as known, then how many are as in another version only.
+
+    A version that the table is silent on does not fit.
+    """
     if not found.findings:
         return 2.0, 0
     of_others = sum(found.version not in one.known_as for one in found.all)
@@ -133,7 +138,7 @@ def _find(seam: Seam, version: str, texts: Texts, callee: Callee | None = None) 
 class Texts:
     """The functions of one SGLang tree, each read and hashed once.
 
-    `package` is SGLang's package folder; by default it is looked for as an import would.
+    `package`: SGLang's package folder; None: it is looked for as an import would.
     """
 
     def __init__(self, package: Path | None = None) -> None:
@@ -141,7 +146,7 @@ class Texts:
         self._found: dict[str, tuple[str, str]] = {}
 
     def of(self, function: Seam | Callee) -> tuple[str, str]:
-        """The hash of its text, or empty and what is missing in words."""
+        """Returns the hash of a function's text; or an empty one and what is missing, in words."""
         if function.target not in self._found:
             self._found[function.target] = self._look(function)
         return self._found[function.target]
@@ -155,7 +160,7 @@ class Texts:
 
 
 def package_folder(name: str = "sglang") -> Path | None:
-    """The folder of an installed package, which is not imported."""
+    """Returns the folder of an installed package, without importing it; None if there is none."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -188,15 +193,16 @@ def _definition(body: list[ast.stmt], names: list[str]) -> ast.stmt | None:
 
 
 def fingerprint(source: str, qualname: str) -> str | None:
-    """Hash of a function's text in `source`; None when there is no such function."""
+    """Returns the hash of a function's text in `source`; None if there is no such function."""
     text = text_of(source, qualname)
     return None if text is None else hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def text_of(source: str, qualname: str) -> str | None:
-    """A function's text in `source` from ``def`` on; None when there is no such function.
+    """Returns a function's text in `source` from ``def`` on; None if there is no such function.
 
-    Text, not AST: the same on every Python. Trailing blanks and indentation do not count.
+    It is text, not AST, and so the same on every Python. Trailing blanks and indentation do not
+    count.
     """
     node = _definition(_parse(source).body, qualname.split("."))
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.end_lineno is None:
@@ -206,7 +212,7 @@ def text_of(source: str, qualname: str) -> str | None:
 
 
 def namesakes(seam: Seam | Callee, package: Path, at_most: int = 3) -> list[str]:
-    """Where else SGLang defines a function of that name, as ``module:qualified.name``.
+    """Returns where else SGLang defines a function of that name, as ``module:qualified.name``.
 
     Those in its own module come first, then those in its folder.
     """
@@ -223,7 +229,7 @@ def namesakes(seam: Seam | Callee, package: Path, at_most: int = 3) -> list[str]
 
 
 def _qualnames(source: str, name: str) -> list[str]:
-    """Functions called `name`, at the top of a module or in its classes."""
+    """Returns functions called `name`, at the top of a module or in its classes."""
     try:
         module = _parse(source)
     except SyntaxError:
@@ -240,7 +246,7 @@ def _qualnames(source: str, name: str) -> list[str]:
 
 
 def way_out(problems: Iterable[str], installed: str) -> str:
-    """The message a user sees when Kairos refuses to start."""
+    """Returns the message that a user sees when Kairos refuses to start."""
     listed = "\n".join(f"  - {problem}" for problem in problems)
     versions = f"{SUPPORTED_VERSIONS[-1]} to {SUPPORTED_VERSIONS[0]}"
     return (

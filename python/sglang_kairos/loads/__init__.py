@@ -1,1 +1,1 @@
-"""Request traces, and the open-loop driver that sends them."""
+"""Reads and makes request traces, and sends them with an open-loop driver."""

@@ -1,4 +1,4 @@
-"""Lines, rows and cells of a trace file, checked: what every format needs. All raise TraceError."""
+"""Reads and checks lines, rows and cells of trace files, for all formats. All raise TraceError."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sglang_kairos.loads.rows import MAX_SECONDS, MAX_TOKENS, TraceError
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
-    """The lines of a text file, which may be packed (``.gz``)."""
+    """Yields the lines of a text file, which may be packed (``.gz``)."""
     try:
         if Path(path).suffix == ".gz":
             with gzip.open(path, "rt", encoding="utf-8-sig", newline="") as packed:
@@ -33,7 +33,7 @@ def read_lines(path: str | Path) -> Iterator[str]:
 
 
 def json_rows(path: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each row stands and the row, of JSON objects one a line."""
+    """Yields each row's place in the file and the row, of JSON objects one a line."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -50,7 +50,7 @@ def json_rows(path: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, 
 def csv_rows(
     path: str, lines: Iterable[str], columns: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """Where each row stands and its cells by column; all of `columns` are there."""
+    """Yields each row's place in the file and its cells by column; all of `columns` are there."""
     reader = csv.reader(lines)
     try:
         header = [name.strip() for name in next(reader, [])]
@@ -67,7 +67,7 @@ def csv_rows(
 
 
 def number(where: str, row: Mapping[str, Any], column: str, high: float) -> float:
-    """The cell as a finite number in [0, high]; JSON numbers and numeric text alike."""
+    """Returns the cell as a finite number in [0, high]; accepts JSON numbers and numeric text."""
     value = row.get(column)
     if value is None:
         raise TraceError(f"{where}: column {column!r} is missing")
@@ -84,7 +84,7 @@ def number(where: str, row: Mapping[str, Any], column: str, high: float) -> floa
 
 
 def token_count(where: str, row: Mapping[str, Any], column: str) -> int:
-    """The cell as a whole number of tokens, at least 1."""
+    """Returns the cell as a whole number of tokens, at least 1."""
     value = number(where, row, column, MAX_TOKENS)
     if value != int(value):
         raise TraceError(f"{where}: column {column!r} must be a whole number, got {value:g}")
@@ -92,7 +92,7 @@ def token_count(where: str, row: Mapping[str, Any], column: str) -> int:
 
 
 def timestamp(where: str, row: Mapping[str, Any], column: str) -> float:
-    """Seconds since the epoch from an ISO date and time, or the seconds themselves."""
+    """Returns seconds since the epoch, from an ISO date and time or from the seconds themselves."""
     text = (row.get(column) or "").strip()
     try:
         moment = datetime.fromisoformat(text)
@@ -103,12 +103,12 @@ def timestamp(where: str, row: Mapping[str, Any], column: str) -> float:
             raise TraceError(
                 f"{where}: column {column!r} must be a date and time, got {text[:40]!r}"
             ) from None
-    # Without a zone all rows share one; any will do for differences.
+    # Rows without a zone share one. Only differences count, so UTC is as good as any.
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def block_ids(where: str, value: Any) -> tuple[int, ...] | None:
-    """The cell as ids of prompt blocks; None where there is none."""
+    """Returns the cell as ids of prompt blocks; None where there is none."""
     if value is None:
         return None
     if not isinstance(value, list) or not all(type(item) is int for item in value):

@@ -1,4 +1,4 @@
-"""What a trace format is. Each is one file in `formats`; `reader` tells them apart by the first line."""
+"""Defines a trace format. Each is one file in `formats`; `reader` chooses one by the first line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sglang_kairos.registry import Registry
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as read: `at` in the file's unit, `where` for error texts."""
+    """One row as read. `at`: its arrival in the file's unit; `where`: its place, for error texts."""
 
     where: str
     at: float
@@ -23,13 +23,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class TraceFormat:
-    """How one kind of trace is told by its first line, and read.
+    """How one kind of trace is recognised by its first line, and read.
 
-    `matches(line)` gets the first line that is not empty. `read(path, lines)` returns a row for each
-    request; arrivals are in the file's unit. `unit` and `block_tokens` are usual, not certain, and
-    `reader` checks them against the rows. `dated`: times name their unit. `rank`: the lowest that
-    matches reads the file. Formats with columns of their own have 0; the two that take whatever looks
-    like theirs come after them, and say what it lacks.
+    `matches(line)` gets the first line that is not empty. `read(path, lines)` returns a row for
+    each request; arrivals are in the file's unit. `unit` and `block_tokens` are usual, not certain:
+    `reader` checks them against the rows. `dated`: times name their unit.
+    `rank`: of the formats that match, the lowest rank reads the file. Formats with columns of their
+    own have 0. Two formats accept any file that looks like theirs and report what it lacks; they
+    come later.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Reads a trace of any known format.
 
-A format gives rows whose arrival is in the file's own unit. What the unit is, and how long a block of
-``hash_ids`` is, is decided here from all rows together.
+A format gives rows whose arrival is in the file's own unit. The unit, and the length of a block of
+``hash_ids``, are decided here from all rows together.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from sglang_kairos.loads.rows import MAX_TOKENS, Request, TraceError
 
 logger = logging.getLogger(__name__)
 
-# Of each unit, how many make a second.
+# How many of each unit make a second.
 UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
-# More than any public trace has: beyond it the unit is a mistake.
+# No public trace has a higher rate, so beyond it the unit is a mistake.
 MOST_PER_S = 1000.0
-# Less than any trace has whose unit is not in the file: its times are finer than assumed.
+# No trace without a stated unit has a lower rate, so below it times are finer than assumed.
 LEAST_PER_S = 0.01
-# A trace whose times have fractions of its unit hardly counts milliseconds.
+# A trace whose times have fractions of its unit is unlikely to count milliseconds.
 MOST_PER_S_OF_FRACTIONS = 100.0
-# Rows before a rate says anything about the unit.
+# With fewer rows a rate says nothing about the unit.
 _ENOUGH_ROWS = 20
 
 
 def read(
     path: str | Path, block_tokens: int | None = None, time_unit: str | None = None
 ) -> list[Request]:
-    """The requests of a trace in any of `FORMATS`, told apart by the first line, in order of arrival.
+    """Returns the requests of a trace in any of `FORMATS`, in order of arrival, the first at 0 s.
 
-    `block_tokens` and `time_unit` (of `UNITS`) are taken from the rows unless given. TraceError.
+    `block_tokens` and `time_unit` (of `UNITS`) are taken from the rows unless given. Raises
+    TraceError.
     """
     by_rank = sorted(FORMATS.values(), key=lambda each: each.rank)
     lines = list(read_lines(path))
@@ -44,7 +45,7 @@ def read(
     chosen = next((each for each in by_rank if each.matches(first)), None)
     if chosen is None:
         known = ", ".join(each.name for each in by_rank)
-        raise TraceError(f"{path}:1: no trace in a known format ({known}): {first.strip()[:60]!r}")
+        raise TraceError(f"{path}:1: not a known trace format ({known}): {first.strip()[:60]!r}")
     rows = chosen.read(str(path), lines)
     if not rows:
         raise TraceError(f"{path}: no requests in it")
@@ -62,7 +63,7 @@ def read(
 
 
 def _per_s(path: str | Path, chosen: TraceFormat, rows: Sequence[Row]) -> float:
-    """The trace's units in a second: its format's, unless the rate that follows cannot be."""
+    """Returns the trace's units in a second: its format's, unless the rate cannot be right then."""
     per_s = UNITS[chosen.unit]
     span = max(row.at for row in rows) - min(row.at for row in rows)
     if chosen.dated or len(rows) < _ENOUGH_ROWS or span <= 0.0:
@@ -76,12 +77,12 @@ def _per_s(path: str | Path, chosen: TraceFormat, rows: Sequence[Row]) -> float:
         return 1.0
     raise TraceError(
         f"{path}: {rate:.4g} requests per second if its times are {chosen.unit} as usual in "
-        f"{chosen.name} traces, {seconds:.4g} if seconds: say which (--time-unit)"
+        f"{chosen.name} traces, {seconds:.4g} if seconds: name the unit with --time-unit"
     )
 
 
 def _block_tokens(path: str | Path, rows: Sequence[Row], usual: int, given: int | None) -> int:
-    """Tokens of a block: ``(blocks - 1) · size < tokens <= blocks · size`` holds in every row."""
+    """Returns the tokens of a block. Each row has (blocks - 1) · size < tokens <= blocks · size."""
     low, high = (given, given) if given else (1, MAX_TOKENS)
     for row in rows:
         blocks = len(row.hash_ids or ())
@@ -105,8 +106,8 @@ def _block_tokens(path: str | Path, rows: Sequence[Row], usual: int, given: int 
     if low == high:
         return low
     raise TraceError(
-        f"{path}: its rows allow {low} to {high} tokens per block of 'hash_ids': say how "
-        "many (--block-tokens)"
+        f"{path}: its rows allow {low} to {high} tokens per block of 'hash_ids': name the number "
+        "with --block-tokens"
     )
 
 

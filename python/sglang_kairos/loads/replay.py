@@ -1,8 +1,9 @@
-"""Open-loop driver: sends each request of a trace at its time, however the last ones fare.
+"""Sends each request of a trace at its time, however slow the answers are (an open loop).
 
-Times are the client's. As in SGLang's ``benchmark/goodput.py``: TTFT runs from the sending of a
-request to its first token, TPOT is (last token - first token) / (tokens - 1), 0 for one token, and
-attainment counts requests that met the target among all that were sent: failed ones miss.
+Times are the client's. Definitions are those of SGLang's ``benchmark/goodput.py``. TTFT runs from
+the sending of a request to its first token. TPOT is (last token - first token) / (tokens - 1), 0
+for one token. Attainment is the share of all sent requests that met the target; failed ones miss
+it.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ CHECK_EVERY_S = 1.0
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one request. Times in seconds from the start of the run.
+    """The outcome of one request. Times are seconds from the start of the run.
 
     `status` is ``ok``, ``http 429`` and the like, ``aborted`` (the server ended it early),
     ``timeout`` or ``error``. `first_token_s` and `last_token_s` are 0 when there was no token.
-    `rid` is the id that the servers know it by, empty when no token came. `missed_by_tool`: targets
-    (``ttft``, ``tpot``) that count as missed whatever the times, since the tool that sent it has none.
+    `rid`: the id that the servers know it by, empty when no token came. `missed_by_tool`: targets
+    (``ttft``, ``tpot``) that count as missed whatever the times, because the tool that sent it
+    counts them so.
     """
 
     index: int
@@ -74,7 +76,7 @@ class Outcome:
 
     @property
     def waited_ms(self) -> float:
-        """Time to the first token, or to the end of a request that never had one."""
+        """Returns the time to the first token, or to the end of a request that never had one."""
         return ((self.first_token_s if self.output_tokens else self.ended_s) - self.sent_s) * 1e3
 
     @property
@@ -91,7 +93,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Metrics:
-    """One run in numbers. Attainments are fractions of `sent`; percentiles are of the answered.
+    """One run in numbers. Attainments are fractions of `sent`; percentiles are of answered requests.
 
     A percentile is None when nothing was answered.
     """
@@ -110,7 +112,7 @@ class Metrics:
 
 
 def measure(outcomes: Sequence[Outcome], duration_s: float) -> Metrics:
-    """The metrics of a run that took `duration_s` from its start to its last answer."""
+    """Returns the metrics of a run that took `duration_s` from its start to its last answer."""
     answered = [outcome for outcome in outcomes if outcome.ok]
     ttfts = [outcome.ttft_ms for outcome in answered]
     tpots = [outcome.tpot_ms for outcome in answered if outcome.output_tokens > 1]
@@ -143,7 +145,7 @@ def measure(outcomes: Sequence[Outcome], duration_s: float) -> Metrics:
 class Result:
     """The outcomes of a run, in order of sending, and its length in seconds.
 
-    `started_s`: its start by ``time.perf_counter``, 0 when that is not known.
+    `started_s`: its start by ``time.perf_counter``; 0 when that is not known.
     """
 
     outcomes: list[Outcome]
@@ -156,7 +158,7 @@ class Result:
 
     @property
     def lag_ms(self) -> float:
-        """The most that the driver itself was late in sending: large means it was overloaded."""
+        """Returns the most that the driver itself was late in sending; large: it was overloaded."""
         return max((o.sent_s - o.planned_s for o in self.outcomes), default=0.0) * 1e3
 
     def dump(self, path: Path) -> None:
@@ -167,7 +169,7 @@ class Result:
 
 
 def is_dump(path: Path) -> bool:
-    """Whether `Result.dump` wrote it."""
+    """Returns whether `Result.dump` wrote the file."""
     with path.open(encoding="utf-8", errors="replace") as file:
         first = next(file, "")
     try:
@@ -178,7 +180,7 @@ def is_dump(path: Path) -> bool:
 
 
 def load(path: Path) -> Result:
-    """Reads what `Result.dump` wrote. ValueError names the line."""
+    """Reads what `Result.dump` wrote. Raises ValueError, which names the line."""
     outcomes: list[Outcome] = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
@@ -208,7 +210,7 @@ def make_jobs(
     vocab: int = 1000,
     extra: dict[str, Any] | None = None,
 ) -> list[Job]:
-    """Jobs of a trace, encoded beforehand so that the run itself costs little.
+    """Returns the jobs of a trace, encoded beforehand so that the run itself costs little.
 
     Targets are milliseconds, for all requests alike or by row. Prompts take token ids below
     `vocab`. `extra` joins every body.
@@ -246,14 +248,14 @@ async def replay(
     """Sends every job at its arrival time to ``url/generate`` and waits for all answers.
 
     A request still unanswered after `timeout_s` seconds has failed, so a run is bounded. With
-    `concurrency` the loop is closed instead: arrival times are ignored and that many requests are
-    in flight. `check` runs every second and ends the run by raising; `progress(sent, done, all)`
-    is called then too.
+    `concurrency` the loop is closed instead: arrival times are ignored, and that many requests are
+    in flight. `check` runs every second and ends the run by raising. `progress(sent, done, all)` is
+    called then too.
     """
     limit = asyncio.Semaphore(concurrency) if concurrency else None
     outcomes: list[Outcome] = []
     tasks: list[asyncio.Task[None]] = []
-    # A reused connection may be closed by the server just as we write: not the scheduler's fault.
+    # A server may close a reused connection just as we write. That would count as a failed request.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     async with aiohttp.ClientSession(
@@ -372,7 +374,7 @@ def _take_event(event: bytes, now: float, outcome: Outcome) -> None:
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Like `asyncio.run`, on uvloop where there is one: the driver shares cores with servers."""
+    """Runs like `asyncio.run`, on uvloop if it is installed: the driver shares cores with servers."""
     try:
         import uvloop
     except ImportError:
@@ -382,30 +384,36 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of ``kairos replay``."""
+    """Returns the parser of ``kairos replay``."""
     parser = parser_of(
         "replay",
-        description="Send each request of a trace at its time, however the others fare, and print "
-        "the run's metrics as JSON.",
+        description="Send each request of a trace at its time, however slow the answers are, and "
+        "print the run's metrics as JSON.",
     )
     parser.add_argument("--url", default="http://127.0.0.1:30000", help="a server or a router")
-    parser.add_argument("--trace", type=Path, help="see docs/simulator.md; else a long tail")
+    parser.add_argument(
+        "--trace", type=Path, help="trace file, see docs/simulator.md (default: a made long tail)"
+    )
     traces.add_reading_options(parser)
-    parser.add_argument("--requests", type=int, default=100)
-    parser.add_argument("--rate", type=float, help="requests/s (trace's own; 4 for a long tail)")
-    parser.add_argument("--max-input", type=int, default=16_000, help="cap, tokens")
-    parser.add_argument("--max-output", type=int, default=400, help="cap, tokens")
-    parser.add_argument("--ttft-ms", type=float, default=1000.0)
-    parser.add_argument("--tpot-ms", type=float, default=100.0)
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS")
+    parser.add_argument("--requests", type=int, default=100, help="most requests to send")
+    parser.add_argument(
+        "--rate", type=float, help="requests/s (default: the trace's own; 4 for a long tail)"
+    )
+    parser.add_argument("--max-input", type=int, default=16_000, help="longest prompt, tokens")
+    parser.add_argument("--max-output", type=int, default=400, help="longest answer, tokens")
+    parser.add_argument("--ttft-ms", type=float, default=1000.0, help="TTFT target, ms")
+    parser.add_argument("--tpot-ms", type=float, default=100.0, help="TPOT target, ms")
+    parser.add_argument(
+        "--timeout", type=float, default=120.0, metavar="SECONDS", help="limit of one request"
+    )
     parser.add_argument("--vocab", type=int, default=1000, help="prompts use token ids below this")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and of a long tail")
     parser.add_argument("--out", type=Path, help="write one JSON line per request here")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Replay a trace against a running server or router. Returns the exit status."""
+    """Replays a trace against a running server or router. Returns the exit status."""
     given = build_parser().parse_args(argv)
     try:
         if given.trace:
@@ -441,7 +449,7 @@ def _progress(every: int = 5) -> Callable[[int, int, int], None]:
 
 
 def failures(outcomes: Iterable[Outcome]) -> list[str]:
-    """One line per kind of failure, with an example."""
+    """Returns one line per kind of failure, with an example."""
     kinds: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         if not outcome.ok:

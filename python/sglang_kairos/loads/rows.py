@@ -1,4 +1,4 @@
-"""What a trace is made of."""
+"""A row of a trace, and its limits."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ MAX_SECONDS = 1e9
 
 
 class TraceError(ValueError):
-    """A trace that cannot be used; the text names file, line and column."""
+    """A trace cannot be used; the text names file, line and column."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """One row of a trace.
 
-    `arrival_s` counts seconds from the trace's start, lengths count tokens. `hash_ids` names the
-    prompt's blocks of `block_tokens` tokens each, the last one possibly partial; None means that
-    the prompt shares nothing.
+    `arrival_s`: seconds from the trace's start. Lengths are tokens. `hash_ids`: ids of the prompt's
+    blocks of `block_tokens` tokens each, the last one possibly partial; None: the prompt shares
+    nothing.
     """
 
     arrival_s: float

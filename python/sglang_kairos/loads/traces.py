@@ -1,7 +1,7 @@
-"""Request traces: read public ones, make one, reshape it, and turn it into prompts.
+"""Reads public request traces, makes one, reshapes it, and turns it into prompts.
 
-A trace is a list of `Request` rows in order of arrival, the first at 0 s. `reader` reads the
-public formats: Mooncake, Bailian, Azure, BurstGPT, aiperf's sessions.
+A trace is a list of `Request` rows in order of arrival, the first at 0 s. `reader` reads the public
+formats: Mooncake, Bailian, Azure, BurstGPT, aiperf's sessions.
 
 Prompts are token ids. Two requests share a prefix exactly as far as their ``hash_ids`` agree, and
 the same seed gives the same prompts on every machine.
@@ -44,26 +44,26 @@ __all__ = [
 def read_trace(
     path: str | Path, block_tokens: int | None = None, time_unit: str | None = None
 ) -> list[Request]:
-    """Reads a trace in any of the known formats, told apart by its first line.
+    """Returns the requests of a trace in any known format, chosen by its first line.
 
-    `block_tokens`: tokens per block of ``hash_ids``, `time_unit`: s, ms, us or ns; both follow from
-    the rows unless given, and TraceError says so where they do not.
+    `block_tokens`: tokens per block of ``hash_ids``. `time_unit`: s, ms, us or ns. Both follow from
+    the rows unless given. Raises TraceError where they do not.
     """
     return reader.read(path, block_tokens, time_unit)
 
 
 def add_reading_options(parser: argparse.ArgumentParser) -> None:
-    """What a trace itself may leave open: `block_tokens`, `time_unit`."""
+    """Adds the flags for what a trace itself may leave open: block length and unit of time."""
     parser.add_argument(
         "--block-tokens",
         type=_block_tokens,
         metavar="N",
-        help="tokens per block of a trace's hash_ids (what its rows allow)",
+        help="tokens per block of a trace's hash_ids (default: what its rows allow)",
     )
     parser.add_argument(
         "--time-unit",
         choices=reader.UNITS,
-        help="unit of a trace's times (its format's, if the rate can be right)",
+        help="unit of a trace's times (default: its format's, if the rate is plausible)",
     )
 
 
@@ -87,10 +87,11 @@ def long_tail(
     sigma_output: float = 0.8,
     max_output: int = 400,
 ) -> list[Request]:
-    """A made trace: Poisson arrivals at `rate` per second, lognormal lengths in tokens, capped.
+    """Makes a trace: Poisson arrivals at `rate` per second, lognormal lengths in tokens, capped.
 
-    A sigma of 1.3 puts p99 at about twenty times the median, as in Mooncake's published
-    conversation trace (p50 6,909, p99 85,401) where a few prompts bring most of the work.
+    A sigma of 1.3 puts p99 at about twenty times the median. In Mooncake's published conversation
+    trace p50 is 6,909 and p99 85,401 tokens: a few prompts bring most of the work. Raises
+    ValueError for `n` < 1.
     """
     if n < 1 or not rate > 0:
         raise ValueError(f"needs n >= 1 and rate > 0, got n={n}, rate={rate}")
@@ -113,13 +114,13 @@ def long_tail(
 
 
 def rate_of(rows: Sequence[Request]) -> float:
-    """Mean arrivals per second; infinite when all arrive at once."""
+    """Returns the mean arrivals per second; infinite when all arrive at once."""
     span = rows[-1].arrival_s - rows[0].arrival_s
     return (len(rows) - 1) / span if span > 0 else math.inf
 
 
 def scale_rate(rows: Sequence[Request], rate: float) -> list[Request]:
-    """The same arrival pattern, stretched or squeezed to `rate` requests per second on average."""
+    """Returns the same arrivals, stretched or squeezed to `rate` requests per second on average."""
     if not rate > 0:
         raise ValueError(f"rate must be positive, got {rate}")
     now = rate_of(rows)
@@ -131,9 +132,11 @@ def scale_rate(rows: Sequence[Request], rate: float) -> list[Request]:
 def scale_lengths(
     rows: Sequence[Request], input_factor: float, output_factor: float = 1.0
 ) -> list[Request]:
-    """Lengths times a factor, at least one token each; shared prefixes shrink along."""
+    """Returns the rows with lengths times a factor, at least one token; shared prefixes shrink too."""
     if not (input_factor > 0 and output_factor > 0):
-        raise ValueError("factors must be positive")
+        raise ValueError(
+            f"factors must be above 0, got {input_factor} for input, {output_factor} for output"
+        )
     return [
         replace(
             row,
@@ -148,7 +151,7 @@ def scale_lengths(
 def cap_lengths(
     rows: Sequence[Request], max_input: int | None = None, max_output: int | None = None
 ) -> list[Request]:
-    """Lengths cut to at most these many tokens."""
+    """Returns the rows with lengths cut to at most these many tokens."""
     return [
         replace(
             row,
@@ -165,7 +168,7 @@ def window(
     duration_s: float = math.inf,
     n: int | None = None,
 ) -> list[Request]:
-    """The requests that arrive in [start_s, start_s + duration_s), at most `n`, from 0 s again."""
+    """Returns the requests that arrive in [start_s, start_s + duration_s), at most `n`, from 0 s."""
     kept = [row for row in rows if start_s <= row.arrival_s < start_s + duration_s][:n]
     first = kept[0].arrival_s if kept else 0.0
     return [replace(row, arrival_s=row.arrival_s - first) for row in kept]
@@ -174,7 +177,7 @@ def window(
 def prompts(
     rows: Iterable[Request], seed: int = 0, low: int = 100, high: int = 1000
 ) -> Iterator[list[int]]:
-    """One prompt per row: token ids in [low, high), prefixes shared as `hash_ids` say.
+    """Yields one prompt per row: token ids in [low, high), prefixes shared as `hash_ids` say.
 
     The default range is inside every vocabulary and clear of most special tokens.
     """
@@ -193,6 +196,6 @@ def prompts(
 
 
 def _token_ids(key: str, count: int, low: int, high: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
-    # A hash, not a random generator: its stream never changes between library versions.
+    # A hash is used because its stream never changes between library versions.
     data = hashlib.shake_128(key.encode()).digest(4 * count)
     return np.frombuffer(data, dtype="<u4") % np.uint32(high - low) + np.uint32(low)

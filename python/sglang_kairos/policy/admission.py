@@ -44,7 +44,7 @@ from numpy.typing import NDArray
 
 from sglang_kairos.policy.load import Array, StepTime, step_costs, within_reach
 from sglang_kairos.policy.urgency import urgency_order
-from sglang_kairos.predict.request_statistics import BEST, Stay
+from sglang_kairos.predict.request_statistics import BEST, RequestStatistics
 
 TARGET = 0.99
 PLENTY = 0.8
@@ -128,7 +128,7 @@ def plan_admission(
     queue: QueueView,
     server: Occupancy,
     step_s: StepTime,
-    stay: Stay,
+    statistics: RequestStatistics,
     *,
     starving: int = -1,
     clock: Array | None = None,
@@ -137,7 +137,7 @@ def plan_admission(
     """Orders the queue and says how many requests may be admitted. At least one if nobody is on pace.
 
     Requests that are not ready come last, in the order of arrival, and are not counted.
-    `step_s(batch, kv_tokens)`: predicted seconds of a decode step. `stay`: statistics of past
+    `step_s(batch, kv_tokens)`: predicted seconds of a decode step. `statistics`: of past
     requests. `starving`: index of the request that is entitled to go first; -1: none.
     `clock` (n,): share of SGLang's time-out that each request has left, 1 to 0; None: no time-outs.
     `min_throughput`: least tokens/s, as a fraction (0 to 1) of what admitting all would produce.
@@ -157,8 +157,8 @@ def plan_admission(
     free = np.maximum(tpot - base, 0.05 * tpot)
     memory = np.maximum(prompt / server.kv_tokens, 1.0 / server.slots)
     share = np.where(reach, np.maximum(cost / free, memory), memory)
-    work = share * stay.output_tokens * tpot
-    hopeful = due - stay.lead_s(prompt, BEST)
+    work = share * statistics.output_tokens * tpot
+    hopeful = due - statistics.startup_s(prompt, BEST)
     latest_end = np.where(hopeful > 0.0, hopeful + work, -1.0)
     never = queue.never_fits(server.kv_tokens)[here]
     left = np.ones(here.size) if clock is None else clock[here]
@@ -183,7 +183,7 @@ def plan_admission(
     if held.size == 0:
         kept = max(1, kept)
     rest = order[kept:]
-    start_by = due[rest] - stay.lead_s(prompt[rest])
+    start_by = due[rest] - statistics.startup_s(prompt[rest])
     called = (due[rest] > 0.0) & (start_by <= LAST_CALL * queue.ttft_s[here[rest]])
     called |= ~reach[rest] | pressed[rest]
     tokens = server.used_tokens + prompt[order[:kept]].sum()

@@ -11,7 +11,7 @@ Rules that need more than one moment live here:
                       token budget of ``--kairos-late-share``.
     time-outs         What is left of SGLang's own time-out decides who is pressed.
     reserve, horizon  The lead (in tokens) to aim at, and in how many tokens to reach it.
-    stay              How long requests usually stay, from those that ended.
+    statistics        How long requests take to start and how many tokens they make.
     circuit breaker   While predicted step times are wrong by more than ``--kairos-max-step-error``,
                       nobody is parked or held back: stock behaviour.
 """
@@ -46,7 +46,7 @@ from sglang_kairos.policy.packing import (
 from sglang_kairos.policy.retraction import keep_order
 from sglang_kairos.policy.urgency import LateShare
 from sglang_kairos.predict.prediction_error import PredictError
-from sglang_kairos.predict.request_statistics import Stay
+from sglang_kairos.predict.request_statistics import RequestStatistics
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -109,7 +109,7 @@ class DecodePlanner:
         self, config: KairosConfig, counters: Counter[str], give_up_s: float = GIVE_UP_S
     ) -> None:
         self.config, self.counters, self.give_up_s = config, counters, give_up_s
-        self.late_share, self.stay = LateShare(config.late_share), Stay()
+        self.late_share, self.statistics = LateShare(config.late_share), RequestStatistics()
         self.breaker: PredictError | None = None
         """The prediction error that opened the breaker; None while it is closed."""
 
@@ -132,7 +132,7 @@ class DecodePlanner:
             queue,
             self._occupancy(running, server, reserve_of(error.mape)),
             times.step_s,
-            self.stay,
+            self.statistics,
             starving=self._starving(queue, server.kv_tokens),
             clock=clock,
             min_throughput=self.config.min_throughput,
@@ -195,7 +195,7 @@ class DecodePlanner:
     @property
     def horizon_tokens(self) -> float:
         """Returns in how many tokens a lead is to be made up or used."""
-        return horizon_of(self.stay.output_tokens)
+        return horizon_of(self.statistics.output_tokens)
 
     def _starving(self, queue: QueueView, kv_tokens: float) -> int:
         """Returns the index that goes first as it waited too long; -1: none, or no late share left."""

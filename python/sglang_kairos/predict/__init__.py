@@ -1,1 +1,1 @@
-"""Pure numerics: how long a prefill or a decode step will take, corrected by what steps took."""
+"""Predicts how long prefill and decode steps take, and learns from what they took. Pure."""

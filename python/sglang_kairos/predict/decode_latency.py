@@ -1,10 +1,12 @@
-"""How long a decode step takes: `latency_model.DecodeLatency` and what it leaves over.
+"""Predicts the duration of a decode step: `latency_model.DecodeLatency` and corrections to it.
 
-The law is taken at `batch` padded up to the next captured CUDA-graph size. On the measured table of
-MiniMax-M2.5 on H200, TP4, the straight law is 15.9 % off on average, the one with knees 1.8 %. All
-coefficients are >= 0, so it is monotone in both. They follow executed steps (`least_squares`). What
-the law leaves over is learnt cell by cell (`step_table`), which keeps the prediction monotone and
-brings cells it never saw to 1.3 % after one look at the others.
+The model is evaluated at `batch` padded up to the next captured CUDA-graph size. On the measured
+table of MiniMax-M2.5 on H200, TP4, a straight line is 15.9 % off on average; with knees it is 1.8
+%. All coefficients are >= 0, so predictions never fall with more requests or tokens. They follow
+executed steps (`least_squares`).
+
+What the model leaves over is learnt cell by cell (`step_table`). Predictions stay monotone. Cells
+never seen come to 1.3 % after one look at the others.
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ KIND = "step_time"
 
 
 class StepTimeModel:
-    """Predicts, and corrects itself from what steps took.
+    """Predicts decode steps and corrects itself from executed ones.
 
-    `law`: as of now, without what the cells add. `knee_s`: its slopes at `knees`. `of` starts from
-    a law.
+    `law`: the latency model as of now, without what the cells add. `knee_s`: its slopes at `knees`.
+    `of` starts from a latency model.
     """
 
     def __init__(
@@ -55,12 +57,12 @@ class StepTimeModel:
 
     @classmethod
     def generic(cls, captured_sizes: Sequence[int] | None = None) -> StepTimeModel:
-        """A first guess for unknown hardware: replaced by the first few observed steps."""
+        """Returns a first guess for unknown hardware; the first few observed steps replace it."""
         return cls.of(GENERIC_DECODE, captured_sizes)
 
     @classmethod
     def of(cls, law: DecodeLatency, captured_sizes: Sequence[int] | None = None) -> StepTimeModel:
-        """Starts from this law."""
+        """Returns a predictor that starts from this latency model."""
         a, b, *slopes, c = law.terms
         return cls(a, b, c, captured_sizes, slopes, [knee for knee, _ in law.knees])
 
@@ -68,7 +70,7 @@ class StepTimeModel:
     def fit(
         cls, rows: Iterable[tuple[int, float, float]], captured_sizes: Sequence[int] | None = None
     ) -> StepTimeModel:
-        """From a profile: rows of (batch, KV tokens in all, seconds)."""
+        """Returns a predictor fitted to a profile: rows of (batch, KV tokens in all, seconds)."""
         table = list(rows)
         shape = cls(0.0, 0.0, 0.0, captured_sizes)
         features = [shape._features(batch, kv_tokens) for batch, kv_tokens, _ in table]
@@ -76,7 +78,7 @@ class StepTimeModel:
         return cls.of(DecodeLatency.of(terms), captured_sizes)
 
     def padded(self, batch: Any) -> Any:
-        """`batch` rounded up to a captured size; above the largest it runs as it is."""
+        """Returns `batch` rounded up to a captured size, or as it is above the largest one."""
         known = len(self._size_of)
         if not isinstance(batch, np.ndarray):
             return self._size_of[batch] if batch < known else batch
@@ -89,9 +91,9 @@ class StepTimeModel:
     @overload
     def step_s(self, batch: int | NDArray[Any], kv_tokens: NDArray[Any]) -> NDArray[np.float64]: ...
     def step_s(self, batch: Any, kv_tokens: Any) -> Any:
-        """Seconds of a step over `batch` requests that read `kv_tokens` in all; shapes broadcast.
+        """Returns the seconds of a step of `batch` requests over `kv_tokens` in all.
 
-        Monotone in both. An array of 256 takes about 30 us on a CPU core.
+        Shapes broadcast. Monotone in both. An array of 256 takes about 30 us on a CPU core.
         """
         if not self._learnt:
             return self.law.step_s(self.padded(batch), kv_tokens)
@@ -104,15 +106,16 @@ class StepTimeModel:
         return self._cells.at(self._table, batch, kv_tokens)
 
     def marginal_s(self, batch: int, kv_tokens: float, context: Any) -> Any:
-        """Seconds that one more request of `context` tokens (number or array) adds to a step.
+        """Returns the seconds that one more request of `context` tokens adds to a step.
 
-        Only its KV where the padded batch has a free place.
+        `context` is a scalar or an array. Where the padded batch has a free place, only its KV
+        adds.
         """
         more = self.step_s(batch + 1, kv_tokens + context)
         return more - (self.step_s(batch, kv_tokens) if batch else 0.0)
 
     def observe(self, batch: int, kv_tokens: float, seconds: float) -> None:
-        """An executed step took `seconds`. A time that is not positive and finite is ignored."""
+        """Learns from an executed step. A time that is not positive and finite is ignored."""
         if batch < 1 or not 0.0 < seconds < math.inf:
             return
         expected = float(self.step_s(batch, kv_tokens))
@@ -137,11 +140,11 @@ class StepTimeModel:
 
     @property
     def error(self) -> PredictError:
-        """How wrong the latest predictions were."""
+        """The error of the latest predictions."""
         return self._rls.error
 
     def snapshot(self) -> dict[str, Any]:
-        """What was learnt, ready for JSON."""
+        """Returns what was learnt, ready for JSON."""
         return {
             "kind": KIND,
             "law": self._rls.snapshot(),
@@ -149,7 +152,10 @@ class StepTimeModel:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over a `snapshot`; ValueError if it does not fit, and then nothing has changed."""
+        """Takes over a `snapshot`.
+
+        Raises ValueError if it does not fit, and changes nothing then.
+        """
         check_kind(state, KIND)
         law, cells = mapping_of(state, "law"), mapping_of(state, "cells")
         self._cells.check(cells)

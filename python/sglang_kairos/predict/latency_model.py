@@ -1,20 +1,23 @@
-"""How long a prefill or a decode step takes: the two laws that server, router and simulator share.
+"""The two latency models that server, router and simulator share: a prefill and a decode step.
 
 A prefill step over requests with n new tokens each, after `prefix` cached ones:
 
     seconds = a + b sum(n) + c sum(n (prefix + n / 2)) + d sum((prefix + n)^2) + e min(sum(n), knee)
 
-a fixed cost, the matrix products, attention (new tokens times what they look at), and what a
-backend without a paged prefill kernel pays, whose queries are padded to the whole context (SGLang's
-`torch_native` on a CPU; d is 0 for FlashInfer and its like). The knee is that of a mixture of
-experts, where the first tokens of a step wake more and more experts; e is 0 for a dense model.
+a is the fixed cost and b that of the matrix products. c is attention: new tokens times what they
+look at. d is what a backend without a paged prefill kernel pays, whose queries are padded to the
+whole context. That is SGLang's `torch_native` on a CPU; d is 0 for FlashInfer and its like. e is
+that of a mixture of experts, where the first tokens of a step wake more and more experts, up to the
+knee. It is 0 for a dense model.
 
 A decode step over `requests` whose contexts are `tokens` long in all:
 
     seconds = a + b requests + c tokens + sum_j slope_j min(requests, knee_j)
 
-The knees let the curve flatten: in a mixture of experts a small batch's every request wakes more
-experts, a large one's wakes none.
+The knees let the curve flatten. In a mixture of experts, each request of a small batch wakes more
+experts; those of a large batch wake none.
+
+Source: our own design, fitted to measured tables (`decode_latency`, `prefill_latency`).
 """
 
 from __future__ import annotations
@@ -35,7 +38,11 @@ NO_SLOPES = tuple((knee, 0.0) for knee in KNEES)
 
 
 class PrefillLatency(NamedTuple):
-    """Seconds per step, token, token and token of context, squared context, and token up to `knee`."""
+    """Coefficients of a prefill step, in seconds; `knee` in tokens. See the module's docstring.
+
+    a per step, b per token, c per token and token of context, d per squared token of context, e per
+    token up to `knee`.
+    """
 
     a_s: float
     b_s: float
@@ -45,14 +52,14 @@ class PrefillLatency(NamedTuple):
     knee: float = KNEE
 
     def features(self, new_tokens: Tokens, prefix_tokens: Tokens) -> tuple[float, ...]:
-        """What a to e are multiplied with for one step over these requests, (n,) or ()."""
+        """Returns what a to e are multiplied with for one step over these requests, (n,) or ()."""
         n, prefix = np.asarray(new_tokens, float), np.asarray(prefix_tokens, float)
         attended = float((n * (prefix + n / 2)).sum())
         total = float(n.sum())
         return 1.0, total, attended, float(((prefix + n) ** 2).sum()), min(total, self.knee)
 
     def step_s(self, new_tokens: Tokens, prefix_tokens: Tokens) -> float:
-        """Seconds of one step over these requests, (n,) or ()."""
+        """Returns the seconds of one step over these requests, (n,) or scalars."""
         features = self.features(new_tokens, prefix_tokens)
         return sum(k * x for k, x in zip(self[:5], features, strict=True))
 
@@ -61,12 +68,14 @@ class PrefillLatency(NamedTuple):
     @overload
     def work_s(self, tokens: Floats, prefix: Floats, chunk_tokens: float = 0) -> Floats: ...
     def work_s(self, tokens: Any, prefix: Any = 0.0, chunk_tokens: float = 0) -> Any:
-        """Seconds to prefill `tokens` more after `prefix`, alone; each on its own in an array.
+        """Returns the seconds to prefill `tokens` more after `prefix`, alone.
 
-        Closed form: attention over consecutive chunks adds up to that of the whole; the fixed cost
-        comes once a chunk, and the padded one with the context so far: a sum of squares over the
-        full chunks and the whole for the last. `chunk_tokens` <= 0: not chunked. Arrays: shapes
-        broadcast, and `tokens` is one whenever `prefix` is.
+        In an array each request is on its own; shapes broadcast, and `tokens` is an array whenever
+        `prefix` is. `chunk_tokens` <= 0: not chunked.
+
+        Closed form. Attention over consecutive chunks adds up to that of the whole. The fixed cost
+        comes once a chunk. The padded cost comes with the context so far: a sum of squares over the
+        full chunks, and the whole for the last.
         """
         do = _ARRAY if isinstance(tokens, np.ndarray) else _SCALAR
         steps = do.ceil(tokens / chunk_tokens) if chunk_tokens > 0 else do.minimum(tokens, 1)
@@ -86,34 +95,34 @@ class PrefillLatency(NamedTuple):
         return seconds
 
     def prompt_s(self, tokens: float, cached: float, chunk_tokens: float) -> tuple[float, float]:
-        """Tokens to compute of a prompt, one at least, and the seconds that takes."""
+        """Returns the tokens to compute of a prompt, at least one, and the seconds that takes."""
         known = min(cached, max(0.0, tokens - 1.0))
         return tokens - known, self.work_s(tokens - known, known, chunk_tokens)
 
     @classmethod
     def of(cls, terms: Sequence[float], knee: float) -> PrefillLatency:
-        """From a to e."""
+        """Returns the model with coefficients a to e."""
         a, b, c, d, e = terms
         return cls(a, b, c, d, e, knee)
 
     def scaled(self, factor: float) -> PrefillLatency:
-        """The law of a server that takes `factor` times as long."""
+        """Returns the model of a server that takes `factor` times as long."""
         return self.of([factor * value for value in self[:5]], self.knee)
 
     def to_json(self) -> dict[str, Any]:
-        """a_s to e_s, and the knee in tokens."""
+        """Returns a_s to e_s in seconds, and the knee in tokens."""
         return self._asdict()
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> PrefillLatency:
-        """From `to_json`; d_s, e_s and knee may be missing. ValueError naming the field."""
+        """Reads `to_json`; d_s, e_s and knee may be missing. Raises ValueError naming the field."""
         optional = {"d_s": 0.0, "e_s": 0.0}
         terms = [_seconds(raw.get(name, optional.get(name)), name) for name in cls._fields[:5]]
         return cls.of(terms, _size(raw.get("knee", KNEE), "knee"))
 
 
 class DecodeLatency(NamedTuple):
-    """Seconds per step, request and token of context; `knees`: (requests, slope in seconds)."""
+    """Coefficients in seconds per step, request and context token; `knees`: (requests, seconds)."""
 
     a_s: float
     b_s: float
@@ -133,29 +142,32 @@ class DecodeLatency(NamedTuple):
         return seconds + self.c_s * tokens
 
     def features(self, requests: float, tokens: float) -> tuple[float, ...]:
-        """What `terms` are multiplied with."""
+        """Returns what `terms` are multiplied with."""
         return 1.0, requests, *(min(requests, knee) for knee, _ in self.knees), float(tokens)
 
     @property
     def terms(self) -> tuple[float, ...]:
-        """a, b, the knees' slopes, c: seconds."""
+        """a, b, the slopes at the knees, c; in seconds."""
         return self.a_s, self.b_s, *(slope_s for _, slope_s in self.knees), self.c_s
 
     @classmethod
     def of(cls, terms: Sequence[float], knees: Sequence[float] = KNEES) -> DecodeLatency:
-        """From `terms`, and where the knees are. ValueError when there are not as many."""
+        """Returns the model of these `terms`.
+
+        Raises ValueError unless `knees` match them in number.
+        """
         a, b, *slopes, c = terms
         return cls(a, b, c, tuple(zip(knees, slopes, strict=True)))
 
     def to_json(self) -> dict[str, Any]:
-        """a_s, b_s, c_s and `knees`."""
+        """Returns a_s, b_s, c_s and `knees`."""
         return {**self._asdict(), "knees": [list(pair) for pair in self.knees]}
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> DecodeLatency:
-        """From `to_json`; `knees` may be missing, or `knee_s` in their place: the slopes at KNEES.
+        """Reads `to_json`. Raises ValueError naming the field.
 
-        ValueError naming the field.
+        `knees` may be missing, or `knee_s` may stand in its place: the slopes at KNEES.
         """
         a, b, c = (_seconds(raw.get(name), name) for name in ("a_s", "b_s", "c_s"))
         slopes, knees = raw.get("knee_s", [0.0] * len(KNEES)), raw.get("knees")
@@ -170,7 +182,7 @@ class DecodeLatency(NamedTuple):
         return cls(a, b, c, tuple(pairs))
 
 
-# Of unknown hardware.
+# First guesses for unknown hardware.
 GENERIC_PREFILL = PrefillLatency(10e-3, 50e-6, 1e-9)
 GENERIC_DECODE = DecodeLatency(5e-3, 50e-6, 50e-9)
 

@@ -1,9 +1,9 @@
-"""What a server learnt about its step times, kept in a file across restarts.
+"""Keeps what a server learnt about its step times in a file, across restarts.
 
-The format is that of `shipped_models`; an entry belongs to one `Key`, so the file of another
+The format is that of `shipped_models`. An entry belongs to one `Key`, so the file of another
 machine, model or kernel is never used. A file is replaced as a whole: a reader sees the old or the
-new one. Two servers may share a file: each keeps the entries and parts it does not know about; when
-they write in the same instant the later one wins, and the other's part is back with its next save.
+new one. Two servers may share a file, since each keeps the entries and parts that it does not know.
+When both write in the same instant, the later one wins. The other's part is back at its next save.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ class Key:
 
     @classmethod
     def of_server(cls, setting: Callable[[str], Any], gpu: str, tp: int) -> Key:
-        """The key of a server whose SGLang arguments `setting` looks up by name (None: not set)."""
+        """Returns the key of a server. `setting` looks up an SGLang argument by name.
+
+        None if not set.
+        """
 
         def of(name: str) -> str:
             return str(setting(name) or "")
@@ -53,9 +56,10 @@ class Key:
 
 
 def load_profile(path: str | Path, key: Key) -> Seed | None:
-    """The entry of exactly this key; None when there is no file or no such entry.
+    """Returns the entry of exactly this key; None if there is no file or no such entry.
 
-    ProfileError for a file that is damaged, foreign or unreadable: the caller may go on without.
+    Raises ProfileError for a file that is damaged, foreign or unreadable; the caller may go on
+    without.
     """
     for seed in _read(Path(path)):
         if _key(seed) == key:
@@ -70,10 +74,10 @@ def save_profile(
     prefill_state: Mapping[str, Any] | None = None,
     decode_state: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write what predictors learnt, their `snapshot`s. OSError when the file cannot be written.
+    """Writes what predictors learnt, as their `snapshot`. Raises OSError if that fails.
 
-    A part that is None keeps what the file has for it. A damaged file is replaced. Waits for the
-    disk: not for a scheduler's own thread.
+    A part that is None keeps what the file has for it. A damaged file is replaced. This waits for
+    the disk, so a scheduler's own thread must not call it.
     """
     path = Path(path)
     try:
@@ -93,9 +97,10 @@ def save_profile(
 def resume(
     seed: Seed, prefill: PrefillTimeModel | None = None, decode: StepTimeModel | None = None
 ) -> None:
-    """Give predictors what the entry's states know. ProfileError naming the part that does not fit.
+    """Restores predictors from the entry's states.
 
-    A predictor whose part is missing or does not fit is left as it is.
+    Raises ProfileError naming the part that does not fit. A predictor whose part is missing or does
+    not fit is left as it is.
     """
     for name, model, state in (
         ("prefill_state", prefill, seed.prefill_state),

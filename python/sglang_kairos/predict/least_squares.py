@@ -1,13 +1,15 @@
-"""Recursive least squares on relative error: forgets, shrugs off outliers, never goes negative.
+"""Recursive least squares on relative error, robust to outliers, with coefficients >= 0.
 
-Model: seconds = x . theta with theta >= 0; x, theta of shape (k,), small k. An observation is
-scaled by its own duration, so that 5 % counts the same on a short step as on a long one:
-    A     <- A - (1 - KEEP) (A u)(A u)' / (u' A u) + u u',     u = x / seconds
+Model: seconds = x . theta with theta >= 0; x and theta have shape (k,), small k. An observation is
+scaled by its own duration u = x / seconds. So 5 % counts the same on short and long steps.
+
+    A     <- A - (1 - KEEP) (A u)(A u)' / (u' A u) + u u'
     theta <- theta + A^-1 u (1 - u . theta)
-Forgetting acts along u only (directional forgetting, Cao & Schwartz, Automatica 2000): what the
-current load does not exercise stays known. Outliers are bounded (`prediction_error.Outliers`); when
-several come in a row the regime has changed, and what was learnt before counts less from then on. A
-negative coefficient is set to 0 and the others move to the optimum on that face.
+
+Forgetting acts along u only (directional forgetting, Cao & Schwartz, Automatica 2000). What the
+current load does not exercise stays known. Outliers are bounded (`prediction_error.Outliers`). When
+several come in a row the regime has changed, and what was learnt before counts less. A negative
+coefficient is set to 0, and the others move to the optimum on that face.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ PRIOR = 0.001  # weight of the first guess, in observations
 
 
 class Rls:
-    """Coefficients `theta`, first guess included. `scale`: typical size of each feature."""
+    """Recursive least squares from a first guess `theta`, (k,).
+
+    `scale`: typical size of each feature.
+    """
 
     def __init__(self, theta: Sequence[float], scale: Sequence[float]) -> None:
         self._scale = np.asarray(scale, float)
@@ -43,7 +48,7 @@ class Rls:
 
     @property
     def theta(self) -> list[float]:
-        """The coefficients, per unit of each feature."""
+        """The coefficients, per unit of each feature, (k,)."""
         if self._listed is None:
             self._listed = (self._theta / self._scale).tolist()
         return list(self._listed)
@@ -51,10 +56,11 @@ class Rls:
     def observe(
         self, features: Sequence[float], seconds: float, predicted_s: float | None = None
     ) -> tuple[float, bool]:
-        """One executed step. A time that is not positive and finite is ignored.
+        """Learns from an executed step.
 
-        `predicted_s`: what was predicted where that is more than the law; error and outliers are
-        judged by it. Returns the time to learn from and whether what was learnt before is in doubt.
+        Returns the time learnt from, and whether to doubt the past. A time that is not positive and
+        finite is ignored. `predicted_s`: the prediction where it is more than x . theta; error and
+        outliers are judged by it.
         """
         if not 0.0 < seconds < math.inf:
             return seconds, False
@@ -77,15 +83,15 @@ class Rls:
 
     @property
     def error(self) -> PredictError:
-        """How wrong the latest predictions were."""
+        """The error of the latest predictions."""
         return self._window.error
 
     def upper_ratio(self, quantile: float) -> float:
-        """Upper bound of measured over predicted, see `ErrorWindow.upper_ratio`."""
+        """Returns an upper bound of measured over predicted; see `ErrorWindow.upper_ratio`."""
         return self._window.upper_ratio(quantile)
 
     def snapshot(self) -> dict[str, Any]:
-        """What was learnt, as JSON scalars and lists; errors are of this process and stay here."""
+        """Returns what was learnt, as JSON scalars and lists, without this process' errors."""
         return {
             "theta": self.theta,
             "information": self._information.tolist(),
@@ -93,7 +99,7 @@ class Rls:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over a `snapshot`; ValueError when it is of another model or damaged."""
+        """Takes over a `snapshot`. Raises ValueError if it is of another model or damaged."""
         theta = array_of(state, "theta", self._theta.shape)
         information = array_of(state, "information", self._information.shape)
         spread = float(array_of(state, "spread", ()))
@@ -111,13 +117,13 @@ class Rls:
 
 
 def check_kind(state: Mapping[str, Any], kind: str) -> None:
-    """ValueError unless this is a snapshot of that kind of model."""
+    """Raises ValueError unless `state` is a snapshot of that kind of model."""
     if state.get("kind") != kind:
         raise ValueError(f"kind: {state.get('kind')!r}, expected {kind!r}")
 
 
 def mapping_of(state: Mapping[str, Any], field: str) -> Mapping[str, Any]:
-    """A nested object out of a snapshot; ValueError naming the field otherwise."""
+    """Returns a nested object of a snapshot. Raises ValueError naming the field."""
     found = state.get(field)
     if not isinstance(found, Mapping):
         raise ValueError(f"{field}: missing or not an object")
@@ -125,7 +131,7 @@ def mapping_of(state: Mapping[str, Any], field: str) -> Mapping[str, Any]:
 
 
 def array_of(state: Mapping[str, Any], field: str, shape: tuple[int, ...]) -> Vector:
-    """A finite array of this shape out of a snapshot; ValueError naming the field otherwise."""
+    """Returns a finite array of this shape from a snapshot. Raises ValueError naming the field."""
     try:
         found = np.asarray(state[field], float)
     except (KeyError, TypeError, ValueError):
@@ -140,7 +146,10 @@ def array_of(state: Mapping[str, Any], field: str, shape: tuple[int, ...]) -> Ve
 def least_squares(
     features: Sequence[Sequence[float]] | Vector, seconds: Sequence[float] | Vector
 ) -> Vector:
-    """Coefficients >= 0 of least relative squared error. `features` (m, k), `seconds` (m,)."""
+    """Returns coefficients >= 0 of least relative squared error, (k,).
+
+    `features`: (m, k). `seconds`: (m,).
+    """
     u = np.asarray(features, float) / np.asarray(seconds, float)[:, None]
     scale = np.maximum(np.abs(u).max(axis=0), 1e-300)
     u = u / scale
@@ -151,7 +160,10 @@ def least_squares(
 
 
 def _nonnegative(information: Vector, theta: Vector) -> Vector:
-    """The point >= 0 nearest to `theta` in the metric `information` (active set, no release)."""
+    """Returns the point >= 0 nearest to `theta` in the metric `information`.
+
+    By an active set without release.
+    """
     if theta.min() >= 0.0:
         return theta
     zero = theta < 0.0

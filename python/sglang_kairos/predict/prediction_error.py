@@ -1,4 +1,4 @@
-"""How far predictions are off: their error, an upper bound for the next, and what is an outlier."""
+"""How far predictions are off: their error, an upper bound for the next, and which are outliers."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from bisect import bisect_left, insort
 from collections import deque
 from dataclasses import dataclass
 
-WINDOW = 256  # latest predictions that count
+WINDOW = 256  # the number of latest predictions that count
 MOST = 10.0  # no single relative error counts more than this
 SHORTEST_S = 1e-5  # no step is shorter; keeps the arithmetic in range
 
-CLIP = 3.0  # bound on a residual, in running mean errors ...
-CLIP_FLOOR = 0.1  # ... but never tighter than this
+CLIP = 3.0  # bound on a residual, in running mean errors
+CLIP_FLOOR = 0.1  # the least such bound, as a relative error
 LONGEST_RUN = 16
 
 
-# Before that many steps a model is a guess for unknown hardware.
+# A model that has seen fewer steps is a guess for unknown hardware.
 LEARNT_STEPS = 32
 
 RESPONDS = 0.5  # least response of steps to what is predicted, if they scatter more than the limit
@@ -28,10 +28,10 @@ FIRST_VARIANCE, LEAST_VARIANCE = 0.04, 1e-4
 
 @dataclass(frozen=True, slots=True)
 class PredictError:
-    """Relative error of the latest predictions, made before their step ran.
+    """Relative error of the latest predictions, each made before its step ran.
 
-    `mape`: mean of |predicted / measured - 1|; `p90`: its 90 % quantile; `bias`: mean of
-    predicted / measured - 1, positive when predictions are too long; over the last WINDOW steps.
+    Over the last WINDOW steps: `mape` is the mean of |predicted / measured - 1| and `p90` its 90 %
+    quantile. `bias` is the mean of predicted / measured - 1, positive if predictions are too long.
     `samples`: all steps observed by this process. `response`: see `Response`.
     """
 
@@ -42,19 +42,19 @@ class PredictError:
     response: float = 1.0
 
     def trusted(self, limit: float) -> bool:
-        """Whether enough steps were seen, and they are as predicted or at least follow it.
+        """Returns whether enough steps were seen, and they are as predicted or at least follow it.
 
-        As predicted: with a mean error of at most `limit`. On a busy host steps scatter by more than
-        that around predictions that are right on average; a smaller batch is still a shorter step
-        there, and all that scatter costs is a lead to end with (`policy.packing.reserve_of`). Where
-        steps take what they take whoever is in them, nobody gains from parking.
+        As predicted means a mean error of at most `limit`. On a busy host steps scatter by more
+        than that around predictions that are right on average. A smaller batch is still a shorter
+        step there, and scatter costs only a lead to end with (`policy.packing.reserve_of`). Where a
+        step's duration does not depend on who is in it, nobody gains from parking.
         """
         enough = self.samples >= LEARNT_STEPS
         return enough and (self.mape <= limit or self.response >= RESPONDS)
 
 
 class ErrorWindow:
-    """The last WINDOW predictions with what was measured; sorted as they come, so reading is cheap."""
+    """The last WINDOW predictions with what was measured, kept sorted so that reading is cheap."""
 
     def __init__(self) -> None:
         self._latest: deque[tuple[float, float]] = deque()
@@ -64,7 +64,7 @@ class ErrorWindow:
         self._samples = 0
 
     def add(self, predicted_s: float, measured_s: float) -> None:
-        """A step took `measured_s` (positive, finite)."""
+        """Records a step that took `measured_s` (positive, finite)."""
         error = float(min(predicted_s / measured_s - 1.0, MOST))
         ratio = float(min(measured_s / max(predicted_s, SHORTEST_S), MOST))
         if len(self._latest) == WINDOW:
@@ -80,7 +80,7 @@ class ErrorWindow:
 
     @property
     def error(self) -> PredictError:
-        """Zeros before the first step."""
+        """The error of the window; all zero before the first step."""
         count = len(self._errors)
         if not count:
             return PredictError(0.0, 0.0, 0)
@@ -90,11 +90,11 @@ class ErrorWindow:
         return PredictError(mape, p90, self._samples, bias, self._response.slope)
 
     def upper_ratio(self, quantile: float) -> float:
-        """A step takes at most this times its prediction with probability `quantile`, in (0, 1).
+        """Returns the factor on a prediction that a step stays below with probability `quantile`.
 
-        The split-conformal quantile of measured / predicted: valid without a distribution, as long
-        as the next step is like the last WINDOW. Too few steps for it: the largest ratio seen. No
-        step: 1. ValueError for a quantile that is none.
+        It is the split-conformal quantile of measured / predicted. It holds for any distribution,
+        as long as the next step is like the last WINDOW. With too few steps it is the largest ratio
+        seen; with none it is 1. Raises ValueError unless `quantile` is in (0, 1).
         """
         if not 0.0 < quantile < 1.0:
             raise ValueError(f"quantile must be between 0 and 1, got {quantile!r}")
@@ -107,12 +107,12 @@ def _rank(quantile: float, count: int) -> int:
 
 
 class Response:
-    """How much of a predicted difference between steps is found in what they take: `slope`.
+    """How much of a predicted difference between steps shows in what they take: `slope`.
 
-    The slope of log measured over log predicted, both less their running means: 1 where a step
-    predicted twice as long takes twice as long, 0 where it takes what it takes. Steps that are
-    all predicted alike, as packed ones are, tell nothing, so evidence is forgotten only as fast as
-    new evidence comes in. 1 until there is some.
+    It is the slope of log measured over log predicted, both less their running means. It is 1 where
+    a step predicted twice as long takes twice as long, and 0 where all steps take the same. Steps
+    that are all predicted alike, as packed ones are, tell nothing. So evidence is forgotten only as
+    fast as new evidence comes in. The slope is 1 until there is some.
     """
 
     def __init__(self) -> None:
@@ -122,7 +122,7 @@ class Response:
         self._known, self._found = 0.0, 0.0
 
     def add(self, predicted_s: float, measured_s: float) -> None:
-        """A step; both positive and finite."""
+        """Records a step; both times are positive and finite."""
         x, y = math.log(predicted_s), math.log(measured_s)
         if self._means is None:
             self._means = x, y
@@ -142,9 +142,10 @@ class Response:
 class Outliers:
     """Bounds how far one measured time may pull, and tells a hiccup from a change.
 
-    A time farther from its prediction than CLIP running mean errors is moved to that bound. Every
-    further one on the same side in a row widens the bound by the same factor and casts doubt on
-    what was learnt before: one outlier does little, a lasting change gets through in a few steps.
+    A time farther from its prediction than CLIP running mean errors is moved to that bound. Each
+    further one in a row on the same side widens the bound by the same factor, and casts doubt on
+    what was learnt before. So one outlier does little, and a lasting change gets through in a few
+    steps.
     """
 
     def __init__(self) -> None:
@@ -152,7 +153,7 @@ class Outliers:
         self._run = 0
 
     def bounded(self, predicted_s: float, measured_s: float) -> tuple[float, bool]:
-        """The time to learn from, and whether earlier knowledge is in doubt."""
+        """Returns the time to learn from, and whether earlier knowledge is in doubt."""
         ratio = max(measured_s / predicted_s, predicted_s / measured_s)
         bound = 1.0 + max(CLIP_FLOOR, CLIP * self.spread)
         self.spread += 0.1 * (min(ratio, bound) - 1.0 - self.spread)

@@ -1,14 +1,16 @@
-"""Step-time laws of known (model, GPU, TP): where the predictors start before they saw a step.
+"""Latency models of known (model, GPU, TP): where predictors start before they saw a step.
 
-One JSON format for what ships in `predict/data`, what `calibrate.cli` writes and what a server
-learns (`learnt_file`):
+One JSON format serves what ships in `predict/data`, what `calibrate.cli` writes and what a server
+learns (`learnt_file`). All but model, gpu and tp may be missing:
+
     {"format": FORMAT, "version": 1, "entries": [
         {"model": "MiniMax-M2.5", "arch": "MiniMaxM2ForCausalLM", "gpu": "H200", "tp": 4,
          "backends": "", "provenance": "...",
          "prefill": {"a_s": ..., "b_s": ..., "c_s": ..., "d_s": ..., "e_s": ..., "knee": ...},
          "decode": {"a_s": ..., "b_s": ..., "c_s": ..., "knees": [[..., ...], [..., ...]]},
          "prefill_state": {...}, "decode_state": {...}}]}
-All but model, gpu and tp may be missing. Laws: `latency_model`; states: the predictors' snapshots.
+
+`latency_model` has the coefficients; states are the predictors' snapshots.
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ Law = TypeVar("Law")
 
 
 class ProfileError(ValueError):
-    """A file of step times that cannot be used; the text names the file and the field."""
+    """A file of step times cannot be used; the message names the file and the field."""
 
 
 @dataclass(frozen=True)
 class Seed:
-    """One entry of a file. None: the entry has no such law or state."""
+    """One entry of a file; None where it has no such latency model or state."""
 
     model: str
     gpu: str
@@ -51,19 +53,19 @@ class Seed:
     decode_state: Mapping[str, Any] | None = None
 
     def prefill_model(self) -> PrefillTimeModel:
-        """A new predictor that starts here; the generic one if the entry has no law."""
+        """Returns a new predictor that starts here; the generic one if the entry has no model."""
         return PrefillTimeModel(*self.prefill) if self.prefill else PrefillTimeModel.generic()
 
     def decode_model(self, captured_sizes: Sequence[int] | None = None) -> StepTimeModel:
-        """A new predictor that starts here; the generic one if the entry has no law."""
+        """Returns a new predictor that starts here; the generic one if the entry has no model."""
         return StepTimeModel.of(self.decode or GENERIC_DECODE, captured_sizes)
 
 
 def seed_for(model_name_or_arch: str, gpu_name: str, tp: int) -> Seed | None:
-    """The shipped seed of a model (name, path or architecture) on `tp` such GPUs, if there is one.
+    """Returns the shipped entry of a model (name, path or architecture) on `tp` such GPUs, or None.
 
-    "MiniMaxAI/MiniMax-M2.5" and "NVIDIA H200" are found like "minimax_m2.5" and "h200". A name
-    goes before an architecture.
+    "MiniMaxAI/MiniMax-M2.5" and "NVIDIA H200" are found like "minimax_m2.5" and "h200". A name goes
+    before an architecture.
     """
     wanted, words = _plain(model_name_or_arch), _words(gpu_name)
     fitting = [seed for seed in _shipped() if seed.tp == tp and _words(seed.gpu) <= words]
@@ -73,7 +75,7 @@ def seed_for(model_name_or_arch: str, gpu_name: str, tp: int) -> Seed | None:
 
 
 def parse(text: str | bytes, source: str) -> list[Seed]:
-    """The entries of a file; ProfileError naming `source` and the field that is wrong."""
+    """Returns the entries of a file. Raises ProfileError naming `source` and the wrong field."""
     try:
         data = json.loads(text)
     except ValueError as error:
@@ -89,7 +91,7 @@ def parse(text: str | bytes, source: str) -> list[Seed]:
 
 
 def dump(seeds: Sequence[Seed]) -> str:
-    """The text of a file with these entries."""
+    """Returns the text of a file with these entries."""
     entries = []
     for seed in seeds:
         entry: dict[str, Any] = {"model": seed.model, "gpu": seed.gpu, "tp": seed.tp}

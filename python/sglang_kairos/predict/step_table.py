@@ -1,13 +1,15 @@
-"""Step times learnt cell by cell over (batch, KV tokens), on top of a law.
+"""Step times learnt cell by cell over (batch, KV tokens), on top of a latency model.
 
 A cell (i, j) sits at a batch size and a number of KV tokens, log-spaced. It holds the mean of what
-was measured near it and how much that weighs. A step measured at y times the law counts in every
-cell as  y law_ij  with the weight of a Gaussian kernel in (log2 batch, log2 KV), so neighbours
-follow:
-    log seconds_ij = (1 - t) log law_ij + t mean_ij,     t = weight / (weight + TRUST)
-A cell nobody came near is the law. Between cells, linear in both. The result is made monotone in
-both: the mean of the running maximum from below and the running minimum from above, each of which
-is monotone; a table that is monotone already stays as it is.
+was measured near it, and a weight. A step measured at y times the model counts in every cell as y
+model_ij. Its weight is a Gaussian kernel in (log2 batch, log2 KV). So neighbours follow:
+
+    log seconds_ij = (1 - t) log model_ij + t mean_ij,     t = weight / (weight + TRUST)
+
+A cell that no step came near equals the model. Between cells the table is linear in both.
+
+The result is made monotone in both. It is the mean of the running maximum from below and the
+running minimum from above, each of which is monotone. A monotone table stays as it is.
 """
 
 from __future__ import annotations
@@ -24,19 +26,19 @@ from sglang_kairos.predict.prediction_error import SHORTEST_S
 
 Floats = NDArray[np.float64]
 
-# Without captured sizes, and above the largest one. The law's knees must be among them.
+# Rows without captured sizes, and above the largest one. The model's knees must be among them.
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 4096)
 KV_TOKENS = np.concatenate([[0.0], 2.0 ** np.arange(7, 28)])
 BATCH_REACH, KV_REACH = 0.15, 2.0  # sigma of the kernel, in octaves
-TRUST = 3.0  # weight at which a cell counts as much as the law
-MEMORY = 30.0  # most weight a cell gathers: what came before it is forgotten
-DOUBT = 0.4  # what a step of a new regime leaves of the weights
+TRUST = 3.0  # weight at which a cell counts as much as the model
+MEMORY = 30.0  # the most weight of a cell: what came before is forgotten
+DOUBT = 0.4  # factor on the weights at a step of a new regime
 
 
 class StepTable:
-    """`captured_sizes`: a batch is padded up to the next of these; none: the axis is not stepped.
+    """A correction table; tables have shape (batches, KV_TOKENS), in seconds.
 
-    Tables have shape (batches, KV_TOKENS), seconds.
+    `captured_sizes`: a batch is padded up to the next of these; if empty, the axis is not stepped.
     """
 
     def __init__(self, captured_sizes: Sequence[int]) -> None:
@@ -52,7 +54,7 @@ class StepTable:
         self._weight = np.zeros_like(self._mean)
 
     def learn(self, size: float, kv_tokens: float, ratio: float, law: Floats, doubt: bool) -> None:
-        """A step over a padded batch of `size` took `ratio` times what `law` (a table) says."""
+        """Learns from a step of padded batch `size` that took `ratio` times what `law` says."""
         if doubt:
             self._weight *= DOUBT
         across = np.exp(-0.5 * ((self._log_batch - np.log2(size)) / BATCH_REACH) ** 2)
@@ -65,13 +67,13 @@ class StepTable:
         self._mean += near * (np.log(law) + np.log(ratio) - self._mean)
 
     def seconds(self, law: Floats) -> Floats:
-        """What the cells predict, given the law's table; monotone in both directions."""
+        """Returns what the cells predict, given the model's table; monotone in both directions."""
         expected = np.log(law)
         trust = self._weight / (self._weight + TRUST)
         return _monotone(np.exp(expected + trust * (self._mean - expected)))
 
     def at(self, table: Floats, batch: int, kv_tokens: float) -> float:
-        """`table` at one point. Beyond its last cells it goes on flat."""
+        """Returns `table` at one point. Beyond its last cells it stays flat."""
         last = len(self._place) - 1
         row, part = self._place[int(batch) if 0 <= batch <= last else last if batch > 0 else 0]
         kv = min(max(float(kv_tokens), 0.0), _MOST_KV)
@@ -88,14 +90,14 @@ class StepTable:
         return low
 
     def along(self, table: Floats, batch: int, kv_tokens: NDArray[Any]) -> Floats:
-        """`table` at one batch and many KV tokens."""
+        """Returns `table` at one batch size and many KV tokens."""
         row, part = self._place[min(max(int(batch), 0), len(self._place) - 1)]
         line = table[row] + part * (table[row + 1] - table[row]) if part else table[row]
         result: Floats = np.interp(kv_tokens, KV_TOKENS, line)
         return result
 
     def many(self, table: Floats, batch: NDArray[Any], kv_tokens: Any) -> Floats:
-        """`table` at many points, whole batch sizes; shapes broadcast."""
+        """Returns `table` at many points of whole batch sizes; shapes broadcast."""
         index = np.minimum(batch.astype(np.intp), len(self._row) - 1)
         kv = np.minimum(np.asarray(kv_tokens, float), KV_TOKENS[-1])
         column = np.minimum(np.searchsorted(KV_TOKENS, kv, side="right"), len(_KV_LIST) - 1) - 1
@@ -109,7 +111,7 @@ class StepTable:
         return result
 
     def snapshot(self) -> dict[str, Any]:
-        """The cells, ready for JSON."""
+        """Returns the cells, ready for JSON."""
         return {
             "batches": self.batches.tolist(),
             "mean": self._mean.tolist(),
@@ -117,11 +119,11 @@ class StepTable:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over a `snapshot`; ValueError when it is of other batch sizes or damaged."""
+        """Takes over a `snapshot`. Raises ValueError if it is of other batch sizes or damaged."""
         self._mean, self._weight = self.check(state)
 
     def check(self, state: Mapping[str, Any]) -> tuple[Floats, Floats]:
-        """Mean and weight of a `snapshot` that fits; ValueError otherwise."""
+        """Returns mean and weight of a `snapshot` that fits. Raises ValueError otherwise."""
         if state.get("batches") != self.batches.tolist():
             raise ValueError("batches: not the captured sizes of this server")
         mean = array_of(state, "mean", self._mean.shape)
@@ -140,7 +142,7 @@ _PER_GAP: list[float] = _PER_GAP_ARRAY.tolist()
 
 
 def _positions(sizes: list[int], batches: Floats) -> tuple[NDArray[np.intp], Floats]:
-    """For every batch from 0 on: its row, and how far it is on the way to the next."""
+    """Returns for every batch from 0 on its row, and how far it is on the way to the next row."""
     row = np.zeros(int(batches[-1]) + 1, np.intp)
     part = np.zeros(len(row))
     for batch in range(len(row)):
@@ -165,5 +167,5 @@ def _monotone(table: Floats) -> Floats:
 
 
 def floor(law: Floats) -> Floats:
-    """A law's table with nothing shorter than the shortest step, so that it has a logarithm."""
+    """Returns a model's table with no time below SHORTEST_S, so that it has a logarithm."""
     return np.maximum(law, SHORTEST_S)

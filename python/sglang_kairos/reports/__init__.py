@@ -1,1 +1,1 @@
-"""What became of a run: tables, pictures, and other load generators' files."""
+"""Turns runs, ours and those of other load generators, into tables, JSON and pictures."""

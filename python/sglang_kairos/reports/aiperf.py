@@ -10,14 +10,17 @@ from typing import Any
 from sglang_kairos.loads.replay import Outcome, Result
 from sglang_kairos.reports.outcomes import Entry, Targets, entries, outcome_of, run_of
 
-# Its own count of an answer's tokens may be off by some: it tokenises the text again.
+# aiperf tokenises an answer again, so its count of tokens may be somewhat off.
 _SURELY_SHORT = 0.9
 
 
 def read_aiperf(documents: Sequence[Any], targets: Targets, path: Path) -> list[Result]:
-    """One run. It counts an answer that the server ended after its first token as done: the
-    settings tell whether answers had to have the length asked for. They have the targets as well,
-    of ``--goodput`` or of the bodies (``--extra-inputs``)."""
+    """Returns one run.
+
+    aiperf counts an answer that the server ended after its first token as done. The settings tell
+    whether answers had to have the length asked for. They hold the targets as well, of
+    ``--goodput`` or of the bodies (``--extra-inputs``). Raises ValueError.
+    """
     settings = _settings(path)
     limits = targets.of(
         _first(settings, "slos.time_to_first_token", "endpoint.extra.ttft_ms"),
@@ -30,7 +33,7 @@ def read_aiperf(documents: Sequence[Any], targets: Targets, path: Path) -> list[
         if one.get("metadata.benchmark_phase") != "warmup"
     ]
     if not records:
-        raise ValueError("aiperf's file has no requests in it but its warm-up's")
+        raise ValueError("aiperf's file holds no requests but those of its warm-up")
     return [
         run_of(
             [
@@ -42,7 +45,7 @@ def read_aiperf(documents: Sequence[Any], targets: Targets, path: Path) -> list[
 
 
 def blind_aiperf(document: Any, path: Path) -> str:
-    """What its file does not tell; empty where its settings tell it."""
+    """Returns what the file does not tell; empty where its settings tell it."""
     if _ignores_eos(_settings(path)):
         return ""
     return (
@@ -94,7 +97,7 @@ def _tpot_s(one: Entry, told: float | None) -> float | None:
 
 
 def _asked(one: Entry, counted: float | None) -> float | None:
-    """Tokens that the request asked for: it writes by how much its own count is off."""
+    """Returns the tokens that the request asked for: aiperf writes by how much its own count is off."""
     off = one.get("metrics.osl_mismatch_diff_pct.value")
     if counted is None or isinstance(off, bool) or not isinstance(off, int | float) or off <= -100:
         return None
@@ -110,7 +113,7 @@ def _first(settings: Entry, *paths: str) -> float | None:
 
 
 def _settings(path: Path) -> Entry:
-    """``input_config`` of the summary that it writes beside its records; empty without one."""
+    """Returns ``input_config`` of the summary that aiperf writes beside its records, or empty."""
     for name in (f"{path.stem}_aiperf.json", f"{path.stem}.json"):
         beside = path.with_name(name)
         if beside != path and beside.is_file():

@@ -13,16 +13,17 @@ _DETAILS = ("ttfts", "itls", "output_lens", "input_lens", "errors")
 
 
 def read_bench(documents: Sequence[Any], targets: Targets) -> list[Result]:
-    """Each line of the file is a run."""
+    """Returns the runs of a file: one for each line."""
     return [from_bench_record(one, targets) for one in documents]
 
 
 def from_bench_record(record: Mapping[str, Any], targets: Targets) -> Result:
-    """A run of the benchmark; `record` is one line of its output file. ValueError names the field.
+    """Returns a run of the benchmark; `record` is one line of its output file.
 
-    Targets default to those of its ``--goodput``. It records no sending times: each request starts
-    at 0 here, which no metric but the plots uses. It counts a request that the server ended inside
-    a 200 as done, with a TTFT of 0 where no token came: failed, here.
+    Targets default to those of its ``--goodput``. It records no sending times, so each request
+    starts at 0 here; no metric uses that, only plots. It counts a request that the server ended
+    inside a 200 as done, with a TTFT of 0 where no token came. Here that request has failed. Raises
+    ValueError, which names the field.
     """
     _check(record)
     whole = Entry("record", record)
@@ -52,12 +53,12 @@ def from_bench_record(record: Mapping[str, Any], targets: Targets) -> Result:
 
 
 def _check(record: Mapping[str, Any]) -> None:
-    """ValueError names the first field that is missing or makes no sense."""
+    """Raises ValueError, which names the first field that is missing or makes no sense."""
     missing = [name for name in (*_DETAILS, "duration") if name not in record]
     if missing:
         raise ValueError(
-            f"no {', '.join(missing)}: run it with --output-details (SGLang's benchmark wrote this "
-            "without)"
+            f"no {', '.join(missing)}: run SGLang's benchmark with --output-details (this file was "
+            "written without)"
         )
     for name in _DETAILS:
         if not isinstance(record[name], list):
@@ -69,7 +70,7 @@ def _check(record: Mapping[str, Any]) -> None:
         raise ValueError(f"lists of different lengths: {counts}")
     for name in ("ttfts", "output_lens", "input_lens"):
         for index, value in enumerate(record[name]):
-            # Numbers that make no sense mark a failed request, as `outcome_of` sees it.
+            # `outcome_of` takes numbers that make no sense for a failed request.
             if not isinstance(value, int | float):
                 checked(value, f"{name}[{index}]")
     for index, itls in enumerate(record["itls"]):
@@ -81,7 +82,7 @@ def _check(record: Mapping[str, Any]) -> None:
 
 
 def blind_bench(document: Any, path: Path) -> str:
-    """What its file does not tell; empty where it tells all."""
+    """Returns what the file does not tell; empty where it tells all."""
     if str(document.get("backend", "")).endswith("-oai") or document.get("random_range_ratio") == 1:
         return ""
     return (
@@ -91,7 +92,7 @@ def blind_bench(document: Any, path: Path) -> str:
 
 
 def _least_asked(record: Entry) -> float | None:
-    """The fewest tokens that any request of a run with random prompts asked for."""
+    """Returns the fewest tokens that any request of a run with random prompts asked for."""
     if not str(record.get("dataset_name")).startswith("random"):
         return None
     longest, ratio = record.number("random_output_len"), record.number("random_range_ratio")

@@ -1,7 +1,7 @@
-"""Other load generators' results as ours: one `ResultFormat` in `FORMATS` for each.
+"""Reads other load generators' results: each is one `ResultFormat` in `FORMATS`.
 
-`outcomes` says how a request is judged. What a tool itself counts otherwise is said in
-`Reading.notes`.
+`outcomes` says how a request is judged. `Reading.notes` names what a tool itself counts
+differently.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from sglang_kairos.reports.outcomes import ABORTED, Targets, is_short
 
 @dataclass(frozen=True, slots=True)
 class ResultFormat:
-    """`matches` a file's documents (one, or one a line), `read` gives its runs. ValueError.
+    """The file format of one load generator.
 
-    `tpot`: what the tool calls TPOT, where that is not ours. `one_token_misses`: the targets that it
-    counts an answer of one token to have missed. `blind` says what a file does not tell.
+    `matches` tells whether a file's first document is of this format. `read` returns its runs, or
+    raises ValueError. `tpot`: the tool's definition of TPOT, where it differs from ours.
+    `one_token_misses`: the targets that it counts an answer of one token to have missed. `blind`
+    returns what a file does not tell.
     """
 
     name: str
@@ -39,16 +41,16 @@ class ResultFormat:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The runs of a file, and what is to be known of how its tool counts."""
+    """The runs of a file, and notes on how its tool counts."""
 
     results: list[Result]
     notes: list[str]
 
 
 def read_results(path: Path, targets: Targets, *, one_token_as_tool: bool = True) -> Reading:
-    """The runs of a file of any tool in `FORMATS`. ValueError says what it is instead.
+    """Returns the runs of a file of any tool in `FORMATS`. ValueError says what it is instead.
 
-    An answer of one token counts as its tool counts it, else as having met its TPOT.
+    An answer of one token counts as its tool counts it, or else as having met its TPOT.
     """
     documents = _documents(path)
     first = documents[0]
@@ -90,7 +92,7 @@ def _notes(tool: ResultFormat, outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 
 def _missed(outcomes: Sequence[Outcome]) -> str:
-    """The targets that answers of one token are counted to have missed, where they had any."""
+    """Returns the targets that answers of one token are counted to have missed, where they had any."""
     names = (
         name
         for outcome in outcomes
@@ -100,7 +102,7 @@ def _missed(outcomes: Sequence[Outcome]) -> str:
     return " and ".join(sorted({name.upper() for name in names}, reverse=True))
 
 
-# Files that lie beside the right one, by a field that only they have.
+# Files that lie beside the right one, recognised by a field that only they have.
 _NEIGHBOURS = {
     "load_summary": "inference-perf's summary: give per_request_lifecycle_metrics.json",
     "input_config": "aiperf's summary: give profile_export.jsonl",
@@ -116,12 +118,12 @@ def _unknown(document: Mapping[str, Any]) -> str:
 
 
 def known_tools() -> list[str]:
-    """Names of the tools whose files are read."""
+    """Returns the names of the tools whose files are read."""
     return list(dict.fromkeys(each.name for each in FORMATS))
 
 
 def _documents(path: Path) -> list[Any]:
-    """The JSON of a file: one document, or one a line. A list at the top is its entries."""
+    """Returns the JSON of a file: one document, or one a line. A list at the top is its entries."""
     text = path.read_text(encoding="utf-8-sig")
     if not text.strip():
         raise ValueError("it is empty")

@@ -14,8 +14,10 @@ _KINDS = {"successful": "", "errored": "errored", "incomplete": "cut off"}
 
 
 def read_guidellm(documents: Sequence[Any], targets: Targets) -> list[Result]:
-    """One run a benchmark. Its "TPOT" has the first token in it; its inter-token latency is what
-    TPOT is here. Targets: those of the bodies that it sent, where it keeps them."""
+    """Returns one run for each benchmark. Targets are those of the bodies sent, where the file has them.
+
+    GuideLLM's "TPOT" includes the first token; its inter-token latency is what TPOT is here.
+    """
     runs = []
     for benchmark in entries(documents[0]["benchmarks"], "benchmarks"):
         outcomes: list[Outcome] = []
@@ -28,7 +30,7 @@ def read_guidellm(documents: Sequence[Any], targets: Targets) -> list[Result]:
         if outcomes:
             runs.append(run_of(outcomes))
     if not runs:
-        raise ValueError("GuideLLM's file has no requests in it")
+        raise ValueError("GuideLLM's file holds no requests")
     return runs
 
 
@@ -54,7 +56,7 @@ def _outcome(one: Entry, index: int, start: float | None, error: str, targets: T
 
 
 def _body(one: Entry) -> Entry:
-    """What was sent; empty where it was not kept (of failed requests it never is)."""
+    """Returns the body that was sent; empty where it was not kept (for failed requests it never is)."""
     arguments = one.get("request_args")
     try:
         sent = json.loads(arguments) if isinstance(arguments, str) else arguments

@@ -14,15 +14,17 @@ _TIMES = "info.response_metrics.output_token_times"
 
 
 def read_inference_perf(documents: Sequence[Any], targets: Targets) -> list[Result]:
-    """One run. It leaves failed requests out of its own goodput, and counts those that the server
-    ended early as done: here both have missed. Targets are in it where it was run with
-    ``per_request_fields.computed_metrics``."""
+    """Returns one run. It holds targets if made with ``per_request_fields.computed_metrics``.
+
+    inference-perf leaves failed requests out of its own goodput, and counts those that the server
+    ended early as done. Here both have missed.
+    """
     records = entries(list(documents), "request")
     return [run_of([_outcome(one, index, targets) for index, one in enumerate(records)])]
 
 
 def blind_inference_perf(document: Any, path: Path) -> str:
-    """What its file does not tell; empty where it tells all."""
+    """Returns what the file does not tell; empty where it tells all."""
     if document.get("response") is not None or document.get("request") is not None:
         return ""
     return (
@@ -59,7 +61,7 @@ def _target_ms(one: Entry, name: str) -> float | None:
 
 
 def _cut_off(response: Any) -> str:
-    """What the server said in the stream when it ended the answer early; empty: nothing."""
+    """Returns what the server said in the stream when it ended the answer early; empty: nothing."""
     for line in response.splitlines() if isinstance(response, str) else ():
         if not line.startswith("data:") or ('"error"' not in line and '"abort"' not in line):
             continue

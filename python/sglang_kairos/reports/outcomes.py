@@ -1,8 +1,8 @@
-"""What every reader of a load generator's file needs: fields with their names, outcomes, runs.
+"""Checked fields, outcomes and runs, for all readers of load generators' files.
 
-TTFT runs from the sending of a request to its first token, TPOT is (last token - first token) /
-(tokens - 1); what a tool calls otherwise is turned into that. A request that failed, or was ended
-by the server before it had all of its tokens, has missed both targets.
+TTFT runs from the sending of a request to its first token. TPOT is (last token - first token) /
+(tokens - 1). Other definitions of a tool are converted to these. A request has missed both targets
+if it failed, or if the server ended it before it had all of its tokens.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ _SHORT = "{} of {} tokens, though it was answered with 200: the server ended it 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What requests are judged by, in ms, unless their file says; None: no target.
+    """The targets by which requests are judged, in ms, unless their file says; None: no target.
 
-    `short_answers`: whether an answer shorter than asked for was cut off: always (``failed``), never
-    (``ok``), or where the file says that requests ignored end-of-sequence tokens (``auto``).
+    `short_answers`: whether an answer shorter than asked for counts as cut off.
+        failed   always
+        ok       never
+        auto     if the file says that requests ignored end-of-sequence tokens
     """
 
     ttft_ms: float | None = None
@@ -32,12 +34,12 @@ class Targets:
     short_answers: Literal["auto", "failed", "ok"] = "auto"
 
     def owed(self, asked: float | None, ignores_eos: bool) -> int:
-        """The tokens that a whole answer has at least, of `asked` ones; 0: any number will do."""
+        """Returns the least tokens of a whole answer, of `asked` ones; 0: any number will do."""
         counts = self.short_answers == "failed" or (self.short_answers == "auto" and ignores_eos)
         return int(asked) if counts and asked is not None else 0
 
     def of(self, ttft_ms: float | None, tpot_ms: float | None) -> tuple[float, float]:
-        """Targets in ms: these, else the file's, else none (infinite)."""
+        """Returns TTFT and TPOT targets in ms: these, else the file's, else none (infinite)."""
         ttft = ttft_ms if self.ttft_ms is None else self.ttft_ms
         tpot = tpot_ms if self.tpot_ms is None else self.tpot_ms
         return math.inf if ttft is None else ttft, math.inf if tpot is None else tpot
@@ -45,32 +47,32 @@ class Targets:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A JSON object and where it stands in its file, so that errors can say so."""
+    """A JSON object and its place in the file, so that errors can name it."""
 
     where: str
     data: Mapping[str, Any]
 
     def get(self, path: str) -> Any:
-        """What lies at ``a.b.c``; None where any of it is missing."""
+        """Returns the value at ``a.b.c``; None where any of it is missing."""
         found: Any = self.data
         for name in path.split("."):
             found = found.get(name) if isinstance(found, Mapping) else None
         return found
 
     def number(self, path: str, factor: float = 1.0) -> float | None:
-        """A number from 0 on, times `factor`; None where there is none. ValueError names it."""
+        """Returns a number from 0 on, times `factor`; None where there is none. ValueError names it."""
         value = checked(self.get(path), f"{self.where}.{path}")
         return None if value is None else value * factor
 
     def needed(self, path: str, factor: float = 1.0) -> float:
-        """A number that must be there. ValueError names it."""
+        """Returns a number that must be there. Raises ValueError, which names it."""
         value = self.number(path, factor)
         if value is None:
             raise ValueError(f"{self.where} has no {path}")
         return value
 
     def list(self, path: str) -> list[Any]:
-        """A list, empty where there is none. ValueError names it."""
+        """Returns a list, empty where there is none. Raises ValueError, which names it."""
         value = self.get(path)
         if not isinstance(value, list | None):
             raise ValueError(f"{self.where}.{path} must be a list, got {value!r:.40}")
@@ -78,7 +80,7 @@ class Entry:
 
 
 def entries(items: Any, where: str) -> list[Entry]:
-    """The objects of a list at `where`. ValueError names what is none."""
+    """Returns the objects of a list at `where`. ValueError names an item that is no object."""
     if not isinstance(items, list | None):
         raise ValueError(f"{where} must be a list, got {items!r:.40}")
     for index, item in enumerate(items or []):
@@ -88,7 +90,7 @@ def entries(items: Any, where: str) -> list[Entry]:
 
 
 def checked(value: Any, name: str) -> float | None:
-    """A number from 0 on; None where the tool had nothing to write. ValueError names the field."""
+    """Returns a number from 0 on; None where the tool had nothing to write. ValueError names it."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
@@ -110,10 +112,10 @@ def outcome_of(
     owed: int = 0,
     ended_s: float | None = None,
 ) -> Outcome:
-    """One request. `ttft_s`, `tpot_s` None: it had no first token, no second one.
+    """Returns the outcome of one request. `ttft_s`, `tpot_s`: None without a first, a second token.
 
     `error`: why the tool says that it failed. `cut_off`: what the server said when it ended the
-    answer inside a 200, whatever the tool made of it. `owed`: tokens that a whole answer has.
+    answer inside a 200, whatever the tool made of it. `owed`: least tokens of a whole answer.
     """
     tokens = _count(output_tokens)
     first = sent_s + ttft_s if ttft_s is not None and 0.0 < ttft_s < math.inf else 0.0
@@ -143,22 +145,22 @@ def outcome_of(
 
 
 def _count(value: float | None) -> int:
-    """Tokens; none where the number makes no sense."""
+    """Returns a number of tokens; 0 where the number makes no sense."""
     return int(value) if value is not None and 0 <= value < math.inf else 0
 
 
 def is_short(outcome: Outcome) -> bool:
-    """Whether nothing but its length tells that it was cut off."""
+    """Returns whether only its length tells that the answer was cut off."""
     return outcome.status == ABORTED and outcome.error.endswith(_SHORT.rpartition("}")[2])
 
 
 def run_of(outcomes: list[Outcome]) -> Result:
-    """A run whose times start at the first sending."""
+    """Returns a run whose times start at the first sending."""
     known = [outcome.sent_s for outcome in outcomes if math.isfinite(outcome.sent_s)]
     zero = min(known, default=0.0)
     for outcome in outcomes:
         if not math.isfinite(outcome.sent_s):
-            # A failure of unknown time counts, and moves nothing.
+            # A failure of unknown time counts as failed, and shifts no other time.
             outcome.planned_s = outcome.sent_s = outcome.ended_s = zero
         outcome.planned_s -= zero
         outcome.sent_s -= zero

@@ -1,4 +1,4 @@
-"""Reports on runs: a text table, JSON, a picture; and SGLang's own benchmark in the same terms."""
+"""Reports on runs: a text table, JSON, a picture. It also reads other load generators' files."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class Run:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
-        """The JSON object of this run: its policy, its `Metrics`, and what else was measured."""
+        """Returns the JSON object of this run: its policy, its `Metrics`, and what else was measured."""
         return {"policy": self.policy, **asdict(self.result.metrics), **self.facts}
 
 
 def by_policy(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Runs grouped, in order of first appearance."""
+    """Returns the runs grouped by policy, in order of first appearance."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.policy, []).append(run)
@@ -60,7 +60,7 @@ def by_policy(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 def table(runs: Sequence[Run], title: str = "") -> str:
-    """One line per policy; with repeats the mean and, below it, the lowest and highest."""
+    """Returns one line per policy; with repeats the mean and, below it, the lowest and highest."""
     header = ["policy", *(heading for heading, _, _ in COLUMNS.values())]
     lines: list[list[str]] = []
     for policy, group in by_policy(runs).items():
@@ -88,7 +88,7 @@ def _cell(rows: Sequence[Mapping[str, Any]], key: str, reduce: Any) -> str:
 
 
 def write_json(path: Path, runs: Sequence[Run], setup: Mapping[str, Any] | None = None) -> None:
-    """Writes ``{"runs": [...]}``, with what was run under ``setup``."""
+    """Writes ``{"runs": [...]}``, with the setup of the runs under ``setup``."""
     report: dict[str, Any] = {"runs": [run.row() for run in runs]}
     if setup:
         report["setup"] = dict(setup)
@@ -96,7 +96,7 @@ def write_json(path: Path, runs: Sequence[Run], setup: Mapping[str, Any] | None 
 
 
 def write_png(path: Path, runs: Sequence[Run], title: str) -> None:
-    """Draws attainment per policy, the TTFT distributions, and who pays by prompt length."""
+    """Draws attainment per policy, the TTFT distributions, and mean waits by prompt length."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -119,7 +119,7 @@ def write_png(path: Path, runs: Sequence[Run], title: str) -> None:
 
 
 def colours_of(policies: list[str]) -> list[str]:
-    """One per policy: greys, and red for kairos."""
+    """Returns one colour per policy: greys, and red for kairos."""
     greys = iter(("#9aa5b1", "#6f8fb5", "#c2a15f", "#8a7fb0", "#7fae9b", "#b08f8f") * 4)
     return ["#d1495b" if policy == "kairos" else next(greys) for policy in policies]
 
@@ -145,7 +145,7 @@ def _draw_attainment(axes: Any, groups: Mapping[str, list[Run]], colours: dict[s
 
 
 def draw_ttft(axes: Any, groups: Mapping[str, list[Run]], colours: dict[str, str]) -> None:
-    """Share of requests answered within each TTFT, of all runs of a policy."""
+    """Draws the share of requests answered within each TTFT, over all runs of a policy."""
     targets = {o.ttft_slo_ms for group in groups.values() for run in group for o in _all(run)}
     for policy, group in groups.items():
         outcomes = [outcome for run in group for outcome in _all(run)]
@@ -166,7 +166,7 @@ def draw_ttft(axes: Any, groups: Mapping[str, list[Run]], colours: dict[str, str
 
 
 def draw_payers(axes: Any, groups: Mapping[str, list[Run]], colours: dict[str, str]) -> None:
-    """Mean wait by prompt length, a tenth of the requests each."""
+    """Draws the mean wait by prompt length, a tenth of the requests each."""
     labels: list[str] = []
     for policy, group in groups.items():
         outcomes = sorted((o for run in group for o in _all(run)), key=lambda o: o.input_tokens)
@@ -190,7 +190,7 @@ def draw_payers(axes: Any, groups: Mapping[str, list[Run]], colours: dict[str, s
 
 
 def plain_numbers(axis: Any) -> None:
-    """Labels 0.1, 0.2, 0.5, 1, … on a logarithmic axis instead of powers."""
+    """Labels a logarithmic axis with 0.1, 0.2, 0.5, 1, … instead of powers."""
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     axis.set_tick_params(which="minor", labelsize=8)
@@ -234,31 +234,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of ``kairos report``."""
+    """Returns the parser of ``kairos report``."""
     parser = parser_of(
         "report",
         description="Print a table of runs, one for each file.\nThe policy of a run is its file's "
         "name, without a leading number.\nThe files are those of `kairos replay`, "
         f"{', '.join(known_tools())}.",
     )
-    parser.add_argument("files", nargs="+", type=Path, help="see docs/load_generators.md")
-    parser.add_argument("--ttft-ms", type=float, help="judge by this target instead")
-    parser.add_argument("--tpot-ms", type=float, help="judge by this target instead")
+    parser.add_argument(
+        "files", nargs="+", type=Path, help="results of a run, see docs/load_generators.md"
+    )
+    parser.add_argument(
+        "--ttft-ms", type=float, help="judge TTFT by this target, not by that in the file (ms)"
+    )
+    parser.add_argument(
+        "--tpot-ms", type=float, help="judge TPOT by this target, not by that in the file (ms)"
+    )
     parser.add_argument(
         "--short-answers",
         choices=("auto", "failed", "ok"),
         default="auto",
-        help="whether an answer shorter than asked for was cut off (auto: where the file says that "
+        help="whether an answer shorter than asked for counts as cut off (auto: if the file says that "
         "end-of-sequence tokens were ignored)",
     )
     parser.add_argument(
         "--one-token",
         choices=("tool", "met"),
         default="tool",
-        help="whether an answer of one token, which has no TPOT, counts as its tool counts it",
+        help="how an answer of one token, which has no TPOT, counts: as its tool counts it, or as met",
     )
-    parser.add_argument("--json", type=Path, help="also write JSON here")
-    parser.add_argument("--png", type=Path, help="also draw here")
+    parser.add_argument("--json", type=Path, help="also write JSON to this file")
+    parser.add_argument("--png", type=Path, help="also draw a picture to this file")
     return parser
 
 

@@ -1,12 +1,12 @@
-"""Where the time to the first token goes: each request's TTFT, split by what it waited for.
+"""Splits each request's TTFT by what it waited for.
 
     sent → (in) → on a server → (bootstrap and pre-allocation) → waiting → (queue) → first chunk
          → (compute, paused) → last chunk done → (transfer) → KV on decode
          → (decode admission) → running → (out) → first token
 
-The outer two stamps are the client's, the inner ones SGLang's own request time stats of the prefill
-and the decode server, as `benchmark.harness.stamp_recorder` writes them. All are seconds of one clock:
-``time.perf_counter`` is, among the processes of one Linux machine.
+The outer two stamps are the client's. The inner ones are SGLang's own request time stats of the
+prefill and the decode server, as `benchmark.harness.stamp_recorder` writes them. All are seconds of
+one clock: ``time.perf_counter`` is one among the processes of a Linux machine.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ TTFT = "TTFT"
 
 
 class StageError(ValueError):
-    """A record that cannot be read, or nothing to sum up; the text says which."""
+    """A record cannot be read, or there is nothing to sum up; the text says which."""
 
 
 @dataclass(frozen=True)
 class PrefillStamps:
-    """One request on its prefill server; 0 for what never happened.
+    """One request on its prefill server. Times are in seconds; 0: it never happened.
 
-    `received_s`: it entered the bootstrap queue; `queued_s`: decode has reserved its KV and it entered
-    the waiting queue; `started_s`: its first chunk was launched; `computed_s`: its last chunk's result
-    was there; `paused_s`: seconds in between that Kairos had it sit out.
+    `received_s`: it entered the bootstrap queue.
+    `queued_s`: decode has reserved its KV, and it entered the waiting queue.
+    `started_s`: its first chunk was launched. `computed_s`: its last chunk's result was there.
+    `paused_s`: seconds in between in which Kairos paused it.
     """
 
     received_s: float
@@ -57,9 +58,9 @@ class PrefillStamps:
 
 @dataclass(frozen=True)
 class DecodeStamps:
-    """One request on its decode server; 0 for what never happened.
+    """One request on its decode server. Times are in seconds; 0: it never happened.
 
-    `received_s`: it entered the pre-allocation queue; `arrived_s`: its KV was found complete;
+    `received_s`: it entered the pre-allocation queue. `arrived_s`: its KV was found complete.
     `admitted_s`: it was in the running batch, and its first token went out. A retraction overwrites
     the last two, so `retractions` counts them.
     """
@@ -72,7 +73,7 @@ class DecodeStamps:
 
 @dataclass(frozen=True)
 class Records:
-    """What the servers noted, by request id."""
+    """The stamps that the servers noted, by request id."""
 
     prefill: Mapping[str, PrefillStamps]
     decode: Mapping[str, DecodeStamps]
@@ -80,10 +81,10 @@ class Records:
 
 @dataclass(frozen=True)
 class Split:
-    """One request: milliseconds per stage, in the order of `STAGES`; they add up to its TTFT.
+    """One request: milliseconds per stage, in the order of `STAGES`. They add up to its TTFT.
 
     `moved_ms`: how far a stamp had to be moved to lie in order between its neighbours. More than a
-    fraction of a millisecond means that the clocks are not one.
+    fraction of a millisecond means that the clocks differ.
     """
 
     stages_ms: tuple[float, ...]
@@ -104,7 +105,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class Summary:
-    """One stage over the requests of a run, ms. Only means add up."""
+    """One stage over the requests of a run, in ms. Only means add up."""
 
     mean_ms: float
     p50_ms: float
@@ -112,7 +113,7 @@ class Summary:
 
 
 def read_records(lines: Iterable[str]) -> Records:
-    """The recorder's JSON lines, of any number of servers. StageError names a bad line.
+    """Reads the recorder's JSON lines, of any number of servers. StageError names a bad line.
 
     An id that a router used for several attempts keeps the last one's stamps.
     """
@@ -140,8 +141,8 @@ def _own(record: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
 def split(
     sent_s: float, first_token_s: float, prefill: PrefillStamps, decode: DecodeStamps
 ) -> Split:
-    """The stages of one answered request. A stamp out of order is moved to its nearest neighbour."""
-    # Both servers get the request at once; who finds it first depends on the step in progress.
+    """Returns the stages of one answered request. Stamps out of order move to their neighbours."""
+    # Both servers get the request at once. Which finds it first depends on the step in progress.
     stamps = (
         min(prefill.received_s, decode.received_s),
         prefill.queued_s,
@@ -162,9 +163,9 @@ def split(
 
 
 def join(outcomes: Iterable[Outcome], started_s: float, records: Records) -> Joined:
-    """Client's and servers' views of a run, joined by request id.
+    """Joins the client's and the servers' views of a run by request id.
 
-    `started_s`: when the run began, seconds of the servers' clock; outcomes count from there.
+    `started_s`: when the run began, in seconds of the servers' clock; outcomes count from there.
     """
     splits: list[Split] = []
     left_out: Counter[str] = Counter()
@@ -186,7 +187,7 @@ def join(outcomes: Iterable[Outcome], started_s: float, records: Records) -> Joi
 
 
 def summarise(splits: Sequence[Split]) -> dict[str, Summary]:
-    """Every stage in order, then TTFT itself. StageError without a split."""
+    """Returns every stage in order, then TTFT itself. Raises StageError without a split."""
     if not splits:
         raise StageError("no request has both a first token and the servers' records")
     values = np.array([one.stages_ms for one in splits])
@@ -200,7 +201,7 @@ def summarise(splits: Sequence[Split]) -> dict[str, Summary]:
 
 
 def table(by_policy: Mapping[str, Sequence[Split]]) -> str:
-    """A Markdown table: stages down, mean, p50 and p99 of each policy across, ms."""
+    """Returns a Markdown table: stages down; mean, p50 and p99 of each policy across, in ms."""
     summaries = {policy: summarise(splits) for policy, splits in by_policy.items()}
     heads = [f"{policy}: mean | p50 | p99" for policy in summaries]
     lines = [

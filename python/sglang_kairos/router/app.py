@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import functools
 import ssl
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -22,7 +21,9 @@ from starlette.routing import Route
 
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.router.auth import bears, is_open
+from sglang_kairos.router.clock import SYSTEM_CLOCK, Clock
 from sglang_kairos.router.control.admin import Admin
+from sglang_kairos.router.control.discovery import ApiServer, Discovery
 from sglang_kairos.router.control.endpoints import (
     ANY,
     EACH,
@@ -32,10 +33,9 @@ from sglang_kairos.router.control.endpoints import (
     REFUSED,
     WEBSOCKET,
 )
-from sglang_kairos.router.control.fan_out import Asker, as_json, error
-from sglang_kairos.router.fleet.discovery import ApiServer, Discovery
+from sglang_kairos.router.control.fan_out import FanOut, as_json, error
 from sglang_kairos.router.fleet.fleet import Fleet
-from sglang_kairos.router.fleet.poller import Watch
+from sglang_kairos.router.fleet.poller import Poller
 from sglang_kairos.router.metrics import RouterMetrics
 from sglang_kairos.router.options import RouterOptions
 from sglang_kairos.router.request.context import REQUEST_ID
@@ -55,17 +55,19 @@ _FIRST_LOOK_S = 0.5
 class Router:
     """Everything one router process holds. Usable between `start` and `stop`, on one event loop."""
 
-    def __init__(self, options: RouterOptions, config: KairosConfig) -> None:
+    def __init__(
+        self, options: RouterOptions, config: KairosConfig, clock: Clock = SYSTEM_CLOCK
+    ) -> None:
         self.options = options
-        self.fleet = Fleet(options)
+        self.fleet = Fleet(options, clock)
         self.metrics = RouterMetrics(options.ttft_buckets)
         self.draining = False
         self._config = config
         self._table = config.slo_table()
         self._session: aiohttp.ClientSession | None = None
         self._proxy: PairProxy | None = None
-        self._watch: Watch | None = None
-        self._asker: Asker | None = None
+        self._poller: Poller | None = None
+        self._fan_out: FanOut | None = None
         self._admin: Admin | None = None
         self._discovery: Discovery | None = None
         self._cluster = ApiServer() if options.pods is not None else None
@@ -79,11 +81,11 @@ class Router:
         return self._proxy
 
     @property
-    def asker(self) -> Asker:
-        """What asks servers for clients. RuntimeError before `start`."""
-        if self._asker is None:
+    def fan_out(self) -> FanOut:
+        """What speaks for the whole fleet. RuntimeError before `start`."""
+        if self._fan_out is None:
             raise RuntimeError("the router has not been started")
-        return self._asker
+        return self._fan_out
 
     async def start(self) -> None:
         """Open the client session and start looking at the servers."""
@@ -114,10 +116,10 @@ class Router:
             carries=self._config.enabled,
             max_wait=self._config.max_wait,
         )
-        self._asker = Asker(self.fleet, session, options)
-        self._watch = Watch(self.fleet, session, options, self.metrics)
-        self._admin = Admin(self.fleet, self._watch, self.metrics, options.admin_api_key)
-        self._watch.start()
+        self._fan_out = FanOut(self.fleet, session, options)
+        self._poller = Poller(self.fleet, session, options, self.metrics)
+        self._admin = Admin(self.fleet, self._poller, self.metrics, options.admin_api_key)
+        self._poller.start()
         if options.pods is not None:
             self._discovery = Discovery(options.pods, self._admin, self._cluster)
             self._discovery.start()
@@ -130,8 +132,8 @@ class Router:
             await self._scraped.cleanup()
         if self._discovery is not None:
             await self._discovery.stop()
-        if self._watch is not None:
-            await self._watch.stop()
+        if self._poller is not None:
+            await self._poller.stop()
         if self._proxy is not None:
             await self._proxy.finish()
         if self._session is not None:
@@ -140,8 +142,9 @@ class Router:
     async def health(self, _: Request) -> Response:
         """200 while a prefill/decode pair can be formed and the router stays, 503 otherwise."""
         fleet = self.fleet
-        until = time.monotonic() + _FIRST_LOOK_S
-        while not self._ready and fleet.ready and time.monotonic() < until:
+        now_s = fleet.clock.now_s
+        until = now_s() + _FIRST_LOOK_S
+        while not self._ready and fleet.ready and now_s() < until:
             await asyncio.sleep(0.01)
         status = "no prefill/decode pair is up"
         if fleet.ready:
@@ -184,8 +187,8 @@ class Router:
                 # To SGLang, an empty id is the beginning of everybody's.
                 text = "rid: must name a request, or abort_all be true"
                 return error("/abort_request", 400, text, "BadRequestError", param="rid")
-            self.proxy.calls.aborted(asked.get("rid"), everybody)
-        return await self.asker.every(request)
+            self.proxy.registry.aborted(asked.get("rid"), everybody)
+        return await self.fan_out.every(request)
 
     async def metrics_text(self, _: Request) -> Response:
         """Prometheus exposition."""
@@ -216,7 +219,7 @@ class Router:
         metrics, limits = self.metrics, self.proxy.limits
         metrics.in_flight.set(limits.in_flight)
         metrics.held_bytes.set(limits.held_bytes)
-        metrics.relegated.set(len(self.proxy.later))
+        metrics.relegated.set(len(self.proxy.deferred))
         for server in self.fleet.servers:
             metrics.up.labels(server.url, server.role).set(server.up)
             metrics.running.labels(server.url, server.role).set(len(server.attempts))
@@ -293,10 +296,12 @@ def _vary(send: Send, message: Message) -> Awaitable[None]:
     return send(message)
 
 
-def create_app(options: RouterOptions, config: KairosConfig) -> RouterApp:
+def create_app(
+    options: RouterOptions, config: KairosConfig, clock: Clock = SYSTEM_CLOCK
+) -> RouterApp:
     """The app; its `router` holds everything. ConfigError for unusable SLO classes, OptionError for
     service discovery outside a cluster."""
-    return RouterApp(Router(options, config))
+    return RouterApp(Router(options, config, clock))
 
 
 def _fleet_app(router: Router) -> Starlette:
@@ -310,7 +315,7 @@ def _fleet_app(router: Router) -> Starlette:
 
     def asked(name: str) -> Endpoint:
         async def endpoint(request: Request) -> Response:
-            found: Response = await getattr(router.asker, name)(request)
+            found: Response = await getattr(router.fan_out, name)(request)
             return found
 
         return endpoint

@@ -11,15 +11,14 @@ import argparse
 from typing import Any
 
 from sglang_kairos.commands import parser_of
+from sglang_kairos.router.policy_names import POLICIES
 from sglang_kairos.router.upstream_flags import add_others
 from sglang_kairos.settings import ConfigError, Number, OneOf, SettingsParser, readable_file, switch
 
-# As `fleet.policies.CHOOSERS`; upstream's balancers call three of them by these very names.
-POLICIES = ("kairos", "random", "round_robin", "least_load", "power_of_two", "cache_aware")
 _LOG_LEVELS = OneOf(
     ("debug", "info", "warning", "error", "critical", "trace"), (("warn", "warning"),)
 )
-_POLICY = OneOf(POLICIES, (("least_loaded", "least_load"),))
+_POLICY = OneOf(tuple(POLICIES), (("least_loaded", "least_load"),))
 _MIB = 2**20
 
 

@@ -1,8 +1,8 @@
 """Lets what happens elsewhere end what a request's task is waiting for.
 
-A client that leaves, a server that is gone, a timeout, prefill's refusal: each interrupts the task
-with an exception of its own, raised where the task waits inside ``async with attention``. One that
-comes while the task waits for nothing is raised at the next entry.
+A client that leaves, a server that is gone, a timeout and prefill's refusal each interrupt the task.
+Each does so with an exception of its own. It is raised where the task waits inside ``async with
+cancellation``; when the task waits for nothing, at the next entry.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 from types import TracebackType
 
 
-class Attention:
+class Cancellation:
     """Of one task: make it in the task it is for."""
 
     __slots__ = ("_cause", "_listening", "_task")
@@ -19,7 +19,7 @@ class Attention:
     def __init__(self) -> None:
         task = asyncio.current_task()
         if task is None:
-            raise RuntimeError("Attention belongs to a task")
+            raise RuntimeError("Cancellation belongs to a task")
         self._task: asyncio.Task[object] = task
         self._cause: Exception | None = None
         self._listening = False
@@ -37,7 +37,7 @@ class Attention:
         if not self._listening and isinstance(self._cause, kinds):
             self._cause = None
 
-    async def __aenter__(self) -> Attention:
+    async def __aenter__(self) -> Cancellation:
         if self._cause is not None:
             self._raise()
         self._listening = True

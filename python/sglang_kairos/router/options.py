@@ -14,11 +14,19 @@ from urllib.parse import urlsplit
 
 from sglang_kairos.policy.overload import Overload
 from sglang_kairos.router.arguments import OptionError, build_parser
-from sglang_kairos.router.fleet.health import HealthRules
+from sglang_kairos.router.health_rules import HealthRules
 from sglang_kairos.router.upstream_flags import heed
 from sglang_kairos.settings import readable_file
 
-__all__ = ["OptionError", "Pods", "RouterOptions", "parse_options", "prefill_of", "url_of"]
+__all__ = [
+    "HealthRules",
+    "OptionError",
+    "Pods",
+    "RouterOptions",
+    "parse_options",
+    "prefill_of",
+    "url_of",
+]
 
 logger = logging.getLogger(__name__)
 

@@ -1,12 +1,18 @@
-"""A simulated PD cluster that takes its decisions with the servers' own functions.
+"""Simulates a PD cluster, with decisions by the servers' own functions.
 
-A request's life: `core.router` places it; its decode server reserves KV (`core.decode`); its
-prefill server queues, orders and computes it in chunks (`core.prefill`, with `baselines.orders` for
-upstream's policies and
-`policy.urgency` for Kairos'); its KV crosses the wire; it joins the running batch, which is its
-first token; it decodes until its last (`core.decode`, with `policy.packing` for Kairos).
-`core.cluster` wires the servers to one `core.clock`, `hardware.times` says how long steps take
-(`hardware.systems` and `hardware.tables`: of which model and GPU), `core.predictions` what the
-servers believe about that. `bound.bound` is what no scheduler could exceed. `cli.grid` runs many
-simulations in processes; `cli.compare` and `cli.plan` are the two commands.
+A request's life in five steps:
+    1. `core.router` places it.
+    2. Its decode server reserves KV (`core.decode`).
+    3. Its prefill server queues it, orders it and computes it in chunks (`core.prefill`). SGLang's
+       policies are in `baselines.orders`, Kairos' in `policy.urgency`.
+    4. Its KV crosses the link, and it joins the running batch: that is its first token.
+    5. It decodes until its last token (`core.decode`, with `policy.packing` for Kairos).
+
+Where to find the rest:
+    core.cluster       wires the servers to one `core.clock`
+    core.predictions   what the servers predict about their step times
+    hardware.times     how long steps really take (`systems`, `tables`: of which model and GPU)
+    bound.bound        the share of TTFT targets that no scheduler could exceed
+    cli.grid           runs many simulations in processes
+    cli.compare, plan  the two commands
 """

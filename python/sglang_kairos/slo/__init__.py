@@ -1,1 +1,1 @@
-"""What a request is promised: targets, how they are said, whether they were kept. Pure."""
+"""What a request is promised: its targets, how it states them, whether they were met. Pure."""

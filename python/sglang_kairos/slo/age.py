@@ -1,17 +1,18 @@
-"""How long ago the first gateway saw a request, by the headers in which gateways say so.
+"""How long ago the first gateway saw a request, read from the headers that gateways set.
 
-``x-request-start`` (and ``x-queue-start``, its older name) holds the time at which a gateway took the
-request, since 1970: seconds (nginx: ``t=${msec}``, as in ``t=1512379167.574``), milliseconds (Heroku),
-microseconds (Apache: ``%t``) or nanoseconds, told apart by their size, with or without ``t=``. Of
-several values, which gateways in a row append with commas, the earliest counts.
+``x-request-start`` (older name: ``x-queue-start``) holds the time at which a gateway took the
+request, since 1970. It is in seconds (nginx: ``t=${msec}``, as in ``t=1512379167.574``),
+milliseconds (Heroku), microseconds (Apache: ``%t``) or nanoseconds. The size tells which; ``t=`` is
+optional. Gateways in a row append values with commas, and the earliest counts.
 
-``traceparent`` (W3C) has no time of its own, but two kinds of trace ids begin with one: those in the
-manner of AWS X-Ray (8 hexadecimal digits, seconds) and UUIDs of version 7 (12 digits, milliseconds).
-A random id passes for one of the last 30 s in 7 of 10^9 cases. Yet a trace may have begun long before
-this request (one of an agent's calls, say), so nobody looks there unless told to.
+``traceparent`` (W3C) has no time of its own, but two kinds of trace ids begin with one. Those in
+the manner of AWS X-Ray have 8 hexadecimal digits of seconds, UUIDs of version 7 have 12 digits of
+milliseconds. A random id passes for one of the last 30 s in 7 of 10^9 cases. Yet a trace may have
+begun long before this request, as with one of an agent's calls. So the header is read only when the
+configuration says so.
 
-Clocks of different machines are compared here. Hence a time a second ahead of our clock, or older
-than the rule allows, says nothing: it is a clock that is wrong, or a unit that nobody knows.
+Clocks of different machines are compared here. A time a second ahead of our clock, or older than
+the rule allows, is ignored: that clock is wrong, or the unit is unknown.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# What is told of headers that were not taken as written: "x-slo-ttft-ms clamped", say.
+# Notes on headers that were not taken as written, such as "x-slo-ttft-ms clamped".
 HeaderNotes = list[str]
 
 START_HEADERS = ("x-request-start", "x-queue-start")
@@ -32,21 +33,21 @@ AGE_HEADERS = (*START_HEADERS, TRACE_HEADER)
 _UNITS = ((1e11, 1.0), (1e14, 1e-3), (1e17, 1e-6), (1e20, 1e-9))
 _TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 _AHEAD_MS = 1000.0  # clocks that are kept in step differ by less
-_MOST_VALUES = 16  # of a header; more gateways in a row are nobody's
+_MOST_VALUES = 16  # read of one header; nobody has more gateways in a row
 
 
 @dataclass(frozen=True, slots=True)
 class AgeRule:
-    """Which headers (lower-case names) may say when a request came, and the oldest age believed, ms."""
+    """The headers (lower-case names) that may say when a request came, and the oldest age in ms."""
 
     headers: tuple[str, ...] = ()
     most_ms: float = 30_000.0
 
     def age_ms(self, headers: Mapping[str, str], now_s: float, notes: HeaderNotes) -> float:
-        """Milliseconds since the first gateway that says so; 0 where nobody does.
+        """Returns the milliseconds since the first gateway that says so; 0 if none does.
 
-        `now_s`: this machine's time since 1970. A header that says nothing to be believed is noted,
-        a ``traceparent`` apart: most have no time.
+        `now_s`: this machine's time since 1970. A header whose time is not believed is noted,
+        except ``traceparent``, since most have no time.
         """
         oldest = 0.0
         for name in self.headers:
@@ -67,7 +68,7 @@ NO_AGE = AgeRule()
 
 
 def _starts(text: str) -> list[float]:
-    """The times that an ``x-request-start`` names, seconds since 1970."""
+    """Returns the times that an ``x-request-start`` names, in seconds since 1970."""
     found = []
     for part in text.split(",")[:_MOST_VALUES]:
         try:
@@ -83,12 +84,15 @@ def _starts(text: str) -> list[float]:
 
 
 def _trace_start(text: str) -> list[float]:
-    """The times that a trace id may begin with, seconds since 1970; which is real, `age_ms` judges."""
+    """Returns the times that a trace id may begin with, in seconds since 1970.
+
+    `age_ms` judges them.
+    """
     found = _TRACE.fullmatch(text.strip().lower())
     if found is None:
         return []
     trace = found[1]
     if trace[12] == "7" and trace[16] in "89ab":
         return [int(trace[:12], 16) / 1e3]
-    # The second that it began in: who takes its end makes no request older than it is.
+    # Only the second is known: taking its end makes no request older than it is.
     return [int(trace[:8], 16) + 1.0]

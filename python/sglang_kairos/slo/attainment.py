@@ -1,8 +1,8 @@
-"""Whether requests got what they were promised, counted on the server. Plain data, no clock.
+"""Counts on the server whether requests met their SLO. Plain data, no clock; times in seconds.
 
-The definitions are those of `tools/replay` and of SGLang's ``benchmark/goodput.py``: TTFT runs from a
-request's arrival to its first token, TPOT is (last token - first token) / (tokens - 1), 0 for one
-token. A request is met in ``both`` when it met TTFT and TPOT. Times in seconds.
+The definitions are those of `loads.replay` and of SGLang's ``benchmark/goodput.py``. TTFT runs from
+a request's arrival to its first token. TPOT is (last token - first token) / (tokens - 1), and 0 for
+one token. A request that met both counts under ``both``.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ OUTCOMES = (SERVED, RETRACTED, AGAIN, ABORTED, REFUSED, FAILED)
 
 
 def class_label(name: str, classes: Container[str]) -> str:
-    """The class to count a request of class `name` under: clients make up names, which are one."""
+    """Returns the class to count a request under; all names not configured are one class."""
     return name if name == "default" or name in classes else OTHER
 
 
 def tpot_of(first_s: float, last_s: float, tokens: int) -> float:
-    """Seconds per output token after the first; 0 for a single one."""
+    """Returns the seconds per output token after the first; 0 for a single token."""
     return (last_s - first_s) / (tokens - 1) if tokens > 1 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One request that was served: which targets it met, by how much it missed the others.
+    """Which targets a served request met, and by how much it missed the others.
 
-    `late_s`: how late its first token came, and its last one counted from the first. `tpot_s` is None
-    where only the prefill is known.
+    `late_s`: how late its first token came, and its last one counted from the first. `tpot_s` is
+    None where only the prefill is known.
     """
 
     slo_class: str
@@ -64,7 +64,10 @@ class Verdict:
 def judge(
     slo: Slo, slo_class: str, ttft_s: float, tpot_s: float | None, tokens: int, silent_s: float
 ) -> Verdict:
-    """The verdict on a request that put out `tokens` tokens and was silent for `silent_s` at most."""
+    """Returns the verdict on a request of `tokens` output tokens.
+
+    `silent_s` is its longest silence.
+    """
     met = {TTFT: 1e3 * ttft_s <= slo.ttft_ms}
     late_s = {} if met[TTFT] else {TTFT: ttft_s - slo.ttft_ms / 1e3}
     if tpot_s is not None:
@@ -77,7 +80,7 @@ def judge(
 
 @dataclass(slots=True)
 class Spread:
-    """How many, their sum and the greatest of them, seconds."""
+    """A count, the sum and the maximum of durations in seconds."""
 
     count: int = 0
     sum_s: float = 0.0
@@ -112,11 +115,11 @@ class Attainment:
         self.classes: dict[str, ClassTally] = {}
 
     def label(self, name: str) -> str:
-        """See `class_label`."""
+        """Returns the class to count under; see `class_label`."""
         return class_label(name, self._known)
 
     def ended(self, outcome: str, verdict: Verdict | None = None) -> None:
-        """A request is over; `verdict`: it was served, for the first time here."""
+        """Counts a request that is over; `verdict` if it was served, for the first time here."""
         self.outcomes[outcome] += 1
         if verdict is None:
             return
@@ -135,7 +138,7 @@ class Attainment:
         return max((tally.silent.max_s for tally in self.classes.values()), default=0.0)
 
     def report(self) -> dict[str, Any]:
-        """Plain data for /server_info."""
+        """Returns plain data for /server_info."""
         report = {
             "requests": dict(self.outcomes),
             "max_itl_s": self.longest_silence_s,
@@ -160,7 +163,7 @@ class Recent:
         self._most, self._keys = most, dict[Hashable, None]()
 
     def seen(self, key: Hashable) -> bool:
-        """Whether `key` is among them; it is now."""
+        """Returns whether `key` is remembered, and remembers it."""
         known = key in self._keys
         self._keys[key] = None
         if len(self._keys) > self._most:
@@ -169,7 +172,7 @@ class Recent:
 
 
 class Stream(Protocol):
-    """When a request got tokens. `silent_s`: its longest wait for one after its first."""
+    """When a request got tokens. `silent_s`: its longest wait for one after its first, seconds."""
 
     first_token_s: float | None
     last_token_s: float | None
@@ -182,8 +185,8 @@ MANY_STEPS = 64
 class Silences:
     """The longest wait of each request for its next token, without touching it at every token.
 
-    While the same requests get a token step after step, only the steps' lengths are kept, and of
-    those only the ones that no later step exceeds.
+    While the same requests get a token step after step, only the lengths of steps are kept. Of
+    those, only the ones that no later step exceeds.
     """
 
     def __init__(self) -> None:
@@ -194,7 +197,10 @@ class Silences:
         self._took: list[float] = []
 
     def step(self, now_s: float, streams: Sequence[Stream] | None = None) -> None:
-        """Each of `streams` gets a token now. None: those of the step before."""
+        """Records a step that gave each of `streams` a token.
+
+        None means those of the step before.
+        """
         if streams is None:
             self._add(now_s)
             return
@@ -214,7 +220,7 @@ class Silences:
             self._forget(min(joined, default=now_s))
 
     def settle(self, stream: Stream) -> None:
-        """Brings the times of one that got a token at the last step up to date."""
+        """Brings a request's times up to date; it got a token at the last step."""
         if stream.last_token_s is not None:
             since = bisect.bisect_right(self._ends, stream.last_token_s)
             if since < len(self._took):
@@ -231,6 +237,6 @@ class Silences:
         self._last_s = now_s
 
     def _forget(self, before_s: float) -> None:
-        """No living stream began so early."""
+        """Forgets steps from before any living stream began."""
         old = bisect.bisect_right(self._ends, before_s)
         del self._ends[:old], self._took[:old]

@@ -1,12 +1,12 @@
-"""How an SLO sits in an HTTP request body: found, checked, and put where SGLang carries it.
+"""Finds and checks the SLO in an HTTP request body, and puts it where SGLang carries it.
 
-Shared by the router and by the middleware in the server (`engine/hooks/slo_middleware.py`), so that
-both accept and refuse the same requests. No SGLang import.
+The router and the server's middleware (`engine.hooks.slo_middleware`) share it, so that both accept and
+refuse the same requests. It imports nothing of SGLang.
 
-SGLang takes ``custom_params`` to its schedulers from ``sampling_params.custom_params`` for
-/generate (`sampling_params` absent, an object, or a list with one object per prompt) and from the
-top-level ``custom_params`` for /v1/completions and /v1/chat/completions. The key inside is
-`slo.WIRE_KEY`.
+SGLang hands ``custom_params`` to its schedulers. For /generate that is
+``sampling_params.custom_params``; `sampling_params` is absent, an object, or a list with one object
+per prompt. For /v1/completions and /v1/chat/completions it is the top-level ``custom_params``. The
+key inside is `slo.WIRE_KEY`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SLO_PATHS = frozenset({GENERATE, COMPLETIONS, CHAT})
 
 _KEYS = tuple(f'"{key}"'.encode() for key in (*BODY_FIELDS, *FOREIGN_KEYS, WIRE_KEY))
 _PRIORITY = f'"{PRIORITY_KEY}"'.encode()
-# A body that is no longer under way here is not written anew for its age, ms.
+# A smaller age, in ms, is not worth writing the body anew.
 AGE_STEP_MS = 10.0
 # A key may be spelt with \u escapes; its letters and underscore all lie in U+005F..U+007A.
 _ESCAPES = (b"\\u005", b"\\u006", b"\\u007")
@@ -51,15 +51,15 @@ class Carried:
     wires: tuple[dict[str, Any], ...] = ()
 
     def grow_older(self, age_ms: float) -> None:
-        """Have the body say that the request is `age_ms` older. Nothing is read anew."""
+        """Makes the body say that the request is `age_ms` older, without reading it anew."""
         for wire in self.wires:
             wire["age_ms"] = _aged(wire.get("age_ms") or 0.0, age_ms)
 
 
 def mentions_slo(raw: bytes, header_names: Collection[str], table: SloTable) -> bool:
-    """Whether a body or its headers (lower-case names) can say anything about an SLO or an age.
+    """Returns whether a body or its headers (lower-case names) can state an SLO or an age.
 
-    Cheap and never wrong by a False: it decides whether the SLO is looked for at all.
+    Cheap. It may say yes in error but never no: it decides whether the SLO is looked for at all.
     """
     if not SLO_HEADERS.isdisjoint(header_names):
         return True
@@ -82,16 +82,17 @@ def carry(
     preferred: Mapping[str, Any] | None = None,
     notes: HeaderNotes | None = None,
 ) -> Carried:
-    """Move the SLO of a request to where SGLang carries it; changes `body` in place.
+    """Moves the SLO of a request to where SGLang carries it. Changes `body` in place.
 
-    `age_ms` (milliseconds) is what the request has spent here; it is added to the age of an SLO
-    that is already on the wire, which otherwise stays as it is and wins over the body's own fields.
-    `now_s` (since 1970): with it, no request is younger than a gateway in front says (`slo.age`).
-    With `always`, a request that asks for nothing still carries its age, and the next server's
-    default SLO fills the rest. `preferred`: the server's own ``custom_params``
-    (``--preferred-sampling-params``), which SGLang forgets as soon as a request has some: they stay
-    unless the request itself brings others than ours. `notes`: see `slo.request_slo`. Raises SloError
-    for a value out of range.
+    An SLO that is already on the wire wins over the body's own fields and keeps all but its age.
+    `age_ms`: milliseconds that the request has spent here; they are added to that age. `now_s`:
+    time since 1970; with it, no request is younger than a gateway in front says (`slo.age`).
+    `always`: a request that asks for nothing still carries its age, and the next server's default
+    SLO fills the rest. `preferred`: the server's own ``custom_params``
+    (``--preferred-sampling-params``). SGLang drops these as soon as a request has some; here they
+    stay unless the request brings others than ours. `notes`: see `slo.request_slo`.
+
+    Raises SloError for a value out of range.
     """
     holders = _holders(body, path, create=False)
     wired = bool(holders) and all(_wire_in(holder) is not None for holder, _ in holders)
@@ -138,9 +139,10 @@ def carry(
 
 
 def _holders(body: dict[str, Any], path: str, create: bool) -> list[tuple[dict[str, Any], str]]:
-    """The objects of a body that own a ``custom_params``, each once, with the name of that field.
+    """Returns the objects of a body that own a ``custom_params``, with that field's name.
 
-    A malformed ``sampling_params`` has none: SGLang answers it with its own error.
+    Each object comes once. A malformed ``sampling_params`` has none: SGLang answers it with its own
+    error.
     """
     if path != GENERATE:
         return [(body, "custom_params")]
@@ -159,7 +161,7 @@ def _holders(body: dict[str, Any], path: str, create: bool) -> list[tuple[dict[s
 
 
 def _wire_in(holder: dict[str, Any]) -> Any:
-    """The SLO that a holder of ``custom_params`` carries already, as it is there."""
+    """Returns the SLO that a holder of ``custom_params`` carries already, unchanged."""
     params = holder.get("custom_params")
     return params.get(WIRE_KEY) if isinstance(params, dict) else None
 
@@ -171,10 +173,11 @@ def _aged(was_ms: float, more_ms: float) -> float:
 def _older(
     wire: Any, table: SloTable, age_ms: float, since_ms: float
 ) -> tuple[RequestSlo, dict[str, Any]]:
-    """A wire SLO read and made canonical: known keys only, checked, older by `age_ms`.
+    """Returns a wire SLO read and made canonical: known keys only, checked, older by `age_ms`.
 
-    `since_ms` ago a gateway saw the request: whoever wrote the wire may not have known. Unknown keys
-    go: SGLang types the values of ``custom_params`` as flat, and this entry is ours to keep so.
+    A gateway saw the request `since_ms` ago, which the writer of the wire may not have known.
+    Unknown keys are dropped: SGLang types the values of ``custom_params`` as flat, and this entry
+    keeps to it.
     """
     read = table.read(wire)
     aged = _aged(read.age_ms, age_ms)
@@ -190,7 +193,7 @@ def _older(
 
 
 def dump(body: Any) -> bytes:
-    """`body` as JSON. ValueError when it is nested deeper than JSON is ever written for us."""
+    """Returns `body` as JSON bytes. Raises ValueError if it is nested too deep."""
     try:
         return orjson.dumps(body)
     except TypeError:
@@ -204,9 +207,9 @@ def dump(body: Any) -> bytes:
 def error_body(
     path: str, status: int, message: str, kind: str = "BadRequestError", param: str | None = None
 ) -> bytes:
-    """An error as the clients of `path` read it.
+    """Returns an error in the form that clients of `path` read.
 
-    ``{"error": {"message", "type", "param", "code"}}`` everywhere; SGLang's own OpenAI endpoints
+    ``{"error": {"message", "type", "param", "code"}}`` everywhere. SGLang's own OpenAI endpoints
     put the same four at the top level (``"object": "error"``), so those paths answer both ways.
     """
     error: dict[str, Any] = {"message": message, "type": kind, "param": param, "code": status}

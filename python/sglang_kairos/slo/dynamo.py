@@ -2,15 +2,14 @@
 
 The frontend hands a worker no HTTP body but a dict of its own. Of that these count:
 
-==============================  =====================================================================
-``router.ttft_target``          the TTFT target, milliseconds: ``nvext.router.ttft_target`` of a body
-``router.itl_target``           the TPOT target, milliseconds: ``nvext.router.itl_target``
-``routing.priority``            ``nvext.agent_hints.priority``; its class by ``--kairos-priority-classes``
-``request_timestamp_ms``        when the frontend got it, milliseconds since 1970: its age
-``extra_args.sglang_tito``      the body of the native ``/generate``, which may say all that Kairos knows
-==============================  =====================================================================
+    router.ttft_target        TTFT target, ms: ``nvext.router.ttft_target`` of a body
+    router.itl_target         TPOT target, ms: ``nvext.router.itl_target`` of a body
+    routing.priority          ``nvext.agent_hints.priority``: its class, by the configuration's
+                              ``--kairos-priority-classes``
+    request_timestamp_ms      when the frontend got it, ms since 1970: its age
+    extra_args.sglang_tito    body of the native ``/generate``, which may say all that Kairos knows
 
-A client wrote the targets: one out of range is an SloError. Source: ai-dynamo 1.6.1.
+A client wrote the targets, so one out of range is an SloError. Source: ai-dynamo 1.6.1.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from sglang_kairos.slo.targets import SloTable
 
 
 def age_ms(request: Mapping[str, Any], now_ms: float, most_ms: float) -> float:
-    """Milliseconds since the frontend got the request; 0 where it does not say, or is not believed.
+    """Returns the milliseconds since the frontend got the request; 0 if unknown or not believed.
 
-    `now_ms`: this machine's time since 1970. Less than `AGE_STEP_MS` is not worth saying; more than
-    `most_ms` is a clock that is wrong. Both milliseconds.
+    `now_ms`: this machine's time since 1970. An age below `AGE_STEP_MS` is not worth saying. One
+    above `most_ms` means that a clock is wrong.
     """
     since = request.get("request_timestamp_ms")
     if isinstance(since, bool) or not isinstance(since, int | float):
@@ -43,9 +42,9 @@ def custom_params(
     now_ms: float,
     preferred: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-    """SGLang's ``custom_params`` for a request of Dynamo's, with its SLO; None: nothing to say.
+    """Returns SGLang's ``custom_params`` with the SLO of a Dynamo request; None if there is none.
 
-    `params`: what Dynamo has put there itself. `preferred`: see `slo_http.carry`. Raises SloError,
+    `params`: what Dynamo has put there itself. `preferred`: see `slo.body.carry`. Raises SloError,
     which names the field as the client wrote it.
     """
     body = _said(request)
@@ -63,7 +62,10 @@ def native_body(
     now_ms: float,
     preferred: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The body `payload` of a native ``/generate`` with its SLO where SGLang carries it. SloError."""
+    """Returns the body of a native ``/generate`` with its SLO where SGLang carries it.
+
+    Raises SloError for a value out of range.
+    """
     body = dict(payload)
     routing = request.get("routing")
     # The frontend moves a body's priority there, and writes 0 where there is none.
@@ -78,7 +80,7 @@ def native_body(
 
 
 def _said(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The targets and the priority of a request, where the client's body had them."""
+    """Returns the targets and the priority of a request, where the client's body had them."""
     nvext: dict[str, Any] = {}
     router, routing = request.get("router"), request.get("routing")
     if isinstance(router, Mapping):

@@ -1,8 +1,9 @@
-"""What a request must be before it may reach a scheduler: checked by the router and by the servers.
+"""Checks on router and servers what a request must be before it may reach a scheduler.
 
-SGLang answers most malformed requests with a 400 of its own; those are left to it. What follows would
-end a scheduler, keep a request waiting for ever, or be answered with 500 after both servers worked
-on it. The error names the field, the entry of a list and the limit. No SGLang import.
+SGLang answers most malformed requests with a 400 of its own; those are left to it. What is refused
+here would end a scheduler, keep a request waiting for ever, or fail with 500 after both servers
+worked on it. The error names the field, the entry of a list and the limit. It imports nothing of
+SGLang.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from sglang_kairos.slo.body import CHAT, COMPLETIONS, GENERATE
 
 # Samples of one prompt. SGLang itself has no limit; a batch times this is bounded by its bytes.
 MOST_SAMPLES = 10_000
-# What the buffers hold by which prefill hands log probabilities of the first token to decode.
+# The size of the buffers in which prefill hands the first token's log probabilities to decode.
 MOST_TOP_LOGPROBS = 128
 _PROMPT_FIELDS = {GENERATE: ("text", "input_ids"), COMPLETIONS: ("prompt",)}
 _MEDIA = ("image_data", "video_data", "audio_data")
@@ -27,7 +28,7 @@ _PER_PROMPT = (
 
 
 class RequestError(ValueError):
-    """A request that no server should see; `field` names what is wrong with it."""
+    """A request that must reach no server; `field` names what is wrong with it."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"{field}: {reason}")
@@ -36,12 +37,12 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """What the servers hold; None is not known, and not checked.
+    """What the servers can hold; None is not known and not checked.
 
-    `vocabulary`: token ids lie below it. `context_tokens`: a prompt must be shorter. `kv_tokens`: of
-    the decode server, which reserves a prompt's pages of `page_tokens` and `reserved_tokens` more.
-    A server that truncates prompts has none of these. `samples`: the most that ``n`` may ask for.
-    `token_ids_logprob`: whether that may be asked for.
+    `vocabulary`: token ids lie below it. `context_tokens`: a prompt must be shorter. `kv_tokens`:
+    of the decode server, which reserves a prompt's pages of `page_tokens` and `reserved_tokens`
+    more. A server that truncates prompts has none of these. `samples`: the most that ``n`` may ask
+    for. `token_ids_logprob`: whether that may be asked for.
     """
 
     vocabulary: int | None = None
@@ -54,7 +55,7 @@ class RequestLimits:
 
     @property
     def longest_prompt(self) -> int | None:
-        """The most prompt tokens that fit; None if that is not known."""
+        """Returns the most prompt tokens that fit; None if that is not known."""
         most = []
         if self.context_tokens is not None:
             most.append(self.context_tokens - 1)
@@ -68,7 +69,7 @@ NO_LIMITS = RequestLimits()
 
 
 def check_request(body: Mapping[str, Any], path: str, limits: RequestLimits = NO_LIMITS) -> None:
-    """RequestError for a request of one of `slo.body.SLO_PATHS` that must not reach a scheduler."""
+    """Raises RequestError if a request to one of `slo.body.SLO_PATHS` must reach no scheduler."""
     _check_samples(body, path, limits.samples)
     if path == CHAT:
         _check_rid(body.get("rid"), None)
@@ -127,7 +128,7 @@ def _check_n(params: Mapping[str, Any], where: str, most: int) -> None:
 
 
 def _check_prompts(body: Mapping[str, Any], path: str, limits: RequestLimits) -> int | None:
-    """Checks the prompt; how many there are, None for a single one or none that is known."""
+    """Checks the prompts. Returns how many there are; None for a single or an unknown one."""
     if any(body.get(name) for name in _MEDIA):
         return None  # its text may be empty, its ids may stand for media
     for name in _PROMPT_FIELDS[path]:
@@ -165,7 +166,7 @@ def _session(body: Mapping[str, Any]) -> bool:
 
 
 def _check_tokens(ids: list[Any], name: str, limits: RequestLimits) -> None:
-    """Token ids, looked at by C loops only: prompts of 100,000 pass here on every request."""
+    """Checks token ids by C loops only: prompts of 100,000 pass here on every request."""
     if set(map(type, ids)) != {int}:
         index = next(i for i, one in enumerate(ids) if type(one) is not int)
         raise RequestError(f"{name}[{index}]", f"must be a token id, got {_kind(ids[index])}")
@@ -180,7 +181,7 @@ def _check_tokens(ids: list[Any], name: str, limits: RequestLimits) -> None:
 
 
 def _check_rid(rid: Any, batch: int | None) -> None:
-    """`batch`: how many prompts there are, None for one."""
+    """Checks request ids. `batch`: the number of prompts, None for one."""
     if rid is None:
         return
     if isinstance(rid, list) and batch is None:
@@ -196,7 +197,7 @@ def _check_rid(rid: Any, batch: int | None) -> None:
 
 
 def _check_stop_ids(params: Mapping[str, Any], where: str, limits: RequestLimits) -> None:
-    """With `min_new_tokens`, SGLang uses them as indices into the vocabulary."""
+    """Checks stop ids: with `min_new_tokens`, SGLang uses them as indices into the vocabulary."""
     listed = params.get("stop_token_ids")
     if params.get("min_new_tokens") and isinstance(listed, list):
         most = (limits.vocabulary or 2**31) - 1
@@ -229,7 +230,10 @@ def _each(body: Mapping[str, Any], name: str, check: Callable[[Any, str], None])
 
 
 def _whole(value: Any, name: str, low: int, high: int) -> None:
-    """RequestError unless `value` is None or an integer in that range; a float or text is none."""
+    """Raises RequestError unless `value` is None or an integer in range.
+
+    A float or text is none.
+    """
     if value is None:
         return
     if type(value) is not int:
@@ -242,7 +246,7 @@ def _whole(value: Any, name: str, low: int, high: int) -> None:
 
 
 def _kind(value: Any) -> str:
-    """A wrong value in an error text, without repeating what it holds."""
+    """Returns a wrong value's kind for an error text, without repeating what it holds."""
     names = {str: "a text", bool: "true or false", float: "a fraction", dict: "an object"}
     if value is None:
         return "null"
@@ -250,7 +254,7 @@ def _kind(value: Any) -> str:
 
 
 def check_bootstrap(body: Mapping[str, Any]) -> None:
-    """RequestError where a decode server would not be told whose KV it is to take."""
+    """Raises RequestError if a decode server would not be told whose KV to take."""
     if body.get("bootstrap_room") is None:
         return  # SGLang refuses it
     host = body.get("bootstrap_host")

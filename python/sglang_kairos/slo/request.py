@@ -1,21 +1,23 @@
-"""What a request asks for: every way to say an SLO, and which of them counts.
+"""What a request asks for: every way to state an SLO, and which of them counts.
 
-For each target the first of these that says something counts, from the top:
+For each target the first of these that says something counts:
 
 1. the body: ``ttft_ms``, the ``slo`` object, ``nvext.router`` (NVIDIA Dynamo's, in milliseconds);
-2. a header, in the order of `TTFT_HEADERS` and `TPOT_HEADERS`;
-3. the SLO class; it is the one that the body names, else a header's, else the one that the
-   configuration has for the body's ``priority`` (SGLang's) or ``nvext.agent_hints.priority``;
+2. a header, in the order of `TTFT_HEADERS` and `TPOT_HEADERS`; 3. the SLO class: the body's, else a
+header's, else that which the configuration has for the body's
+   ``priority`` (SGLang's) or ``nvext.agent_hints.priority``;
 4. the server's default.
 
-A body is written by a client: a value out of range, or a class that nobody knows, is an `SloError`.
-A header may come from infrastructure and never refuses a request: its number is moved into the
-range, and a word, nothing at all or an unknown class counts as nothing said. `HeaderNotes` tell.
+A client writes the body, so a value out of range or an unknown class there is an `SloError`. A
+header may come from infrastructure and never refuses a request. Its number is moved into the range;
+a word, an empty value or an unknown class is ignored. `HeaderNotes` record it.
 
-Sources of the fields of others: ``nvext.router`` and ``agent_hints.priority`` as in the README of
-ai-dynamo 1.6.1's ``global_router`` (floats, milliseconds; a 32-bit number, higher is more urgent);
-``x-llm-d-slo-…`` as llm-d's predicted-latency guide; ``x-dynamo-slo-ttft-ms`` as Dynamo's proposal
-9755 and ``x-dynamo-meta-slo-ttft-ms`` as its gateway picker reads it.
+Sources of others' fields:
+- ``nvext.router`` and ``agent_hints.priority``: README of ai-dynamo 1.6.1's ``global_router``
+  (floats in milliseconds; a 32-bit number, higher is more urgent);
+- ``x-llm-d-slo-…``: llm-d's predicted-latency guide;
+- ``x-dynamo-slo-ttft-ms``: Dynamo's proposal 9755;
+- ``x-dynamo-meta-slo-ttft-ms``: Dynamo's gateway picker.
 """
 
 from __future__ import annotations
@@ -58,10 +60,11 @@ def request_slo(
     table: SloTable,
     notes: HeaderNotes | None = None,
 ) -> Slo | None:
-    """The SLO a request asks for, or None when it says nothing (the default then applies).
+    """Returns the SLO that a request asks for.
 
-    `headers` has lower-case names; what is not taken as they write it goes to `notes`. Raises
-    SloError on a value of the body out of range, or an unknown class there.
+    None if it says nothing, so that the default applies. `headers` has lower-case names. `notes`
+    gets what is not taken as the headers write it. Raises SloError for a value of the body out of
+    range, or an unknown class there.
     """
     notes = [] if notes is None else notes
     _check_objects(body)
@@ -84,7 +87,7 @@ def request_slo(
 
 
 def _at(body: dict[str, Any], path: tuple[str, ...]) -> Any:
-    """The value at a path of keys; None where there is none."""
+    """Returns the value at a path of keys; None where there is none."""
     value: Any = body
     for key in path:
         if type(value) is not dict:  # as JSON has it; an abstract type takes five times as long
@@ -94,7 +97,7 @@ def _at(body: dict[str, Any], path: tuple[str, ...]) -> Any:
 
 
 def _check_objects(body: dict[str, Any]) -> None:
-    """SloError where targets cannot be looked for: something else stands in their object's place."""
+    """Raises SloError where something else stands in the place of an object of targets."""
     slo = body.get("slo")
     if isinstance(slo, dict):
         for key in slo:
@@ -120,7 +123,7 @@ def _body_ms(body: dict[str, Any], paths: tuple[tuple[str, ...], ...], key: str)
 def _header_ms(
     headers: Mapping[str, str], names: tuple[str, ...], key: str, notes: HeaderNotes
 ) -> float | None:
-    """The first header that names a number, moved into the range."""
+    """Returns the first header that names a number, moved into the range."""
     low, high = LIMITS_MS[key]
     for name in names:
         text = headers.get(name)
@@ -164,7 +167,7 @@ def _named(name: Any, field: str, table: SloTable) -> Slo:
 
 
 def _of_priority(body: dict[str, Any], table: SloTable) -> Slo | None:
-    """The class of the body's priority, where the configuration has classes for priorities."""
+    """Returns the class of the body's priority, if the configuration has classes for priorities."""
     if not table.priorities:
         return None
     for path in _PRIORITY_PATHS:

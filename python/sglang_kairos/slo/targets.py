@@ -1,10 +1,10 @@
 """Service-level objectives: what a request is promised, and the server's table of them.
 
-How a request asks for one is in `slo.request`, how HTTP carries it in `slo.body`.
+`slo.request` says how a request asks for one, `slo.body` how HTTP carries it.
 
-Between router, prefill and decode the resolved SLO travels in SGLang's own
-``custom_params`` under the key ``kairos`` (see `to_wire`), because that field follows every
-tokenizer, session and disaggregation path unchanged.
+Between router, prefill and decode the resolved SLO travels in SGLang's own ``custom_params`` under
+the key ``kairos`` (see `to_wire`). That field passes every tokenizer, session and disaggregation
+path unchanged.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ LIMITS_MS: dict[str, tuple[float, float]] = {
 }
 
 
-MOST_KNOWN = 1024  # a process remembers so many different targets
+MOST_KNOWN = 1024  # the number of different targets that a process remembers
 LONGEST_NAME = 64  # of a class that this server does not know
 
 
 class SloError(ValueError):
-    """A target that cannot be honoured as written; `field` names it, the text gives the range."""
+    """A target that cannot be honoured; `field` names it, and the message gives the range."""
 
     def __init__(self, field_name: str, reason: str) -> None:
         super().__init__(f"{field_name}: {reason}")
@@ -40,7 +40,7 @@ class SloError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """Targets of one request or class. Times in milliseconds; `weight` is relative importance."""
+    """Targets of one request or class, in milliseconds; `weight` is relative importance."""
 
     ttft_ms: float
     tpot_ms: float
@@ -50,9 +50,9 @@ class Slo:
 
 @dataclass(frozen=True, slots=True)
 class SloTable:
-    """The server's default SLO, its named classes, and what else it makes of a request's words.
+    """The server's default SLO, its named classes and its rules for priorities.
 
-    `priorities`: from which priority on a request without a class gets which, in rising order.
+    `priorities`: pairs (lowest priority, class name) in rising order, for requests without a class.
     """
 
     default: Slo
@@ -62,7 +62,7 @@ class SloTable:
     _known: dict[Any, Slo] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def read(self, wire: Any) -> RequestSlo:
-        """`from_wire`, but targets like those of an earlier request are not parsed again."""
+        """Like `from_wire`, but targets equal to an earlier request's are not parsed again."""
         key: Any = None
         if isinstance(wire, Mapping):
             # True, 1 and 1.0 are equal, but not all of them are targets.
@@ -80,7 +80,7 @@ class SloTable:
         return read
 
     def named(self, name: str, field_name: str = "slo_class") -> Slo:
-        """The class called `name`; SloError lists the known ones otherwise."""
+        """Returns the class called `name`. Raises SloError, which lists the known ones."""
         if name == "default" and name not in self.classes:
             return self.default
         try:
@@ -91,7 +91,7 @@ class SloTable:
             raise SloError(field_name, f"unknown class {shown!r}; known: {known}") from None
 
     def of_priority(self, priority: int) -> Slo | None:
-        """The class of a request with this priority; None below the lowest that has one."""
+        """Returns the class of a request with this priority; None below the lowest that has one."""
         name = None
         for lowest, candidate in self.priorities:
             if lowest > priority:
@@ -102,14 +102,14 @@ class SloTable:
 
 @dataclass(frozen=True, slots=True)
 class RequestSlo:
-    """A request's resolved SLO and the milliseconds it had already spent when it was written."""
+    """A request's resolved SLO, and the milliseconds that it had already spent when written."""
 
     slo: Slo
     age_ms: float = 0.0
 
 
 def check_ms(field_name: str, value: Any, limits_key: str | None = None) -> float:
-    """`value` as milliseconds, or SloError naming the field and the accepted range."""
+    """Returns `value` as milliseconds. Raises SloError naming the field and the accepted range."""
     low, high = LIMITS_MS[limits_key or field_name]
     wanted = f"must be a number of milliseconds between {_plain(low)} and {_plain(high)}"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -124,7 +124,7 @@ def check_ms(field_name: str, value: Any, limits_key: str | None = None) -> floa
 
 
 def check_weight(field_name: str, value: Any) -> float:
-    """`value` as a relative weight (no unit), or SloError naming the field and the range."""
+    """Returns `value` as a relative weight. Raises SloError naming the field and the range."""
     wanted = "must be a number between 0.001 and 1000"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise SloError(field_name, f"{wanted}, got {_shown(value)}")
@@ -134,21 +134,21 @@ def check_weight(field_name: str, value: Any) -> float:
 
 
 def _plain(number: float) -> str:
-    """As a person would write it: 3600001 is no 3.6e+06."""
+    """Returns a number as a person would write it: 3600001, not 3.6e+06."""
     if number.is_integer() and abs(number) < 1e15:
         return str(int(number))
     return repr(number)
 
 
 def _shown(value: Any) -> str:
-    """A wrong value for an error text. Never a container's repr: that can exceed the stack."""
+    """Returns a wrong value for an error text; no container's repr, which can exceed the stack."""
     if isinstance(value, str | bool) and len(repr(value)) <= 64:
         return repr(value)
     return "null" if value is None else f"a {type(value).__name__}"
 
 
 def to_wire(slo: Slo, age_ms: float = 0.0) -> dict[str, Any]:
-    """What rides in ``custom_params["kairos"]``: flat scalars only, as SGLang requires."""
+    """Returns what rides in ``custom_params["kairos"]``: flat scalars only, as SGLang requires."""
     return {
         "ttft_ms": slo.ttft_ms,
         "tpot_ms": slo.tpot_ms,
@@ -159,7 +159,7 @@ def to_wire(slo: Slo, age_ms: float = 0.0) -> dict[str, Any]:
 
 
 def from_wire(wire: Any, table: SloTable) -> RequestSlo:
-    """Inverse of `to_wire`. Missing fields take the default; SloError on a malformed one."""
+    """Inverse of `to_wire`. Missing fields take the default. Raises SloError on a malformed one."""
     if wire is None:
         return RequestSlo(table.default)
     if not isinstance(wire, Mapping):
@@ -195,7 +195,7 @@ _CLASS_KEYS = "ttft_ms, tpot_ms, weight"
 
 
 def parse_classes(raw: Any, default: Slo) -> dict[str, Slo]:
-    """SLO classes from a decoded file, as in ``{"chat": {"ttft_ms": 500, "weight": 2}}``."""
+    """Returns SLO classes of a decoded file, as in ``{"chat": {"ttft_ms": 500, "weight": 2}}``."""
     if not isinstance(raw, Mapping):
         raise SloError("slo_classes", f"must be an object of class name -> {{{_CLASS_KEYS}}}")
     classes: dict[str, Slo] = {}
@@ -216,7 +216,7 @@ def parse_classes(raw: Any, default: Slo) -> dict[str, Slo]:
 
 
 def parse_priorities(raw: Any, table: SloTable) -> tuple[tuple[int, str], ...]:
-    """Classes by priority, as in ``{"0": "batch", "10": "chat"}``: from that priority on, in order.
+    """Returns pairs (lowest priority, class) in rising order: ``{"0": "batch", "10": "chat"}``.
 
     Raises SloError for a priority that is no whole number and for a class that `table` lacks.
     """
@@ -228,9 +228,10 @@ def parse_priorities(raw: Any, table: SloTable) -> tuple[tuple[int, str], ...]:
         try:
             priority = int(str(key))
         except ValueError:
-            raise SloError(where, f"{str(key)[:64]!r} is no whole number") from None
+            shown = str(key)[:64]
+            raise SloError(where, f"priority {shown!r} must be a whole number") from None
         if priority in found:
-            raise SloError(where, f"{priority} is there twice")
+            raise SloError(where, f"priority {priority} is listed twice")
         if not isinstance(name, str):
             raise SloError(f"{where}.{priority}", "must be the name of an SLO class")
         table.named(name, f"{where}.{priority}")

@@ -1,1 +1,1 @@
-"""SGLang versions: fetch one, check one, patch one, add one."""
+"""Fetches, checks, patches and adds SGLang versions."""

@@ -1,8 +1,8 @@
-"""Would Kairos start with this SGLang? Looks, changes nothing, and imports nothing of SGLang.
+"""Tells whether Kairos would start with this SGLang. It changes nothing and imports nothing of SGLang.
 
-Exit code 0 when all is well, 1 when something has to be done; what, stands in the lines marked ``!!``.
-Of each function that is not as in a version that Kairos knows it says what a machine can tell.
-``--diff`` shows what changed in those functions alone.
+The exit code is 0 when all is well, and 1 when something has to be done: the lines marked ``!!``
+say what. For each function that differs from all versions Kairos knows, it says what a machine can
+tell. ``--diff`` also shows what changed in those functions.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from sglang_kairos.engine.survey import survey as survey_seams
 from sglang_kairos.other_sglang import NoSuchSglang, folder_of
 from sglang_kairos.versions import patch, port, upstream_texts
 
-BESIDE = ("torch", "transformers")  # what an SGLang most often quarrels with
+BESIDE = ("torch", "transformers")  # the packages whose versions SGLang depends on most
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at: a headline and, below it, what there is to know."""
+    """The result of one check: a headline and, below it, details."""
 
     topic: str
     ok: bool
@@ -48,7 +48,7 @@ class Check:
 
 
 def examine(where: str | None = None) -> Iterator[Check]:
-    """All checks, for the SGLang at `where` (see `locate`) or the installed one."""
+    """Yields all checks, for the SGLang at `where` (see `locate`) or the installed one."""
     yield about_here()
     yield about_runtime()
     yield about_plugin()
@@ -67,7 +67,7 @@ def examine(where: str | None = None) -> Iterator[Check]:
 
 
 def verdicts_of(tree: patch.SglangTree, found: Survey) -> list[SeamVerdict]:
-    """What a machine can tell of each seam in a tree; nothing of a version that Kairos knows whole."""
+    """Returns what a machine can tell of each seam; empty for a version that Kairos knows whole."""
     version = found.version if tree.version is None else known_texts.release(tree.version)
     if not found.problems and version in SUPPORTED_VERSIONS:
         return []
@@ -75,7 +75,7 @@ def verdicts_of(tree: patch.SglangTree, found: Survey) -> list[SeamVerdict]:
 
 
 def diffs(tree: patch.SglangTree, found: Survey) -> Iterator[str]:
-    """Of each function whose text is not known, what changed since the nearest version it is known in."""
+    """Yields the changes of each unknown function since the nearest version in which it is known."""
     for function, print_ in _unknown(found):
         if print_:
             near = nearest(function, found.version)
@@ -95,15 +95,14 @@ def _unknown(found: Survey) -> Iterator[tuple[Seam | Callee, str]]:
 
 
 def nearest(function: Seam | Callee, version: str) -> str:
-    """Of the versions that a function is known in the one nearest to `version`: it, or the newest
-    before, or the oldest after."""
+    """Returns the nearest version that is known: `version`, the newest before, or the oldest after."""
     known = sorted(function.fingerprints, key=known_texts.order)
     before = [v for v in known if known_texts.order(v) <= known_texts.order(version)]
     return before[-1] if before else known[0]
 
 
 def locate(where: str | None) -> patch.SglangTree:
-    """The SGLang that `where` means: a version beside the installed one, a tree, or (None) ours."""
+    """Returns the SGLang that `where` names: a version beside ours, or a tree; None: ours."""
     if where is None:
         return patch.find_tree()
     try:
@@ -113,7 +112,7 @@ def locate(where: str | None) -> patch.SglangTree:
 
 
 def about_here() -> Check:
-    """Not a check, but every report of a problem needs it."""
+    """Reports the versions in use. It cannot fail, but every report of a problem needs it."""
     versions = [f"Kairos {sglang_kairos.__version__}", f"Python {platform.python_version()}"]
     for name in BESIDE:
         try:
@@ -124,7 +123,7 @@ def about_here() -> Check:
 
 
 def about_runtime() -> Check:
-    """GPU or CPU, and whether a CPU has what it takes."""
+    """Checks whether this is a GPU or a CPU, and whether a CPU has what it needs."""
     decision = runtime.decide()
     if not decision.active:
         return Check("runtime", not decision.refused, f"stock: {decision.reason}")
@@ -136,7 +135,7 @@ def about_runtime() -> Check:
 
 
 def about_plugin() -> Check:
-    """Whether SGLang would find Kairos in this Python."""
+    """Checks whether SGLang would find Kairos in this Python."""
     try:
         check_loadable()
     except ConfigError as error:
@@ -145,7 +144,7 @@ def about_plugin() -> Check:
 
 
 def about_sglang(tree: patch.SglangTree, found: Survey) -> Check:
-    """Which version it says it is, and which of ours its source is closest to."""
+    """Checks which version it says it is, and which known version its source is closest to."""
     supported = f"supported: {', '.join(SUPPORTED_VERSIONS)}"
     if tree.version is None:
         headline = f"in {tree.root}, does not say its version; taken for {found.version}"
@@ -158,7 +157,7 @@ def about_sglang(tree: patch.SglangTree, found: Survey) -> Check:
 
 
 def about_vouched(found: Survey) -> Check:
-    """Texts that somebody else than Kairos' authors has checked."""
+    """Checks texts that somebody other than Kairos' authors has vouched for."""
     named = f"{known_texts.VOUCHED_FOR}={os.environ[known_texts.VOUCHED_FOR]}"
     try:
         known_texts.vouched()
@@ -171,7 +170,7 @@ def about_vouched(found: Survey) -> Check:
 
 
 def about_seams(tree: patch.SglangTree, found: Survey, verdicts: list[SeamVerdict]) -> Check:
-    """Each function that Kairos wraps: as in which version, changed how, or gone."""
+    """Checks each function that Kairos wraps: as in which version, changed how, or gone."""
     of = {verdict.seam.target: verdict for verdict in verdicts}
     details: list[str] = []
     for version, names in _as_elsewhere(found).items():
@@ -199,7 +198,7 @@ def about_seams(tree: patch.SglangTree, found: Survey, verdicts: list[SeamVerdic
 
 
 def _as_elsewhere(found: Survey) -> dict[str, list[str]]:
-    """Functions that are as in another version than the closest one, by the newest of those."""
+    """Returns the functions that are not as in the closest version, by the newest they are as in."""
     by_version: dict[str, list[str]] = {}
     for finding in found.all:
         if finding.known_as and found.version not in finding.known_as:
@@ -229,7 +228,7 @@ def _in_words(verdict: SeamVerdict, tree: patch.SglangTree) -> Iterator[str]:
 
 
 def about_callees(found: Survey) -> Check:
-    """Each function that handlers call or replace without wrapping it."""
+    """Checks each function that handlers call or replace without wrapping it."""
     details: list[str] = []
     for finding in found.relied_on:
         if finding.problem and finding.callee is not None:
@@ -241,10 +240,10 @@ def about_callees(found: Survey) -> Check:
 
 
 def about_patches(tree: patch.SglangTree, version: str) -> Check:
-    """How the patches of the closest version stand to the tree."""
+    """Checks whether the patches of the closest version fit the tree."""
     try:
         folder = patch.patches_dir()
-    except patch.PatchError as error:  # a wheel of Kairos need not carry them
+    except patch.PatchError as error:  # a wheel of Kairos may lack them
         return Check("patches", True, str(error))
     series = patch.series(folder, version)
     if not series:
@@ -258,7 +257,7 @@ def about_patches(tree: patch.SglangTree, version: str) -> Check:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of ``kairos doctor``."""
+    """Returns the parser of ``kairos doctor``."""
     parser = parser_of("doctor", description=__doc__)
     parser.add_argument(
         "--sglang",

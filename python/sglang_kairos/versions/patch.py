@@ -1,11 +1,11 @@
 """Applies Kairos' patches to an SGLang tree and takes them back.
 
-``list`` shows the patches, ``check`` how a tree stands to them, ``apply`` and ``revert`` change it.
-A tree is a checkout of SGLang's repository, its ``python`` folder, or the package itself; without
-``--tree`` it is the installed one.
+``list`` shows the patches, ``check`` reports which of them fit, ``apply`` and ``revert`` change the
+tree. A tree is a checkout of SGLang's repository, its ``python`` folder, or the package itself.
+Without ``--tree`` it is the installed one.
 
-Matching is exact: every context and removed line must be where the patch says. Everything is
-worked out in memory before the first byte is written, and a failed write is rolled back.
+Matching is exact: every context and removed line must be where the patch says. Everything is worked
+out in memory before the first byte is written, and a failed write is rolled back.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _VERSION = re.compile(r"^__version__\s*=[^'\"\n]*['\"]([^'\"\n]+)['\"]", re.MULT
 
 
 class PatchError(Exception):
-    """What was asked for cannot be done; the message is for the user."""
+    """The request cannot be done; the message is for the user."""
 
 
 class Misfit(PatchError):
-    """A patch's context is not what the tree holds."""
+    """A patch's context differs from what the tree holds."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Hunk:
 
 @dataclass(frozen=True)
 class FileChange:
-    """What a patch does to one file. `creates`: the file is new and its one hunk the content."""
+    """The change of one file. `creates`: the file is new, and its one hunk is the content."""
 
     path: str
     creates: bool
@@ -75,7 +75,7 @@ class Patch:
 
 
 def rewrite(change: FileChange, content: bytes | None, forward: bool = True) -> bytes | None:
-    """A file's content with `change` made, or (not `forward`) taken back. Raises Misfit."""
+    """Returns a file's content with `change` made, or taken back if not `forward`. Raises Misfit."""
     if change.creates:
         whole = b"\n".join(change.hunks[0].new) + b"\n"
         if content != (None if forward else whole):
@@ -174,7 +174,7 @@ def _parse_hunk(
 
 
 def patches_dir() -> Path:
-    """The ``patches`` folder: inside the installed package, or at the root of the checkout."""
+    """Returns the ``patches`` folder: inside the installed package, or at the root of the checkout."""
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "patches", package.parent.parent / "patches"):
         if (folder / SEAMS_SOURCE).is_file():
@@ -183,25 +183,25 @@ def patches_dir() -> Path:
 
 
 def versions(folder: Path) -> list[str]:
-    """The SGLang versions that `folder` has patches for."""
+    """Returns the SGLang versions that `folder` has patches for."""
     return sorted(path.name.removeprefix("v") for path in folder.glob("v*") if path.is_dir())
 
 
 def series(folder: Path, version: str) -> list[Patch]:
-    """The patches for one version, in the order in which they apply."""
+    """Returns the patches for one version, in the order in which they apply."""
     paths = sorted((folder / f"v{version}").glob("*.patch"))
     return [parse(path.name, path.read_bytes()) for path in paths]
 
 
 @dataclass(frozen=True)
 class SglangTree:
-    """An SGLang package folder, and which version it says it is (None: it does not say)."""
+    """An SGLang package folder. `version`: what it says it is; None: it does not say."""
 
     root: Path
     version: str | None
 
     def read(self, paths: Iterable[str]) -> dict[str, bytes | None]:
-        """Contents of these files."""
+        """Returns the contents of these files."""
         return {
             path: (self.root / path).read_bytes() if (self.root / path).is_file() else None
             for path in paths
@@ -209,14 +209,16 @@ class SglangTree:
 
 
 def find_tree(where: Path | None = None) -> SglangTree:
-    """The package in or at `where`, or the installed one, which is not imported."""
+    """Returns the package in or at `where`, or the installed one, which is not imported."""
     if where is None:
         spec = importlib.util.find_spec("sglang")
         places = [Path(p) for p in (spec and spec.submodule_search_locations) or ()]
-        missing = "SGLang is not installed in this environment: name a tree with --tree"
+        missing = "SGLang is not installed in this environment; name a tree with --tree"
     else:
         places = [where / "python" / "sglang", where / "sglang", where]
-        missing = f"{where} holds no SGLang: neither python/sglang, sglang nor the package itself"
+        missing = (
+            f"{where} holds no SGLang: no python/sglang, no sglang, and not the package itself"
+        )
     for root in places:
         if (root / "__init__.py").is_file() and (root / "srt").is_dir():
             return SglangTree(root, _tree_version(root))
@@ -233,7 +235,10 @@ def _tree_version(root: Path) -> str | None:
 
 
 def supported_version(tree: SglangTree, stated: str | None, supported: list[str]) -> str:
-    """Which series is for `tree`. A local part (``+cu129``) does not count. Raises PatchError."""
+    """Returns the version whose patches are for `tree`; a local part (``+cu129``) does not count.
+
+    Raises PatchError if there are none, or if the tree contradicts `stated`.
+    """
     known = f"Kairos has patches for {', '.join(supported) or 'no version'}"
     if tree.version is None and stated is None:
         raise PatchError(
@@ -250,11 +255,11 @@ def supported_version(tree: SglangTree, stated: str | None, supported: list[str]
 
 @dataclass(frozen=True)
 class Standing:
-    """How a tree stands to a series.
+    """How a tree relates to a series of patches.
 
-    `base` holds the touched files without any of the patches, `full` with all of them. `states`
-    has a line for each patch, by name; `fits` is False when one of them is a misfit, and then
-    `base` and `full` must not be written.
+    `base` holds the touched files without any of the patches, `full` with all of them. `states` has
+    a line for each patch, by name. `fits` is False when one of them is a misfit; then `base` and
+    `full` must not be written.
     """
 
     found: Files
@@ -265,10 +270,10 @@ class Standing:
 
 
 def survey(tree: SglangTree, patches: list[Patch]) -> Standing:
-    """Takes off each file whatever is applied, last patch first, then puts everything on.
+    """Takes the applied patches off each file, last one first, then puts all of them on.
 
-    File by file, so that a tree which lost some files to a reinstall, or this process to a kill,
-    is recognised and can be completed or cleaned.
+    This works file by file. A tree may have lost some files to a reinstall, or this process to a
+    kill. Such a tree is recognised, and can be completed or cleaned.
     """
     changes = [(patch.name, change) for patch in patches for change in patch.changes]
     found = tree.read(sorted({change.path for _, change in changes}))
@@ -306,7 +311,7 @@ class _PatchStep(NamedTuple):
 
 
 def write(root: Path, before: Files, after: Files) -> list[str]:
-    """Turns `before` into `after` under `root`, completely or not at all; returns what changed."""
+    """Turns `before` into `after` under `root`, completely or not at all. Returns what changed."""
     changed = [path for path in after if after[path] != before.get(path)]
     steps = [_plan(root / path, before.get(path), after[path]) for path in changed]
     staged: list[Path | None] = []
@@ -332,7 +337,7 @@ def write(root: Path, before: Files, after: Files) -> list[str]:
 
 def _plan(path: Path, before: bytes | None, after: bytes | None) -> _PatchStep:
     mode = path.stat().st_mode & 0o777 if before is not None else 0o644
-    # The mode bits as well: a rename would replace a read-only file, and root may write anything.
+    # The mode bits count too: a rename would replace a read-only file, and root may write anything.
     if not os.access(path.parent, os.W_OK) or (
         before is not None and not (mode & 0o222 and os.access(path, os.W_OK))
     ):
@@ -341,7 +346,7 @@ def _plan(path: Path, before: bytes | None, after: bytes | None) -> _PatchStep:
 
 
 def _stage(path: Path, content: bytes, mode: int) -> Path:
-    # A new file, not a rewrite: installers such as uv hard-link packages to their cache.
+    # Write a new file: installers such as uv hard-link packages to their cache.
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -434,7 +439,7 @@ def _change(tree: SglangTree, standing: Standing, goal: Files, verb: str, idle: 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of ``kairos patch``."""
+    """Returns the parser of ``kairos patch``."""
     parser = parser_of("patch", description=__doc__)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--patches", type=Path, help="folder of the patches (default: Kairos' own)")
@@ -456,7 +461,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb. Returns 0 when all is well, 1 when a patch does not fit, 2 on other errors."""
+    """Runs a verb. Returns 0 when all is well, 1 when a patch does not fit, 2 on other errors."""
     args = build_parser().parse_args(argv)
     try:
         return int(args.run(args))

@@ -1,12 +1,12 @@
 """Adds an SGLang version to Kairos: ``kairos port VERSION`` or ``kairos port TREE``.
 
-Judges each seam (`engine.fingerprints.judge`), writes what changed beside it, and where nothing
-needs a person, the table's column and the patches; then imports that SGLang and runs the identity
-test on it. In an installed Kairos, which has neither tests nor a table to write, it writes a file
-for ``KAIROS_SEAMS``.
+It judges each seam (`engine.judge`) and writes the changes beside it. Where nothing needs a person,
+it writes the table's column and the patches. Then it imports that SGLang and runs the identity test
+on it. An installed Kairos has neither tests nor a table to write: there it writes a file for
+``KAIROS_SEAMS``.
 
-Exit codes: 0 done; 1 a person is needed, nothing was written; 2 no such SGLang; 3 written, and a check
-failed.
+Exit codes: 0 done; 1 a person is needed and nothing was written; 2 no such SGLang; 3 written, and a
+check failed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sglang_kairos.versions import patch, upstream_texts
 
 DONE, PERSON, NO_SGLANG, FAILED = range(4)
 _VERSION = re.compile(r"v?\d+\.\d+[\w.+]*")
-# What decides which environment a version runs in.
+# The pins that decide in which environment a version runs.
 _PINS = re.compile(
     r"^Requires-Dist: ((?:torch|transformers|tokenizers|xgrammar)==[^\s;]+)$", re.MULTILINE
 )
@@ -40,7 +40,7 @@ _PINS = re.compile(
 
 @dataclass(frozen=True)
 class PortPlan:
-    """What is known of a version: a verdict per seam, and the column that follows from them.
+    """What is known of a version: a verdict per seam, and the column that follows from the verdicts.
 
     `accepted`: seams, by qualified name, that a person has looked at, whatever the verdict.
     """
@@ -51,16 +51,16 @@ class PortPlan:
 
     @property
     def open(self) -> list[SeamVerdict]:
-        """Those that need a person."""
+        """Returns the verdicts that need a person."""
         return [v for v in self.verdicts if v.kind == "person" and not self._accepted(v)]
 
     @property
     def new(self) -> list[SeamVerdict]:
-        """Those with a text that no version has."""
+        """Returns the verdicts on texts that no version has."""
         return [v for v in self.verdicts if self._wrapped(v) and not v.known]
 
     def column(self) -> dict[str, dict[str, str]]:
-        """The table's entries for this version, as in ``fingerprints.json``."""
+        """Returns the table's entries for this version, as in ``fingerprints.json``."""
         wrapped = [verdict for verdict in self.verdicts if self._wrapped(verdict)]
         seams = {verdict.seam.target: verdict.text for verdict in wrapped}
         relied_on = {
@@ -80,7 +80,7 @@ class PortPlan:
 
 @dataclass(frozen=True)
 class Options:
-    """Of one run. `write`: a file for ``KAIROS_SEAMS`` instead of Kairos' own table."""
+    """The options of one run. `write`: a file for ``KAIROS_SEAMS`` instead of Kairos' own table."""
 
     where: str
     version: str = ""
@@ -127,15 +127,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def checkout() -> Path | None:
-    """The root of Kairos' own source tree, if this runs from one."""
+    """Returns the root of Kairos' own source tree, if this runs from one."""
     root = Path(__file__).resolve().parents[3]
     return root if (root / "patches" / "make.py").is_file() else None
 
 
 @contextmanager
 def found(options: Options) -> Iterator[patch.SglangTree]:
-    """The SGLang to port. A version that is not here is installed beside the others, or for a dry run
-    unpacked for as long. Raises NoSuchSglang, NoText and PatchError."""
+    """Yields the SGLang to port. Raises NoSuchSglang, NoText or PatchError.
+
+    A version that is not here is installed beside the others; for a dry run it is unpacked for a
+    while.
+    """
     where = options.where
     if not _VERSION.fullmatch(where) or Path(where).exists():
         try:
@@ -157,17 +160,17 @@ def found(options: Options) -> Iterator[patch.SglangTree]:
 
 
 def plan(tree: patch.SglangTree, version: str, accepted: Collection[str] = ()) -> PortPlan:
-    """Judge a tree."""
+    """Judges a tree."""
     return PortPlan(version, Judge(tree.root, version).verdicts(), accepted)
 
 
 def run(options: Options, say: Callable[[str], object] = print) -> int:
-    """The whole port. Returns an exit code."""
+    """Runs the whole port. Returns an exit code."""
     try:
         with found(options) as tree:
             version = known_texts.release(options.version or tree.version or "")
             if not version:
-                say(f"error: {tree.root} does not say its version: state it with --version")
+                say(f"error: {tree.root} does not say its version; state it with --version")
                 return NO_SGLANG
             return _port(tree, version, options, say)
     except (NoSuchSglang, upstream_texts.NoText, patch.PatchError) as error:
@@ -225,7 +228,7 @@ def _write(
 
 
 def add_column(file: Path, made: PortPlan) -> None:
-    """Put a version's column into a file of fingerprints, newest first."""
+    """Puts a version's column into a file of fingerprints, newest first."""
     table = {**known_texts.read(file), made.version: made.column()}
     newest_first = sorted(table, key=known_texts.order, reverse=True)
     file.write_text(_json({version: table[version] for version in newest_first}), encoding="utf-8")
@@ -236,7 +239,7 @@ def _json(table: Mapping[str, object]) -> str:
 
 
 def _diffs(verdict: SeamVerdict, tree: patch.SglangTree, version: str) -> Iterator[tuple[str, str]]:
-    """Of each text of a seam that is new: its name, and what changed since the nearest version."""
+    """Yields name and diff of each text of a seam that is new, against the nearest version."""
     functions = [(verdict.seam, verdict.text, bool(verdict.like)), *verdict.callees]
     for function, text, known in functions:
         others = [other for other in function.fingerprints if other != version]
@@ -251,7 +254,7 @@ def _diffs(verdict: SeamVerdict, tree: patch.SglangTree, version: str) -> Iterat
 
 
 def _nearness(other: str, version: str) -> tuple[bool, tuple[tuple[int, ...], int, int]]:
-    """The newest before `version` comes first, then the newest after."""
+    """Returns a sort key: the newest before `version` comes first, then the newest after."""
     return known_texts.order(other) <= known_texts.order(version), known_texts.order(other)
 
 
@@ -278,7 +281,7 @@ def _import(tree: patch.SglangTree) -> list[str]:
 
 
 def _identity(root: Path, tree: patch.SglangTree, version: str) -> list[str]:
-    """The test finds a version in this environment or in ``out/``."""
+    """Returns the command of the identity test; it looks for versions here and in ``out/``."""
     link = root / "out" / f"sglang-{version}"
     if upstream_texts.package_of(version) is None and not link.exists():
         link.parent.mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
-"""Texts of functions in SGLang versions that Kairos knows, to compare others with.
+"""Finds the source of functions in known SGLang versions, to compare other versions with.
 
-Looked for in this environment, beside it, in ``out/``, and last downloaded: a wheel, kept in the
-user's cache folder and never unpacked. Nothing of SGLang is imported.
+It looks in this environment, beside it, and in ``out/``. Failing that it downloads a wheel, which
+is kept in the user's cache folder and never unpacked. Nothing of SGLang is imported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class NoText(Exception):
 
 
 def package_of(version: str) -> Path | None:
-    """The package folder of a version that is here, or None."""
+    """Returns the package folder of a version that is here; None: it is not."""
     try:
         installed = patch.find_tree()
         if installed.version is not None and release(installed.version) == version:
@@ -43,12 +43,12 @@ def package_of(version: str) -> Path | None:
 
 
 def cache_folder() -> Path:
-    """Where downloaded wheels are kept."""
+    """Returns where downloaded wheels are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-kairos"
 
 
 def wheel_of(version: str, folder: Path | None = None) -> Path:
-    """SGLang's wheel of a version, downloaded if it is not in the cache yet. Raises NoText."""
+    """Returns SGLang's wheel of a version, downloaded if it is not in the cache yet. Raises NoText."""
     folder = cache_folder() if folder is None else folder
     for wheel in folder.glob(f"sglang-{version}-*.whl"):
         return wheel
@@ -67,7 +67,7 @@ def wheel_of(version: str, folder: Path | None = None) -> Path:
 
 
 def source_of(version: str, module: str) -> str | None:
-    """The text of a module of a version; None if it has none. Raises NoText."""
+    """Returns the text of a module of a version; None if it has no such module. Raises NoText."""
     path = "/".join(module.split(".")) + ".py"
     package = package_of(version)
     if package is not None:
@@ -78,7 +78,7 @@ def source_of(version: str, module: str) -> str | None:
 
 
 def diff(target: str, version: str, package: Path, name: str) -> str:
-    """A unified diff of one function: as it is in a known version, and in `package` (called `name`).
+    """Returns a unified diff of one function: in a known version, and in `package` (called `name`).
 
     Raises NoText where the known version cannot be had.
     """

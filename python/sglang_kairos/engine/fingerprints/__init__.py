@@ -1,1 +1,1 @@
-"""Which SGLang is this, and is it one that Kairos knows? Reads source, imports nothing."""
+"""Tells which SGLang this is, and whether Kairos knows it. Reads source, imports nothing."""

@@ -1,10 +1,12 @@
 """The source texts of SGLang's functions that Kairos knows, by version: ``fingerprints.json``.
 
-A column for each version, newest first: of the functions that are wrapped there
-(``engine.seams.table``) and of those that handlers rely on (``relied_on``), the hash of the text by
-``module:qualified.name``. A function that is not in a column is not used in that version.
-`KAIROS_SEAMS` names a file of the same form with columns of texts that its author has checked
-himself; they count as Kairos' own.
+There is a column for each version, newest first. It has the hash of the text by
+``module:qualified.name``, of the functions that are wrapped there (``engine.seams.table``) and of
+those that handlers rely on (``relied_on``). A function that is not in a column is not used in that
+version.
+
+`KAIROS_SEAMS` names a file of the same form, with texts that its author has checked. They count as
+Kairos' own.
 """
 
 from __future__ import annotations
@@ -26,19 +28,19 @@ Column = Mapping[str, Mapping[str, str]]
 
 
 class TableError(ValueError):
-    """A file of fingerprints that is not one; the message names it."""
+    """A file of fingerprints cannot be used; the message names it."""
 
 
 def own_file() -> Path:
-    """Where Kairos keeps its own."""
+    """Returns the path of Kairos' own table."""
     return Path(__file__).with_name("fingerprints.json")
 
 
 def release(version: str) -> str:
-    """Of a version as builds write it, the release it is made from: ``0.5.23+cu130`` is 0.5.23.
+    """Returns the release that a version is built from: 0.5.23 for ``0.5.23+cu130``.
 
-    A build before or after a release (``.dev3``, ``rc1``, ``.post1``) is none of it: its text may be
-    another, and its name stays.
+    A build before or after a release (``.dev3``, ``rc1``, ``.post1``) keeps its name, since its
+    text may differ.
     """
     return version.removeprefix("v").split("+")[0]
 
@@ -48,7 +50,7 @@ _NUMBER = re.compile(r"(?P<release>\d+(\.\d+)*)[-_.]?((?P<phase>dev|a|b|rc|post)
 
 
 def order(version: str) -> tuple[tuple[int, ...], int, int]:
-    """A key to sort versions by, oldest first: 0.5.24.dev12, 0.5.24rc1, 0.5.24, 0.5.24.post1."""
+    """Returns a key to sort versions by, oldest first: 0.5.24.dev12, 0.5.24rc1, 0.5.24, 0.5.24.post1."""
     found = _NUMBER.match(release(version))
     if found is None:
         return (), 0, 0
@@ -57,7 +59,7 @@ def order(version: str) -> tuple[tuple[int, ...], int, int]:
 
 
 def read(path: Path) -> dict[str, Column]:
-    """The columns of a file. TableError where it is not one."""
+    """Returns the columns of a file. Raises TableError if it is not one."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -81,7 +83,7 @@ def _check(where: str, column: Any) -> None:
 
 
 def vouched() -> dict[str, Column]:
-    """The columns of the file that `KAIROS_SEAMS` names; none where it names none. TableError."""
+    """Returns the columns of the file that `KAIROS_SEAMS` names, if any. Raises TableError."""
     named = os.environ.get(VOUCHED_FOR, "").strip()
     if not named:
         return {}
@@ -93,10 +95,10 @@ def vouched() -> dict[str, Column]:
 
 @functools.cache
 def table() -> dict[str, Column]:
-    """Kairos' own columns and those of `KAIROS_SEAMS`, newest first.
+    """Returns Kairos' own columns and those of `KAIROS_SEAMS`, newest first.
 
-    A column that is in both is Kairos' with the other's entries put over it. A file that cannot be
-    used counts as none: whoever starts something asks `vouched` first and refuses.
+    A column in both is Kairos' own, with the other's entries put over it. A file that cannot be
+    used counts as none: callers that start something ask `vouched` first and refuse.
     """
     columns = read(own_file())
     with contextlib.suppress(TableError):
@@ -114,13 +116,13 @@ def _own() -> dict[str, Column]:
 
 
 def is_vouched_for(target: str, kind: Kind, text: str) -> bool:
-    """Whether a text is known from the file of `KAIROS_SEAMS` only."""
+    """Returns whether a text is known from the file of `KAIROS_SEAMS` only."""
     columns = _own().values()
     return text not in (column.get(kind, {}).get(target) for column in columns)
 
 
 def of(target: str, kind: Kind) -> dict[str, str]:
-    """The hash of a function's text in each version that uses it, newest first."""
+    """Returns the hash of a function's text in each version that uses it, newest first."""
     return {
         version: column[kind][target]
         for version, column in table().items()

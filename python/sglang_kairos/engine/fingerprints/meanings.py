@@ -1,7 +1,8 @@
-"""What a function of SGLang must mean, as far as its source can tell: the checks of `seams.relied`.
+"""Checks what a function of SGLang must mean, as far as its source can tell.
 
-Each check looks at one function of a source tree and gives the sentences that are not so; none: all
-that the handler takes for granted is there. They are on the safe side: what they cannot follow is not so.
+Each check looks at one function of a source tree and returns the sentences that do not hold. None
+means that all that the handler takes for granted is there. Checks are on the safe side: what they
+cannot follow does not hold.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _BUILT_IN = frozenset(
 
 
 class SourceCheck(Protocol):
-    """One thing that must be so in a tree."""
+    """One thing that must hold in a tree."""
 
     @property
     def target(self) -> str: ...
@@ -38,7 +39,7 @@ class Mentions:
     names: tuple[str, ...]
 
     def faults(self, tree: SourceTree) -> list[str]:
-        """Names that it does without."""
+        """Returns the names that it does not use."""
         node = tree.function(self.target)
         used = set() if node is None else set(names_in(node))
         return [f"it does nothing with {name}" for name in self.names if name not in used]
@@ -46,14 +47,14 @@ class Mentions:
 
 @dataclass(frozen=True)
 class Delegates:
-    """It does something itself, for which it uses all of `itself`, or leaves it to one of the seams."""
+    """The function uses all of `itself` directly, or leaves that to one of the seams."""
 
     target: str
     itself: tuple[str, ...]
     seams: tuple[str, ...]
 
     def faults(self, tree: SourceTree) -> list[str]:
-        """That it leaves it to others."""
+        """Returns that it leaves them to another function."""
         node = tree.function(self.target)
         used = set() if node is None else set(names_in(node))
         if used.issuperset(self.itself) or any(seam.split(".")[-1] in used for seam in self.seams):
@@ -63,14 +64,14 @@ class Delegates:
 
 @dataclass(frozen=True)
 class Takes:
-    """It can be called with these arguments, given by place, and these by name."""
+    """The function can be called with these arguments by place, and these by name."""
 
     target: str
     places: int
     names: tuple[str, ...] = ()
 
     def faults(self, tree: SourceTree) -> list[str]:
-        """Parameters that it wants besides, or has not."""
+        """Returns the parameters that it requires besides, or lacks."""
         node = tree.function(self.target)
         if node is None:
             return []
@@ -89,14 +90,14 @@ class Takes:
 
 @dataclass(frozen=True)
 class AskedBy:
-    """These functions of a module still ask for it: a seam that nobody calls does nothing."""
+    """These functions of a module still call it: a seam that nobody calls does nothing."""
 
     target: str
     module: str
     callers: tuple[str, ...]
 
     def faults(self, tree: SourceTree) -> list[str]:
-        """Those that are gone, or go by others."""
+        """Returns the callers that are gone, or call others."""
         module, name = tree.module(self.module), self.target.rpartition(".")[2].rpartition(":")[2]
         found = {
             part.name: part
@@ -113,13 +114,13 @@ class AskedBy:
 
 @dataclass(frozen=True)
 class Decorated:
-    """It has this decorator."""
+    """The function has this decorator."""
 
     target: str
     decorator: str
 
     def faults(self, tree: SourceTree) -> list[str]:
-        """That it has not."""
+        """Returns that it has not."""
         node = tree.function(self.target)
         found = [] if node is None else [ast.unparse(d) for d in node.decorator_list]
         return [] if self.decorator in found else [f"it is no {self.decorator} any more"]
@@ -127,14 +128,14 @@ class Decorated:
 
 @dataclass(frozen=True)
 class Sets:
-    """Whatever it gives the attribute is one of these expressions."""
+    """Whatever the function gives the attribute is one of these expressions."""
 
     target: str
     attribute: str
     values: tuple[str, ...]
 
     def faults(self, tree: SourceTree) -> list[str]:
-        """Other values."""
+        """Returns the other values."""
         node = tree.function(self.target)
         found = [] if node is None else list(_assigned_values(node, self.attribute))
         return [f"it sets {self.attribute} to {v}" for v in found if v not in self.values]
@@ -142,14 +143,17 @@ class Sets:
 
 @dataclass(frozen=True)
 class Rebinds:
-    """It gives ``self`` new values and never changes the old ones; the same of whatever it passes
-    ``self`` on to. `looks`: methods of what ``self`` holds that are no matter."""
+    """The function gives ``self`` new values and never changes the old ones.
+
+    The same holds for whatever it passes ``self`` on to. `looks`: methods of what ``self`` holds
+    that change nothing.
+    """
 
     target: str
     looks: tuple[str, ...]
 
     def faults(self, tree: SourceTree) -> list[str]:
-        """What is changed in place, and what cannot be followed."""
+        """Returns what is changed in place, and what cannot be followed."""
         node = tree.function(self.target)
         return [] if node is None else list(self._in(tree, self.target, node, {"self"}, 3))
 
@@ -207,7 +211,7 @@ class Flow:
     sources: tuple[str, ...]
 
     def faults(self, tree: SourceTree) -> list[str]:
-        """Others that take part, or that there is no such variable."""
+        """Returns other attributes that take part, or that there is no such variable."""
         node = tree.function(self.target)
         if node is None:
             return []
@@ -244,7 +248,10 @@ def _assigned_values(node: ast.AST, attribute: str) -> Iterator[str]:
 
 
 def _sources(node: Function, variable: str) -> set[str] | None:
-    """Attributes of ``self`` that reach `variable` by assignments; None if nothing does."""
+    """Returns the attributes of ``self`` that reach `variable` by assignments.
+
+    None if none does.
+    """
     given: dict[str, list[ast.expr]] = {}
     for part in ast.walk(node):
         if isinstance(part, ast.Assign | ast.AugAssign | ast.AnnAssign) and part.value is not None:

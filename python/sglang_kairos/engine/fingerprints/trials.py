@@ -1,6 +1,6 @@
-"""What a function of SGLang does when it is run by itself, on objects made up for it.
+"""Runs a function of SGLang by itself, on made-up objects, where its text does not tell enough.
 
-For what its text alone does not tell. The function's module is not imported.
+The function's module is not imported.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from sglang_kairos.engine.fingerprints.upstream_ast import Function, SourceTree
 
 @dataclass(frozen=True)
 class BusyTime:
-    """It adds each prefill step's own time to a counter of microseconds: from its launch, or from the
-    end of the one before where they overlap, to the call.
+    """The function adds each prefill step's own time to a counter of microseconds.
 
-    The function is run, by itself, on batches made up for it. Its module is not imported.
+    That is the time from its launch to the call; where steps overlap, from the end of the one
+    before. The function is run by itself on made-up batches; its module is not imported.
     """
 
     target: str
     counter: str
 
     def faults(self, tree: SourceTree) -> list[str]:
-        """Steps for which it adds another time."""
+        """Returns the steps for which it adds another time."""
         node = tree.function(self.target)
         if node is None:
             return []
-        # Launch and end of each, s; the second pair overlaps, the others stand alone.
+        # Launch and end of each in seconds. The last two overlap, the others stand alone.
         steps = ((10.0, 10.5), (20.0, 21.0), (30.0, 31.0), (30.4, 32.0))
         try:
             counted = _run_on_steps(tree, self.target, node, self.counter, steps)
@@ -57,7 +57,7 @@ def _run_on_steps(
     counter: str,
     steps: tuple[tuple[float, float], ...],
 ) -> list[float]:
-    """Seconds that each call adds."""
+    """Returns the seconds that each call adds."""
     now = [0.0]
     scope: dict[str, Any] = {
         "time": SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]),
@@ -82,7 +82,7 @@ def _run_on_steps(
 
 
 def _alone(node: Function, scope: dict[str, Any]) -> Callable[..., Any]:
-    """The function `node` with `scope` for its module."""
+    """Returns the function `node` with `scope` for its module."""
     bare = ast.parse(ast.unparse(node)).body[0]
     assert isinstance(bare, ast.FunctionDef)
     bare.decorator_list = []
@@ -93,7 +93,7 @@ def _alone(node: Function, scope: dict[str, Any]) -> Callable[..., Any]:
 
 
 def _first_values(tree: SourceTree, target: str, node: Function) -> dict[str, Any]:
-    """What the class gives the attributes that a function reads, where that is a plain value."""
+    """Returns what the class gives the attributes that a function reads, if plain values."""
     owner = tree.find(target.rpartition(".")[0])
     read = {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
     values: dict[str, Any] = {}
@@ -112,7 +112,7 @@ _EMPTY: dict[str, Callable[[], Any]] = {"deque": collections.deque, "list": list
 
 
 def _plain(value: ast.expr) -> Any:
-    """A constant, or an empty container however it is to be bounded."""
+    """Returns a constant, or an empty container however it is to be bounded."""
     if isinstance(value, ast.Call) and ast.unparse(value.func) in _EMPTY:
         return _EMPTY[ast.unparse(value.func)]()
     try:
@@ -122,7 +122,7 @@ def _plain(value: ast.expr) -> Any:
 
 
 class _Batch:
-    """A prefill of one request, launched at a time; after a pause or not."""
+    """A prefill of one request, launched at a given time, after a pause or not."""
 
     def __init__(self, place: int, launched_s: float, after_idle_gap: bool) -> None:
         self.launch_ts, self.forward_iter = launched_s, place

@@ -1,7 +1,7 @@
-"""What SGLang's classes have, read from their source: attributes, functions, parameters.
+"""Reads from source what SGLang's classes have: attributes, functions, parameters.
 
-Nothing is imported. An attribute counts as there when a class or one of its bases defines it, declares
-it, or assigns it to ``self`` in one of its functions.
+Nothing is imported. An attribute counts as there if its class or a base defines it,
+declares it, or assigns it to ``self`` in one of its functions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Signature:
-    """The parameters of a function: names in order, which of them must be given, and `**` names."""
+    """The parameters of a function: names in order, which of them are required, and `**` names."""
 
     names: tuple[str, ...]
     needed: tuple[str, ...]
@@ -26,7 +26,7 @@ class Signature:
 
     @classmethod
     def of(cls, node: Function) -> Signature:
-        """Those of a function's definition."""
+        """Returns those of a function's definition."""
         args = node.args
         names = tuple(arg.arg for arg in (*args.posonlyargs, *args.args))
         needed = names[: len(names) - len(args.defaults)]
@@ -43,7 +43,7 @@ class SourceTree:
         self._members: dict[str, frozenset[str] | None] = {}
 
     def module(self, name: str) -> ast.Module | None:
-        """A module by its full name, or None."""
+        """Returns a module by its full name, or None."""
         if name not in self._modules:
             base = self._package.joinpath(*name.split(".")[1:])
             found = (p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file())
@@ -52,7 +52,7 @@ class SourceTree:
         return self._modules[name]
 
     def find(self, target: str) -> Function | ast.ClassDef | None:
-        """The definition ``module:qualified.name``; of several the last, as Python takes it."""
+        """Returns the definition ``module:qualified.name``; the last of several, as in Python."""
         name, _, qualname = target.partition(":")
         module = self.module(name)
         body = [] if module is None else module.body
@@ -65,17 +65,17 @@ class SourceTree:
         return found
 
     def function(self, target: str) -> Function | None:
-        """The same, if it is a function."""
+        """Returns the same, if it is a function."""
         found = self.find(target)
         return None if isinstance(found, ast.ClassDef) else found
 
     def origin(self, module: str, name: str) -> str:
-        """Where what a module calls `name` is defined, as ``module:name``."""
+        """Returns where the thing that a module calls `name` is defined, as ``module:name``."""
         tree = self.module(module)
         return f"{(tree and _imports(tree).get(name)) or module}:{name}"
 
     def has(self, target: str) -> bool:
-        """Whether a module has such a function, class or name (imported ones count)."""
+        """Returns whether a module has such a function, class or name (imported ones count)."""
         name, _, wanted = target.partition(":")
         module = self.module(name)
         if module is None:
@@ -83,9 +83,10 @@ class SourceTree:
         return self.find(target) is not None or wanted in _names_of(module.body)
 
     def members(self, place: str) -> frozenset[str] | None:
-        """Attributes of the class at ``module:Class``, its bases' included; None if there is none.
+        """Returns attributes of the class ``module:Class`` and its bases; None if there is none.
 
-        ``package.*:*`` is all classes of all modules in a package, ``module:*`` those of one module.
+        ``package.*:*`` is all classes of all modules in a package, ``module:*`` those of one
+        module.
         """
         if place not in self._members:
             self._members[place] = None  # a class among its own bases
@@ -96,12 +97,12 @@ class SourceTree:
         return self._members[place]
 
     def takes_new(self, place: str) -> bool:
-        """Whether objects of the class may be given attributes that it does not know."""
+        """Returns whether objects of the class may be given attributes that it does not know."""
         found = list(self._classes(place))
         return bool(found) and not any(_closed(node) for _, node in found)
 
     def assigned(self, module: str) -> frozenset[str]:
-        """Attributes that a module gives any object, by whatever name it calls it."""
+        """Returns the attributes that a module gives any object, by whatever name it calls it."""
         node = self.module(module)
         return frozenset() if node is None else frozenset(_assigned(node))
 
@@ -135,7 +136,10 @@ class SourceTree:
 
 
 def _classes_in(body: list[ast.stmt]) -> Iterator[ast.ClassDef]:
-    """Those of a module, in its branches too; not those within functions or classes."""
+    """Yields the classes of a module, in its branches too.
+
+    Not those within functions or classes.
+    """
     for node in body:
         if isinstance(node, ast.ClassDef):
             yield node
@@ -161,7 +165,10 @@ def _last_named(body: list[ast.stmt], name: str) -> Function | ast.ClassDef | No
 
 
 def _names_of(body: list[ast.stmt]) -> set[str]:
-    """Names that statements define: functions, classes, assignments, imports; branches included."""
+    """Returns names that statements define: functions, classes, assignments and imports.
+
+    Branches are included.
+    """
     found: set[str] = set()
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -185,7 +192,7 @@ def _assigned(tree: ast.AST, owner: str | None = None) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=64)
 def _imports(tree: ast.Module) -> dict[str, str]:
-    """The module that each imported name comes from."""
+    """Returns the module that each imported name comes from."""
     return {
         alias.asname or alias.name: node.module
         for node in ast.walk(tree)

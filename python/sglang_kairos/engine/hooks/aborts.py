@@ -1,8 +1,9 @@
-"""Which requests an abort names.
+"""Finds the requests that an abort names.
 
-SGLang's schedulers compare beginnings (`startswith`), so that one abort can reach all parts of a batch:
-the client's id `job` became `job_0`, `job_1` and so on. It also reaches `job_10` and `job-of-another`.
-Here an abort ends the request of that very id; where there is none, the parts of the batch of that id.
+SGLang's schedulers compare beginnings (`startswith`), so that one abort can reach all parts of a
+batch. There the client's id `job` became `job_0`, `job_1` and so on. But it also reaches `job_10`
+and `job-of-another`. Here an abort ends the request with that very id. Where there is none, it ends
+the parts of the batch with that id.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from sglang_kairos.engine import compat
 
 
 def ids_named(asked: str, present: Iterable[str], *, batches: bool = True) -> set[str]:
-    """Those of the ids `present` that an abort of `asked` ends.
+    """Returns those of the ids `present` that an abort of `asked` ends.
 
-    `batches`: whether parts of a batch count. With one tokenizer process they must not: it passes on
-    ids that it knows only, so `asked` is a request, if one that has left, and never a batch.
+    `batches`: whether parts of a batch count. With one tokenizer process they must not: it passes
+    on only ids that it knows. So `asked` is a request, perhaps one that has left, and never a
+    batch.
     """
     ids = set(present)
     if asked in ids:
@@ -35,10 +37,10 @@ def _is_index(text: str) -> bool:
 
 @contextmanager
 def only_the_named(scheduler: Any, recv_req: Any, more: Iterable[Any] = ()) -> Iterator[list[Any]]:
-    """Meanwhile upstream's comparison of beginnings finds those that `recv_req` names and no others.
+    """While it is open, SGLang's comparison of beginnings finds only the requests that `recv_req` names.
 
-    Whose id merely begins so goes by another one. Yields those named. `more`: requests that are in
-    none of upstream's places.
+    Other requests whose ids begin alike get another id meanwhile. Yields those named. `more`:
+    requests that are in none of SGLang's places.
     """
     found = list({id(req): req for req in (*_everyone(scheduler), *more)}.values())
     if recv_req.abort_all:
@@ -58,7 +60,7 @@ def only_the_named(scheduler: Any, recv_req: Any, more: Iterable[Any] = ()) -> I
 
 
 def _everyone(scheduler: Any) -> Iterator[Any]:
-    """Every request in the places where upstream's `abort_request` looks, some more than once."""
+    """Yields every request in the places where SGLang's `abort_request` looks, some more than once."""
 
     def of(path: str) -> Iterable[Any]:
         found = scheduler
@@ -87,7 +89,7 @@ def _everyone(scheduler: Any) -> Iterator[Any]:
 
 def _in_batches(scheduler: Any) -> Iterator[Any]:
     batches = [getattr(scheduler, name, None) for name in ("running_batch", "last_batch")]
-    # Results that are not processed yet: with continuous input polling upstream looks there too.
+    # Results that are not processed yet. With continuous input polling SGLang looks there too.
     batches += [entry[0] for entry in getattr(scheduler, "result_queue", None) or ()]
     for batch in batches:
         if batch is not None:

@@ -1,4 +1,4 @@
-"""Whose KV a decode server reserves, and when: the planner's answer on SGLang's queues."""
+"""Reserves KV on a decode server: applies the planner's answer to SGLang's queues."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from sglang_kairos.slo.limits import RequestLimits
 
 
 def reserve(state: KairosState, original: Callable[..., Any], queue: Any) -> Any:
-    """Runs upstream's pop_preallocated on as many of its queue, in order, as the planner lets in."""
-    # Who is ready is asked first: a plan that counts on others would wait for them (`policy`).
+    """Runs SGLang's pop_preallocated on the first of its queue, as many as the planner admits."""
+    # Ask first which requests are ready: a plan that counts on others would wait for them.
     asked = not all(map(_ready, queue.queue))
     if asked:
         _hear(queue)
@@ -36,7 +36,7 @@ def reserve(state: KairosState, original: Callable[..., Any], queue: Any) -> Any
     if plan.count == len(entries):
         result = original(queue)
     else:
-        # Those held back must see their handshakes and failures as if nothing were the matter.
+        # Requests that are held back must still see their hand-shakes and failures.
         if not asked:
             _hear(queue)
         through = {entry.req.rid for entry in entries[: plan.count]}
@@ -52,7 +52,7 @@ def reserve(state: KairosState, original: Callable[..., Any], queue: Any) -> Any
 
 
 def sort(state: KairosState, entries: list[Any], preallocation: Any = None) -> None:
-    """By deadline: SGLang's waiting queue, or the entries of the pre-allocation queue given."""
+    """Sorts by deadline: SGLang's waiting queue, or the entries of the pre-allocation queue given."""
     if len(entries) < 2:
         return
 
@@ -70,19 +70,20 @@ def sort(state: KairosState, entries: list[Any], preallocation: Any = None) -> N
 
 def note_starts(state: KairosState, ready: list[Any]) -> None:
     """The KV of these has arrived; their first tokens go out as soon as they get a slot."""
-    stay, now = memory_of(state).planner.stay, state.now()
+    statistics, now = memory_of(state).planner.statistics, state.now()
     for req in ready:
         promise = state.promise(req)
         if promise.reserved_s is not None:
-            stay.started(len(req.origin_input_ids), now - promise.reserved_s)
+            statistics.started(len(req.origin_input_ids), now - promise.reserved_s)
         promise.reserved_s = promise.ready_s = None
 
 
 def end_what_never_fits(state: KairosState, queue: Any) -> None:
-    """Whose prompt and reserve exceed all KV there is, upstream never reserves, and never ends either.
+    """Refuses requests whose prompt and reserve exceed all KV there is, with a 400.
 
-    Routers and the server's middleware refuse what they can count; a text is counted only here.
-    Upstream's loop then answers it with the 400 and drops it.
+    SGLang never reserves KV for such a request, and never ends it. Routers and the server's
+    middleware refuse what they can count, but a text is counted in tokens only here. SGLang's loop
+    then answers and drops it.
     """
     if getattr(state.scheduler, "enable_hisparse", False):
         return  # its KV may lie on the host
@@ -113,7 +114,7 @@ def _refuse(req: Any, text: str) -> None:
 
 
 def _ready(entry: Any) -> bool:
-    """Whether it has shaken hands; where prefill computes before that, its KV waits there."""
+    """Returns whether it has shaken hands; where prefill computes before that, its KV waits there."""
     return bool(getattr(entry, "waiting_for_input", True))
 
 
@@ -149,7 +150,7 @@ def _queue_view(state: KairosState, reqs: list[Any], now: float, **more: Any) ->
 
 
 def _asking(state: KairosState, queue: Any, now: float) -> QueueView:
-    """The pre-allocation queue."""
+    """Returns the view of the pre-allocation queue."""
     entries = queue.queue
     reqs = [entry.req for entry in entries]
     return _queue_view(
@@ -163,12 +164,12 @@ def _asking(state: KairosState, queue: Any, now: float) -> QueueView:
 
 
 def clock_s(state: KairosState, queue: Any, now: float) -> NDArray[np.float64]:
-    """When SGLang's time-out of each entry began; `now` for who has none yet.
+    """Returns when SGLang's time-out of each entry began, in seconds, (n,); `now`: it has none yet.
 
-    Prefill's clock starts when the request reaches prefill, which is when it reaches decode, and
+    Prefill's time-out starts when the request reaches prefill, which is when it reaches decode. It
     stops when decode's reservation reaches prefill. Where decode reserves only after the prefill,
-    both sides' clocks start anew at its end. A retracted request that will be prefilled again has
-    no clock before its reservation.
+    both sides' time-outs start anew at its end. A retracted request that will be prefilled again
+    has none before its reservation.
     """
     deferred = compat.reserves_after_prefill(queue)
 
@@ -193,7 +194,7 @@ def _occupancy(state: KairosState, queue: Any) -> Occupancy:
     kept = [req for req in joining if state.promise(req).kept]
     size = float(scheduler.max_total_num_tokens)
     return Occupancy(
-        # One that comes back from retraction brings its output.
+        # A request that comes back from retraction brings its output.
         np.array([len(req.origin_input_ids) + max(0, len(req.output_ids) - 1) for req in kept]),
         np.array([state.promise(req).slo.tpot_ms / 1e3 for req in kept]),
         size,

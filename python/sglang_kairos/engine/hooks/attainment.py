@@ -1,4 +1,4 @@
-"""Feeds `slo.attainment` from SGLang's scheduler: who got a token, who has ended, and how."""
+"""Feeds `slo.attainment` from SGLang's scheduler: which requests got a token, which ended, and how."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def stream_output(
     return_logprob: bool,
     skip_req: Any = None,
 ) -> Any:
-    """Seam of SchedulerOutputStreamer.stream_output: everybody who gets a token or ends is here."""
+    """Seam of SchedulerOutputStreamer.stream_output: all that get a token or end pass here."""
     state = current()
     if state is not None:
         told = functools.partial(_note, state, reqs, skip_req, state.now())
@@ -39,9 +39,9 @@ def stream_output(
 
 
 def count_ended(state: KairosState, reqs: Iterable[Any], reason: Any = None) -> None:
-    """Upstream ends these, and shows not all of them again. `reason`: as SGLang words it.
+    """Counts requests that SGLang ends, and does not all show again. `reason`: as SGLang words it.
 
-    Of what an abort names some may be no requests yet: those whose images are still on their way.
+    Some of what an abort names may be no requests yet: those whose images are still on their way.
     """
     for req in reqs:
         if hasattr(req, "finished_reason") and not (kept := state.promise(req)).counted:
@@ -57,7 +57,7 @@ def _note(state: KairosState, reqs: Sequence[Any], skip_req: Any, now_s: float) 
     for req in reqs:
         if req.finished_reason is None:
             continue
-        state.talking = []  # keeps nobody who has left
+        state.talking = []  # hold no request that has left
         if not (kept := state.promise(req)).counted:
             kept.counted = True
             outcome = _outcome(state, req)
@@ -86,7 +86,7 @@ def _note_tokens(state: KairosState, reqs: Sequence[Any], skip_req: Any, now_s: 
 
 
 def _comes_back(state: KairosState, req: Any) -> bool:
-    """Whether it is shown because it runs again after a retraction: it has no new token then."""
+    """Returns whether it is shown because it runs again after a retraction; it has no new token then."""
     kept = state.promise(req)
     known, kept.retractions = kept.retractions, req.retraction_count
     return bool(known < kept.retractions)
@@ -105,7 +105,7 @@ def _outcome(state: KairosState, req: Any) -> str:
         return _outcome_of(ended)
     if state.mode != "prefill":
         return RETRACTED if req.retraction_count else SERVED
-    # Decode asks again under the same id and in the same room.
+    # When decode asks again, it does so under the same id and in the same bootstrap room.
     return AGAIN if state.prefilled.seen((req.rid, req.bootstrap_room)) else SERVED
 
 

@@ -1,8 +1,8 @@
-"""The decode side of the glue: order admission, execute a subset of the running batch.
+"""The decode side: orders admission, and executes a subset of the running batch.
 
-`Scheduler.running_batch` keeps every request at all times, so aborts, retraction, memory budgets and
-idle checks work unmodified. When requests are parked, a view of the batch
-(`engine.state.subset_view.SubsetView`) executes in its place and the lengths it advanced are
+`Scheduler.running_batch` keeps every request at all times, so aborts, retraction, memory budgets
+and idle checks work unmodified. When requests are parked, a view of the batch
+(`engine.state.subset_view.SubsetView`) executes in its place. The lengths that it advanced are
 written back.
 """
 
@@ -26,7 +26,7 @@ from sglang_kairos.policy.packing import StepChoice, reserve_of
 
 
 def pop_preallocated(original: Callable[..., Any], queue: Any, *args: Any, **kwargs: Any) -> Any:
-    """Seam of DecodePreallocQueue.pop_preallocated: reserve KV for whom it can keep on pace."""
+    """Seam of DecodePreallocQueue.pop_preallocated: reserve KV for requests that can be kept on pace."""
     state = current()
     if state is None or not queue.queue:
         return original(queue, *args, **kwargs)
@@ -69,9 +69,10 @@ def get_next_decode_batch(original: Callable[..., Any], scheduler: Any, running_
 
 
 def retract_decode(original: Callable[..., Any], batch: Any, *args: Any) -> Any:
-    """Seam of ScheduleBatch.retract_decode: those go who lose least of their SLO.
+    """Seam of ScheduleBatch.retract_decode: retract the requests whose SLO suffers least.
 
-    Whom not even that leaves room for upstream ends, and shows nowhere else.
+    If even that does not make enough KV free, SGLang ends requests, and shows them nowhere else.
+    They are counted.
     """
     result, state = _retract(original, batch, *args), current()
     ended = result[2] if len(result) > 2 else ()
@@ -98,7 +99,7 @@ def _retract(original: Callable[..., Any], batch: Any, *args: Any) -> Any:
     order = state.agree(state.guarded("retraction", decide, None))
     if order is None:
         return original(batch, *args)
-    # Upstream asks the batch for its order; an attribute of its own answers instead.
+    # SGLang asks the batch for its order. An attribute on this batch answers in its place.
     batch._get_decode_retraction_order = lambda reqs, *args, **kwargs: list(order)
     state.counters["retractions"] += 1
     try:
@@ -108,7 +109,7 @@ def _retract(original: Callable[..., Any], batch: Any, *args: Any) -> Any:
 
 
 def prepare_for_decode(original: Callable[..., Any], batch: Any) -> None:
-    """Seam of ScheduleBatch.prepare_for_decode: prepare only those chosen to run."""
+    """Seam of ScheduleBatch.prepare_for_decode: prepare only the requests chosen to run."""
     state = current()
     if state is None or not state.deciding:
         original(batch)
@@ -130,7 +131,7 @@ def prepare_for_decode(original: Callable[..., Any], batch: Any) -> None:
 
 
 def _choose(state: KairosState, batch: Any) -> list[int] | None:
-    """Indices of the running requests that decode in this step, ascending; None: everybody."""
+    """Returns the indices of the running requests that decode in this step, ascending; None: all."""
     memory, now = memory_of(state), state.now()
     memory.follow(batch.reqs)
     memory.table.now(now)
@@ -167,7 +168,7 @@ def _record(state: KairosState, view: RunningView, choice: StepChoice) -> None:
         silent_s=view.silent_s.tolist(),
         served=view.served.tolist(),
         error=dataclasses.asdict(state.step_time.error),
-        expected_output=planner.stay.output_tokens,
+        expected_output=planner.statistics.output_tokens,
         reserve_tokens=reserve_of(state.step_time.error.mape),
         horizon_tokens=planner.horizon_tokens,
         model=state.step_time.snapshot(),
@@ -179,7 +180,7 @@ def _record(state: KairosState, view: RunningView, choice: StepChoice) -> None:
 
 
 def _remember_step(state: KairosState, batch: Any) -> None:
-    """Teach the step-time model from the cadence of consecutive decode decisions."""
+    """Teaches the step-time model from the cadence of consecutive decode decisions."""
     now = state.now()
     previous = state.last_step
     # Some attention backends keep the lengths on the device only.

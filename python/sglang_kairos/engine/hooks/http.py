@@ -1,4 +1,4 @@
-"""The start of SGLang's HTTP server: checks its schedulers, puts `slo_middleware` in front of its app."""
+"""The start of SGLang's HTTP server: checks its schedulers, and puts `slo_middleware` before its app."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run_http_server(
 
 
 def refuse_to_serve(server_args: Any, scheduler_infos: list[dict[str, Any]]) -> None:
-    """SystemExit where a scheduler came up without Kairos, or the server would drop SLOs."""
+    """Raises SystemExit where a scheduler came up without Kairos, or the server would drop SLOs."""
     without = sum("kairos" not in info for info in scheduler_infos)
     if without and "Scheduler.get_init_info" not in MISSING:
         raise SystemExit(
@@ -60,7 +60,7 @@ def facts_of(
     scheduler_infos: list[dict[str, Any]],
     token_ids: bool = True,
 ) -> slo_middleware.ServerFacts:
-    """What the middleware needs to know of this server; what SGLang does not tell stays unknown.
+    """Returns what the middleware needs to know of this server; what SGLang does not say stays unknown.
 
     `token_ids`: whether log probabilities of chosen token ids may be asked for.
     """

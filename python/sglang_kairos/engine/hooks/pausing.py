@@ -1,9 +1,10 @@
-"""Pausing chunked prefills: the chunk slot changes hands, and nobody upstream loses sight of anyone.
+"""Pauses chunked prefills: the chunk slot changes hands, and SGLang still finds every request.
 
-A pause is only ever made around `Scheduler.get_new_batch_prefill`: there the finished chunk's KV is
-already in the cache with its node locked, its send boundary is set, and `Scheduler.chunked_req` can
-be swapped without anyone noticing. A paused request is in none of upstream's queues, so everything
-that looks for requests has a seam here: aborts, timeouts, peers that failed, idle checks, reports.
+A pause is only made around `Scheduler.get_new_batch_prefill`. There the finished chunk's KV is
+already in the cache with its node locked, and its send boundary is set. `Scheduler.chunked_req` can
+be swapped without any effect elsewhere. A paused request is in none of SGLang's queues. So
+everything that looks for requests has a seam here: aborts, time-outs, peers that failed, idle
+checks, reports.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from sglang_kairos.engine.state.scheduler_state import KairosState, current
 
 
 def give_slot(state: KairosState, scheduler: Any, chosen: Any) -> None:
-    """Let `chosen` (None: nobody) have the chunk slot; who had it is paused."""
+    """Gives `chosen` (None: nobody) the chunk slot; the request that had it is paused."""
     before = scheduler.chunked_req
     if chosen is before:
         return
@@ -40,11 +41,11 @@ def give_slot(state: KairosState, scheduler: Any, chosen: Any) -> None:
 
 
 def drop_released(state: KairosState) -> None:
-    """Forget the paused whom upstream has ended or put back in a queue of its own meanwhile.
+    """Forgets paused requests that SGLang has ended or put back in a queue of its own.
 
-    A paused request's last chunk may still be running. When its result comes in, upstream retires it
-    if it was aborted, and starts it anew if its bootstrap is pending: no KV is left to come back to.
-    Whoever walks `engine.state.scheduler_state.paused` calls this first.
+    A paused request's last chunk may still be running. When its result comes in, SGLang retires it
+    if it was aborted, and starts it anew if its bootstrap is pending. No KV is left to come back to
+    then. All code that walks `engine.state.scheduler_state.paused` calls this first.
     """
     for req in list(filter(_released, state.paused)):
         state.paused.remove(req)
@@ -75,13 +76,12 @@ def process_pending_chunked_abort(original: Callable[..., Any], scheduler: Any) 
 
 
 def abort_request(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
-    """Seam of Scheduler.abort_request: an abort reaches paused requests as well, and nobody whose
-    id only begins like the one it names.
+    """Seam of Scheduler.abort_request: an abort reaches paused requests, and only ids that it names.
 
-    Parked ones need no help (they are in the running batch); they are only counted.
+    Parked requests need no help, as they are in the running batch; they are only counted.
     """
     if not (recv_req.abort_all or recv_req.rid):
-        return None  # names nobody; upstream would find that every id begins so
+        return None  # it names nobody, but every id begins with an empty one
     state = current()
     if state is not None:
         drop_released(state)
@@ -100,9 +100,9 @@ def abort_request(original: Callable[..., Any], scheduler: Any, recv_req: Any) -
 
 
 def collect_inflight_batches(original: Callable[..., Any], scheduler: Any) -> list[Any]:
-    """Seam of Scheduler._collect_inflight_batches: the paused, as one more batch.
+    """Seam of Scheduler._collect_inflight_batches: add the paused requests as one more batch.
 
-    Running timeouts, aborts and weight-version records look for started requests there.
+    Running time-outs, aborts and weight-version records look for started requests there.
     """
     batches: list[Any] = original(scheduler)
     state = current()
@@ -114,7 +114,7 @@ def collect_inflight_batches(original: Callable[..., Any], scheduler: Any) -> li
 
 
 def collect_inflight_reqs(original: Callable[..., Any], scheduler: Any) -> set[Any]:
-    """Seam of Scheduler.collect_inflight_reqs (v0.5.19 to v0.5.21): the paused as well."""
+    """Seam of Scheduler.collect_inflight_reqs (v0.5.19 to v0.5.21): add the paused requests."""
     reqs: set[Any] = original(scheduler)
     state = current()
     if state is None:
@@ -124,9 +124,9 @@ def collect_inflight_reqs(original: Callable[..., Any], scheduler: Any) -> set[A
 
 
 def resolve_waiting_queue_bootstrap(original: Callable[..., Any], scheduler: Any) -> None:
-    """Seam of Scheduler.resolve_waiting_queue_bootstrap: paused requests whose peer failed go too.
+    """Seam of Scheduler.resolve_waiting_queue_bootstrap: release paused requests whose peer failed.
 
-    Upstream polls the senders of the waiting queue and releases those that failed.
+    SGLang polls the senders of the waiting queue and releases those that failed.
     """
     state = current()
     if state is None or not state.paused:
@@ -141,7 +141,7 @@ def resolve_waiting_queue_bootstrap(original: Callable[..., Any], scheduler: Any
 
 @contextmanager
 def _in_the_queue(state: KairosState, scheduler: Any) -> Iterator[set[Any]]:
-    """The paused stand at the end of the waiting queue meanwhile; yields them."""
+    """Puts the paused requests at the end of the waiting queue meanwhile; yields them."""
     drop_released(state)
     paused = dict.fromkeys(state.paused)
     scheduler.waiting_queue = [*scheduler.waiting_queue, *paused]
@@ -162,7 +162,7 @@ def is_fully_idle(original: Callable[..., Any], scheduler: Any, *args: Any, **kw
 def num_pending_tokens(
     original: Callable[..., Any], inquirer: Any, *args: Any, **kwargs: Any
 ) -> int:
-    """Seam of _get_num_pending_tokens: what is left of paused requests, and those held back."""
+    """Seam of _get_num_pending_tokens: add what is left of paused requests, and requests held back."""
     pending = int(original(inquirer, *args, **kwargs))
     state = current()
     if state is None:
@@ -171,13 +171,13 @@ def num_pending_tokens(
 
 
 def num_waiting_uncached_tokens(original: Callable[..., Any], inquirer: Any) -> int:
-    """Seam of get_num_waiting_uncached_tokens: what is left of paused requests waits as well."""
+    """Seam of get_num_waiting_uncached_tokens: add what is left of paused requests."""
     state = current()
     return int(original(inquirer)) + (0 if state is None else _paused_tokens(state))
 
 
 def get_loads(original: Callable[..., Any], inquirer: Any) -> Any:
-    """Seam of SchedulerLoadInquirer.get_loads: paused requests wait, and need KV for their rest."""
+    """Seam of SchedulerLoadInquirer.get_loads: count paused requests, and the KV they need."""
     snapshot = original(inquirer)
     state = current()
     if state is not None and state.paused:
@@ -192,7 +192,7 @@ def get_loads(original: Callable[..., Any], inquirer: Any) -> Any:
 def report_with_paused(
     original: Callable[..., Any], reporter: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Seam of the metrics reporter's methods that count the waiting queue (log lines, gauges)."""
+    """Seam of the metrics reporter's methods: count paused requests in the waiting queue."""
     state = current()
     if state is None or not state.paused:
         return original(reporter, *args, **kwargs)

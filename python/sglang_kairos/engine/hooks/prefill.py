@@ -1,4 +1,4 @@
-"""The prefill side of the glue: plan by urgency at every scheduling point, order, share the chunk."""
+"""The prefill side: plans by urgency at every scheduling point, orders the queue, shares the chunk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sglang_kairos.policy.reserve import may_begin
 
 
 def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
-    """Seam of Scheduler.get_new_batch_prefill: decide who runs, then let upstream build the batch."""
+    """Seam of Scheduler.get_new_batch_prefill: decide what runs, then let SGLang build the batch."""
     state = current()
     if state is None or state.mode != "prefill":
         return original(scheduler, running_batch)
@@ -47,12 +47,12 @@ def _planned_batch(
     original: Callable[..., Any], state: KairosState, scheduler: Any, running_batch: Any
 ) -> Any:
     if not scheduler.waiting_queue and not state.paused:
-        # Alone in the chunk slot, or nothing at all: upstream does the right thing.
+        # At most one request, and it is in the chunk slot. SGLang does the right thing.
         return original(scheduler, running_batch)
     state.held = _apply_plan(state, scheduler)
     try:
         result = original(scheduler, running_batch)
-        # Nothing could be admitted (no memory, say): prefills that have begun are the way forward.
+        # If nothing could be admitted (no memory, say), only prefills that have begun can go on.
         state.plan = None
         for req in sorted(state.paused, key=tokens_left):
             if result.batch_to_run is not None or _pinned(scheduler.chunked_req):
@@ -108,7 +108,7 @@ def chunk_limit(
 def add_chunked_req(original: Callable[..., Any], adder: Any, req: Any) -> Any:
     """Seam of PrefillAdder.add_chunked_req where SGLang has no `chunk_limit` (to v0.5.20).
 
-    The chunk sees the plan's share of the budget; what it leaves is there for those behind it.
+    The chunk sees the plan's share of the budget. The rest is left for requests behind it.
     """
     state = current()
     limit = None if state is None or state.plan is None else state.plan.chunk_limit
@@ -129,10 +129,11 @@ def add_one_req(
     has_chunked_req: bool,
     truncation_align_size: int | None,
 ) -> Any:
-    """Seam of PrefillAdder.add_one_req: never a second chunked prefill beside the one in the slot,
-    and nobody who takes the KV that begun prefills need for their rest.
+    """Seam of PrefillAdder.add_one_req: protect the chunk slot and the KV of begun prefills.
 
-    The plan keeps to this too, but on predicted cache hits; this looks at the real ones.
+    It never starts a second chunked prefill beside the one in the slot. And it admits nobody who
+    takes the KV that begun prefills need for their rest. The plan keeps to this too, but on
+    predicted cache hits; this looks at the real ones.
     """
     state = current()
     if has_chunked_req and adder.rem_chunk_tokens is not None and state is not None:
@@ -151,17 +152,17 @@ def add_one_req(
 
 
 def _leaves_enough(state: KairosState, adder: Any, req: Any) -> bool:
-    """Whether the prefills that have begun can still be taken to their end when `req` begins too."""
+    """Returns whether begun prefills can still be taken to their end when `req` begins too."""
     begins = getattr(adder, "new_chunked_req", None)
     begun = list(state.paused)
     begun += [one for one in (state.scheduler.chunked_req, begins) if one is not None]
     if not begun:
         return True
-    # A hit on the host is loaded into KV of this device: it counts as if it were computed.
+    # A hit on the host is loaded into KV of this device, so it counts as if it were computed.
     tokens = len(req.full_untruncated_fill_ids) - compat.prefix_len(req)
     (may,) = may_begin(
         [tokens],
-        [0],  # its cached prefix is locked while this is read
+        [0],  # its cached prefix is locked while `free_tokens` is read
         [tokens_left(one) for one in begun],
         free_tokens=compat.room_beside(adder, req),
         page_size=adder.page_size,
@@ -170,7 +171,7 @@ def _leaves_enough(state: KairosState, adder: Any, req: Any) -> bool:
 
 
 def _account(state: KairosState, batch: Any) -> None:
-    """Tell the planner what was launched."""
+    """Tells the planner what was launched."""
     if batch is None or not batch.extend_lens:
         return
     rows = zip(batch.reqs, batch.extend_lens, strict=False)
@@ -179,11 +180,11 @@ def _account(state: KairosState, batch: Any) -> None:
 
 
 def _apply_plan(state: KairosState, scheduler: Any) -> list[Any]:
-    """Plan the step, move requests in and out of the chunk slot; returns the requests held back."""
+    """Plans the step and moves requests in and out of the chunk slot. Returns the requests held back."""
     waiting, slot_req = scheduler.waiting_queue, scheduler.chunked_req
     begun = [] if slot_req is None else [slot_req]
     begun += state.paused
-    # As stock would: the queue as it stands behind the chunk in progress.
+    # The fallback is stock behaviour: the queue as it stands, behind the chunk in progress.
     first = len(waiting) if begun else -1
     as_it_stands = PrefillPlan(list(range(len(waiting))), first, None, 0, [])
     decide = functools.partial(_decide, state, scheduler, waiting, begun)
@@ -215,7 +216,7 @@ def _chunk_tokens(scheduler: Any) -> int:
 
 
 def _view(state: KairosState, scheduler: Any, waiting: Rows, begun: list[Any]) -> PrefillView:
-    """What the planner is told; `waiting` are the roster's rows, the slot's request begins `begun`."""
+    """Returns the planner's view. `waiting`: rows of the table; `begun`: the slot's request first."""
     roster, now = state.roster, state.now()
     rows = np.concatenate([waiting, roster.rows(begun)]) if begun else waiting
     total = roster.tokens[rows]
@@ -243,12 +244,12 @@ def _view(state: KairosState, scheduler: Any, waiting: Rows, begun: list[Any]) -
 
 
 def _pinned(slot_req: Any) -> bool:
-    """An optimistic request in the slot may still be re-queued by upstream, which looks for it there."""
+    """Returns whether SGLang may still re-queue the slot's optimistic request."""
     return slot_req is not None and bool(slot_req.pending_bootstrap)
 
 
 def _look_up_prefixes(state: KairosState, scheduler: Any, waiting: list[Any], rows: Rows) -> None:
-    """Refresh the prefix-cache hits of some waiting requests: each look-up walks a prompt."""
+    """Refreshes the prefix-cache hits of some waiting requests; each look-up walks a prompt."""
     if getattr(scheduler.tree_cache, "disable", True):
         return
     roster = state.roster
@@ -260,8 +261,8 @@ def _look_up_prefixes(state: KairosState, scheduler: Any, waiting: list[Any], ro
 
 
 def _order_unified(state: KairosState, scheduler: Any, waiting_queue: list[Any]) -> None:
-    """Urgency order for unified serving: same planner, no pausing."""
-    rows = state.roster.rows(waiting_queue)  # also takes down what each was promised
+    """Orders by urgency for unified serving: the same planner, without pausing."""
+    rows = state.roster.rows(waiting_queue)  # also notes the SLO of each
     state.tell_metrics()
     if len(waiting_queue) < 2:
         return

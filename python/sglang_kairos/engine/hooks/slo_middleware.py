@@ -1,9 +1,9 @@
-"""The SLO's way into the server: a middleware in front of SGLang's FastAPI app.
+"""Takes SLOs from HTTP requests: a middleware in front of SGLang's FastAPI app.
 
-Clients that talk to a server directly (no Kairos router) name their SLO in the body or in headers;
-this puts it where SGLang carries it to its schedulers, and answers a bad value with HTTP 400, as it
-does what would harm a scheduler (`slo.limits`). It imports nothing of SGLang. Requests that say
-nothing about SLOs pass through as the bytes they were.
+Clients that talk to a server directly (no Kairos router) name their SLO in the body or in headers.
+The middleware puts it where SGLang carries it to its schedulers. It answers a bad value with HTTP
+400, and so it does with what would harm a scheduler (`slo.limits`). It imports nothing of SGLang.
+Requests that say nothing about SLOs pass through byte for byte.
 """
 
 from __future__ import annotations
@@ -46,8 +46,11 @@ class HasMiddleware(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """What the middleware knows of its server. `preferred`: the ``custom_params`` among its
-    preferred sampling parameters. `needs_bootstrap`: it decodes what others prefill."""
+    """What the middleware knows of its server.
+
+    `preferred`: the ``custom_params`` among its preferred sampling parameters. `needs_bootstrap`:
+    it decodes what others prefill.
+    """
 
     limits: RequestLimits = NO_LIMITS
     preferred: Mapping[str, Any] = field(default_factory=dict)
@@ -58,7 +61,7 @@ UNKNOWN = ServerFacts()
 
 
 class SloMiddleware:
-    """Pure ASGI middleware; see the module. Streams the response, buffers the request body once."""
+    """A pure ASGI middleware: it streams the response and buffers the request body once."""
 
     def __init__(
         self,
@@ -84,7 +87,7 @@ class SloMiddleware:
         arrived_s = self._clock()
         raw, ended = await _read_body(receive)
         if ended is not None:
-            # The client left in the middle of its body: whoever is next sees just that.
+            # The client left in the middle of its body. The app behind sees just that.
             await self._app(scope, _replay(raw, receive, ended), send)
             return
         try:
@@ -100,11 +103,14 @@ class SloMiddleware:
     def _checked(
         self, raw: bytes, path: str, scope: Scope, arrived_s: float
     ) -> tuple[bytes, Scope]:
-        """The body to pass on and its scope. SloError or RequestError; malformed JSON stays."""
+        """Returns the body to pass on and its scope; malformed JSON stays as it is.
+
+        Raises SloError or RequestError.
+        """
         try:
             body = orjson.loads(raw)
         except orjson.JSONDecodeError:
-            # SGLang's own reader is Python's, which takes NaN as well, and then reads all of it.
+            # SGLang reads with Python's json, which accepts NaN too, so such a body is checked as well.
             body = _python_json(raw)
             if isinstance(body, dict):
                 check_request(body, path, self._facts.limits)
@@ -144,7 +150,7 @@ class SloMiddleware:
         return changed, {**scope, "headers": kept}
 
     def _tell(self, notes: list[str]) -> None:
-        """Count them; one line for the first, tenth, hundredth … header of a kind."""
+        """Counts the notes, and logs the first, tenth, hundredth … header of a kind."""
         for note in notes:
             if self._count is not None:
                 self._count(note)
@@ -155,7 +161,7 @@ class SloMiddleware:
 
 
 def _python_json(raw: bytes) -> Any:
-    """What `json` makes of it; None if nothing."""
+    """Returns what `json` reads; None if it cannot."""
     try:
         return json.loads(raw)
     except (ValueError, RecursionError):
@@ -168,11 +174,11 @@ def install(
     facts: ServerFacts = UNKNOWN,
     count: Callable[[str], None] | None = None,
 ) -> None:
-    """Put the middleware into a FastAPI app that has not served yet, as the innermost one.
+    """Puts the middleware into a FastAPI app that has not served yet, as the innermost one.
 
-    Innermost: after API-key checks (a stranger learns nothing) and after SGLang's own request
+    Innermost means after API-key checks (a stranger learns nothing) and after SGLang's own request
     decompression (the body is plain JSON). `count` is told of each header that was not taken as
-    written. Does nothing when it is already there.
+    written. Does nothing when it is there.
     """
     if any(item.cls is SloMiddleware for item in app.user_middleware):
         return
@@ -188,7 +194,7 @@ def _route_path(scope: Scope) -> str:
 
 
 async def _read_body(receive: Receive) -> tuple[bytes, Message | None]:
-    """The whole body, and the message that ended it early (None: it is complete)."""
+    """Returns the whole body, and the message that ended it early (None: it is complete)."""
     chunks: list[bytes] = []
     while True:
         message = await receive()
@@ -200,7 +206,7 @@ async def _read_body(receive: Receive) -> tuple[bytes, Message | None]:
 
 
 def _replay(raw: bytes, receive: Receive, ended: Message | None) -> Receive:
-    """A `receive` that hands out the buffered body once, then `ended` or the real thing."""
+    """Returns a `receive` that hands out the buffered body once, then `ended` or the real messages."""
     body: bytes | None = raw
     end = ended
 
@@ -212,7 +218,7 @@ def _replay(raw: bytes, receive: Receive, ended: Message | None) -> Receive:
                 "body": body,
                 "more_body": end is not None,
             }
-            body = None  # the app has its own reference: ours would keep the bytes for its lifetime
+            body = None  # the app has its own reference; ours would keep the bytes in memory
             return message
         if end is not None:
             last, end = end, None

@@ -1,4 +1,4 @@
-"""A prefill server whose KV is full of optimistic prefills: one gives way (`policy.standstill`)."""
+"""Ends a standstill of a prefill server whose KV is full of optimistic prefills (`policy.standstill`)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from sglang_kairos.policy.standstill import who_gives_way
 
 
 def give_way(state: KairosState, scheduler: Any, batch: Any) -> None:
-    """After a scheduling point that launched `batch` (None: nothing): requeue one if all stand still.
+    """Requeues one parked request if all stand still; called after a scheduling point.
 
-    Every condition is on the queues' contents, which are alike on all ranks; only clocks differ.
+    `batch`: what that scheduling point launched; None: nothing. Every condition is on the queues'
+    contents, which are alike on all ranks; only clocks differ.
     """
     in_flight = getattr(scheduler, "disagg_prefill_inflight_queue", [])
     if batch is not None or not in_flight:
@@ -40,18 +41,18 @@ def give_way(state: KairosState, scheduler: Any, batch: Any) -> None:
 
 
 def _computing(scheduler: Any) -> bool:
-    """Whether a step runs or its result is still to be looked at."""
+    """Returns whether a step runs, or its result is not processed yet."""
     return scheduler.last_batch is not None or bool(getattr(scheduler, "result_queue", None))
 
 
 def _may_be_requeued(scheduler: Any) -> bool:
-    """Decode that reserves after the prefill was told that the KV is there: it must stay."""
+    """Returns False where decode reserves after the prefill: it was told that the KV is there."""
     policy = getattr(scheduler.server_args, "disaggregation_decode_allocation_policy", "early")
     return bool(policy == "early")
 
 
 def _out_of_buffers(scheduler: Any) -> bool:
-    """Without a metadata buffer one with a reservation cannot leave the bootstrap queue."""
+    """Returns whether no metadata buffer is free, without which a request cannot leave bootstrap."""
     return (
         bool(scheduler.disagg_prefill_bootstrap_queue.queue)
         and scheduler.req_to_metadata_buffer_idx_allocator.available_size() == 0

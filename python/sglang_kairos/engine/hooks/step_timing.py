@@ -1,8 +1,8 @@
-"""What executed prefill steps teach the predictor: how long each took.
+"""Teaches the predictor how long executed prefill steps took.
 
-SGLang stamps a batch at its launch and adds up busy time, since v0.5.21 in spans that do not overlap.
-v0.5.16 does neither, and v0.5.17 to v0.5.20 add up other spans, so there two more seams take the
-same two times: `run_batch` the launch, `process_batch_result` the end.
+SGLang stamps a batch at its launch and adds up busy time, since v0.5.21 in spans that do not
+overlap. v0.5.16 does neither, and v0.5.17 to v0.5.20 add up other spans. There two more seams take
+the same two times: `run_batch` the launch, `process_batch_result` the end.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def record_step_counters(
 ) -> None:
     """Seam of Scheduler._record_step_counters: feed executed prefill steps to the predictor.
 
-    Upstream takes a step's end when its result is processed. With overlap on a CPU that is after
-    the next forward, so there `learn_from_synchronous_step` measures instead.
+    SGLang takes a step's end when its result is processed. With overlap on a CPU that is after the
+    next forward, so there `learn_from_synchronous_step` measures instead.
     """
     before = scheduler.total_prefill_busy_us
     original(scheduler, batch, result)
@@ -36,7 +36,7 @@ def run_batch(
         return original(scheduler, batch, *args, **kwargs)
     batch.launch_ts = time.monotonic()
     result = original(scheduler, batch, *args, **kwargs)
-    # The batch is processed as a copy that knows only upstream's fields; the result is itself.
+    # SGLang processes a copy of the batch with its own fields only, but the same result object.
     result.launch_ts = batch.launch_ts
     return result
 
@@ -46,8 +46,8 @@ def process_batch_result(
 ) -> Any:
     """Seam of Scheduler.process_batch_result where busy time is not a batch's own (to v0.5.20).
 
-    As later versions do: a step lasts from its launch, or from the end of the one before where they
-    overlap, to the moment its result is there.
+    A step lasts to the moment its result is there, as in later versions. It starts at its launch,
+    or at the end of the one before where they overlap.
     """
     done = original(scheduler, batch, result)
     state, launched_s = current(), getattr(result, "launch_ts", None)

@@ -1,7 +1,7 @@
-"""What SGLang's KV transfer must survive so that no request is lost, or takes a server with it.
+"""Keeps SGLang's KV transfer from losing a request, or ending a server, over one error.
 
 The scheduler, the thread that hears from decode servers and the threads that send KV share one
-table of statuses. Upstream reads and then writes it, without a lock.
+table of statuses. SGLang reads and then writes it, without a lock.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ def update_status(
 ) -> Any:
     """Seam of the transfer managers' status change: one thread at a time.
 
-    The scheduler opens a room as Bootstrapping, and decode's hand-shake makes it WaitingForInput,
-    in either order. Where the scheduler has found no room yet, and the hand-shake comes before it
-    has opened one, the hand-shake is overwritten: the request waits for it until its time-out.
+    The scheduler opens a bootstrap room as Bootstrapping, and decode's hand-shake makes it
+    WaitingForInput, in either order. The hand-shake may come after the scheduler has looked for the
+    room, and before it has opened one. Then it is overwritten, and the request waits for it until
+    its time-out.
     """
     with _lock_of(manager):
         return original(manager, bootstrap_room, status)
@@ -32,9 +33,9 @@ def update_status(
 def check_status(original: Callable[..., Any], manager: Any, bootstrap_room: int) -> Any:
     """Seam of the transfer managers' status look-up: a room that is not there has failed.
 
-    Upstream asks ``room in request_status`` and then for its status, in a thread of its own; when
-    the scheduler clears the room in between, a `KeyError` ends that thread, and with it every
-    transfer of the server.
+    SGLang asks ``room in request_status`` and then for its status, in a thread of its own. When the
+    scheduler clears the room in between, a `KeyError` ends that thread, and with it every transfer
+    of the server.
     """
     try:
         return original(manager, bootstrap_room)
@@ -47,10 +48,10 @@ def check_status(original: Callable[..., Any], manager: Any, bootstrap_room: int
 def transfer_worker(
     original: Callable[..., Any], manager: Any, queue: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Seam of Mooncake's transfer thread: whatever it raises, it goes on with the next chunk.
+    """Seam of Mooncake's transfer thread: after any error it goes on with the next chunk.
 
     The chunk's request fails, unless its transfer is over. An error of the queue itself, with no
-    chunk in hand, is raised as upstream does.
+    chunk in hand, is raised as SGLang does.
     """
     while True:
         watched = _Watched(queue)
@@ -84,7 +85,7 @@ def _fail(manager: Any, room: int) -> None:
     """Fails a room whose transfer is not over, and tells decode where this version can."""
     from sglang.srt.disaggregation.base.conn import KVPoll
 
-    # Parts still to be sent hold the request back; this one will not be counted down any more.
+    # Parts still to be sent hold the request back, and this one will never be counted down.
     compat.outstanding_parts(manager).pop(room, None)
     if manager.request_status.get(room) in (None, KVPoll.Success, KVPoll.Failed):
         return

@@ -1,8 +1,8 @@
 """Functions of SGLang that handlers call or replace without wrapping them.
 
-They are private, or do more than their names promise, so they are fingerprinted like the seams: a
+They are private, or do more than their names promise. So they are fingerprinted like the seams: a
 handler whose callee changed would schedule on assumptions that no longer hold. `table` says which
-seam relies on which; docs/upstream.md says what to do when one changes.
+seam relies on which. docs/upstream.md says what to do when one changes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ class Function:
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
-        """Version -> hash of the function's source (decorators excluded, so that a patched tree has
-        the same one). A version that is not there does without it."""
+        """Returns version -> hash of the function's source; a version that is not there does without it.
+
+        Decorators are excluded, so that a patched tree has the same hash.
+        """
         if self.known is not None:
             return self.known
         return known_texts.of(self.target, self.kind)
@@ -40,9 +42,9 @@ class Function:
 
 @dataclass(frozen=True)
 class Callee(Function):
-    """One function of SGLang and what is taken for granted of it.
+    """One function of SGLang, and what handlers take for granted of it.
 
-    `elsewhere`: why some versions do without it. `known` as of a seam.
+    `elsewhere`: why some versions do without it. `known`: as for a seam.
     """
 
     target: str

@@ -1,7 +1,7 @@
-"""What is lost where a function of SGLang is unknown and its seam is left out (``--kairos-strict seam``).
+"""What is lost when SGLang's function is unknown and its seam is left out (``--kairos-strict seam``).
 
-Some seams keep others safe: without them those go as well, and what they made possible is off.
-Plain data in, plain data out.
+Some seams keep others safe. Without them those are left out as well, and what they made possible is
+off. Plain data in, plain data out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from sglang_kairos.config import KairosConfig
 
-# Without it nothing of Kairos is there.
+# Without this seam Kairos cannot start.
 START = "Scheduler.run_event_loop"
 
 _PREFILL = "SchedulerDisaggregationPrefillMixin"
@@ -77,7 +77,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     _PREPARE: (_NEXT,),
 }
 
-# What a paused prefill must be found by, and what keeps a parked request's step apart.
+# The seams by which SGLang finds a paused prefill, and those that run a step without parked requests.
 PAUSING = (
     _PLAN,
     _ORDER,
@@ -93,8 +93,11 @@ PARKING = (_NEXT, _PREPARE)
 
 
 def missing(wrapped: Iterable[str], unknown: Collection[str]) -> dict[str, str]:
-    """Of the seams `wrapped` in a version, by qualified name, those to leave out when these are
-    unknown, and what is lost with each: the unknown, and whoever needs one of them."""
+    """Returns the seams to leave out, by qualified name, and what is lost with each.
+
+    `wrapped`: the seams of a version. `unknown`: those of them whose functions are unknown. Left
+    out are the unknown ones, and those that need one of them.
+    """
     names = list(wrapped)
     out = dict.fromkeys(name for name in names if name in unknown)
     while more := [
@@ -107,13 +110,13 @@ def missing(wrapped: Iterable[str], unknown: Collection[str]) -> dict[str, str]:
 
 
 def cannot_pause(lost: Collection[str]) -> list[str]:
-    """Why prefills are not paused, in words; nothing where they are."""
+    """Returns why prefills are not paused, in words; nothing where they are."""
     names = [name for name in PAUSING if name in lost]
     return [f"SGLang's {', '.join(names)} is unknown"] if names else []
 
 
 def without(config: KairosConfig, lost: Collection[str]) -> KairosConfig:
-    """The configuration that is safe when these seams are left out."""
+    """Returns the configuration that is safe when these seams are left out."""
     return dataclasses.replace(
         config,
         pause=config.pause and not any(name in lost for name in PAUSING),

@@ -1,10 +1,13 @@
 """What the handlers take for granted of SGLang's objects, seam by seam.
 
-The table is data: `engine.fingerprints.judge` looks it up in a source tree, and a test compares it
-with what the handlers really use. A line of `ATTRIBUTES` is words of the form ``owner.attribute``;
-``a.x|b.y``: either will do, the newest layout first (`compat` looks at the object);
-``module:name``: what is imported. ``@0.5.19``: versions before have none, and need none. ``+a.x``:
-Kairos adds the attribute itself.
+The table is data. `engine.judge` looks it up in a source tree, and a test compares it with what the
+handlers really use. A line of `ATTRIBUTES` is words:
+
+    owner.attribute   the owner has the attribute
+    a.x|b.y           either will do, the newest layout first (`compat` looks at the object)
+    module:name       what is imported
+    …@0.5.19          versions before have none, and need none
+    +a.x              Kairos adds the attribute itself
 """
 
 from __future__ import annotations
@@ -12,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-# Where the attributes of an object are defined: classes, ``module:*`` for all of a module's. A name in
-# brackets is a module that gives the object attributes from outside.
+# Where the attributes of an object are defined: classes, or ``module:*`` for all of a module's. A name
+# in brackets is a module that gives the object attributes from outside.
 _SRT = "sglang.srt"
 OWNERS: Mapping[str, tuple[str, ...]] = {
     "abort": (f"{_SRT}.managers.io_struct:AbortReq",),
@@ -214,9 +217,11 @@ ATTRIBUTES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Need:
-    """Any of `choices` (``owner.attribute`` or ``module:name``) must be there. From version `since` to
-    `until` (empty: without end); before and after there is none, and none is needed. `ours`: Kairos
-    adds it itself, so the owner must take new attributes."""
+    """Something that must be there: any of `choices` (``owner.attribute`` or ``module:name``).
+
+    It holds from version `since` to `until` (empty: no end); in other versions it is missing and
+    not needed. `ours`: Kairos adds it itself, so the owner must take new attributes.
+    """
 
     choices: tuple[str, ...]
     since: str = ""
@@ -225,12 +230,12 @@ class Need:
 
     @classmethod
     def parse(cls, word: str) -> Need:
-        """From a word of the table."""
+        """Returns the need that a word of the table stands for."""
         names, _, versions = word.removeprefix("+").partition("@")
         since, _, until = versions.partition("-")
         return cls(tuple(names.split("|")), since, until, word.startswith("+"))
 
 
 def needs(seam: str) -> Iterator[Need]:
-    """What the handler of the seam with this qualified name relies on."""
+    """Yields what the handler of the seam with this qualified name relies on."""
     yield from map(Need.parse, sorted(set(ATTRIBUTES.get(seam, "").split())))

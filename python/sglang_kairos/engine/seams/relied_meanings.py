@@ -1,7 +1,7 @@
 """What functions of SGLang must mean for the handlers that wrap, call or replace them.
 
-`relied` has the attributes, `engine.fingerprints.meanings` the kinds of checks; docs/upstream.md
-says what to do when one is not so any more.
+`relied` has the attributes, `engine.fingerprints.meanings` the kinds of checks. docs/upstream.md
+says what to do when a check fails.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Every place where Kairos touches SGLang, in every version that it supports.
+"""A table of every place where Kairos touches SGLang, in every version that it supports.
 
-A seam wraps one upstream function with one Kairos function of the form ``(original, *args, **kwargs)``.
-Before anything is wrapped, `engine.fingerprints.survey` compares the source text of each upstream
-function with the
-`engine.fingerprints.known_texts` of the versions that Kairos knows: a renamed or changed function
-stops the start-up (``--kairos-strict on``) instead of scheduling on assumptions that no longer
-hold.
+A seam wraps one SGLang function with one Kairos function of the form ``(original, *args,
+**kwargs)``. Before anything is wrapped, `engine.survey` compares the source text of each SGLang
+function with the `engine.fingerprints.known_texts` of the versions that Kairos knows. A renamed or
+changed function stops the start-up (``--kairos-strict on``). Otherwise Kairos would schedule on
+assumptions that no longer hold.
 
 How to add a version: docs/upstream.md.
 """
@@ -25,13 +24,14 @@ SUPPORTED_VERSIONS = tuple(known_texts.table())  # newest first
 
 @dataclass(frozen=True)
 class Seam(Function):
-    """One upstream function and what Kairos does around it.
+    """One SGLang function and what Kairos does around it.
 
-    `target` and `handler` are ``module:qualified.name``. `process` is where it matters: the
-    scheduler processes, those of them that import ``mooncake``, or the HTTP server. `instead`: what
-    is wrapped in the versions that have no such function, or a better place; `elsewhere`: why in the
-    others nothing is. `relies_on`: other functions of SGLang that the handler calls or replaces.
-    `upstream`: the issue or pull request there that is nearest to making the seam unneeded.
+    `target`, `handler`: ``module:qualified.name``.
+    `process`: where it matters: the scheduler processes, those of them that import ``mooncake``, or
+    the HTTP server. `instead`: what is wrapped in versions that have no such function, or a better
+    place. `elsewhere`: why nothing is wrapped in the others.
+    `relies_on`: other functions of SGLang that the handler calls or replaces.
+    `upstream`: the issue or pull request that is nearest to making the seam unneeded.
     `known`: fingerprints to use instead of the table's.
     """
 
@@ -51,12 +51,12 @@ class Seam(Function):
 
     @property
     def lost(self) -> str:
-        """What is lost where it is left out (``--kairos-strict seam``)."""
+        """Returns what is lost where it is left out (``--kairos-strict seam``)."""
         return losses.LOST[self.qualname]
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Seams, by qualified name, without which it is left out too."""
+        """Returns the seams, by qualified name, without which it is left out too."""
         return losses.NEEDS.get(self.qualname, ())
 
 
@@ -65,7 +65,7 @@ SEAMS: tuple[Seam, ...] = (
         target="sglang.srt.entrypoints.http_server:_setup_and_run_http_server",
         handler="sglang_kairos.engine.hooks.http:run_http_server",
         process="http",
-        why="a request's SLO arrives as body fields or headers that SGLang does not know",
+        why="a request's SLO arrives in body fields or headers that SGLang does not know",
         how="checks that every scheduler has Kairos, then adds an ASGI middleware that validates "
         "SLOs and moves them into custom_params",
         gone_when="SGLang's request schema has ttft_ms and tpot_ms",
@@ -88,7 +88,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.get_new_batch_prefill",
         handler="sglang_kairos.engine.hooks.prefill:get_new_batch_prefill",
-        why="the chunk in progress always runs first: a long prompt blocks every urgent one",
+        why="the chunk in progress always runs first, so a long prompt blocks every urgent one",
         how="plans by urgency, swaps Scheduler.chunked_req (pause and resume), holds back what must "
         "wait, ends a standstill of optimistic prefills",
         gone_when="the chunk slot is chosen by the schedule policy",
@@ -129,9 +129,9 @@ SEAMS: tuple[Seam, ...] = (
         target="sglang.srt.managers.schedule_policy:PrefillAdder.add_one_req",
         handler="sglang_kairos.engine.hooks.prefill:add_one_req",
         why="when the chunk slot took part of the budget, a long request behind it would start a "
-        "second chunked prefill, which upstream asserts against; and upstream does not know that "
-        "paused prefills need KV for their rest: filled by others, it runs dry and the server ends",
-        how="ends admission instead; the request keeps its place",
+        "second chunked prefill, which upstream asserts against. Upstream also does not know that "
+        "paused prefills need KV for their rest. Filled by others, it runs out and the server ends",
+        how="ends admission instead, and the request keeps its place",
         gone_when="pausing is upstream",
         relies_on=(callees.LOCK_NODE, callees.ROOM, callees.CEIL_TOKENS),
     ),
@@ -146,10 +146,10 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.abort_request",
         handler="sglang_kairos.engine.hooks.pausing:abort_request",
-        why="an abort looks through upstream's queues only, a paused prefill is in none; and it ends "
-        "every request whose id begins like the one it names",
-        how="marks the paused request of that id, then runs upstream's while those whose ids only "
-        "begin so go by others",
+        why="an abort looks through upstream's queues only, and a paused prefill is in none. It also "
+        "ends every request whose id begins like the one it names",
+        how="marks the paused request of that id, then runs upstream's function, while requests "
+        "whose ids only begin alike have other ids",
         gone_when="pausing is upstream, and aborts compare whole ids",
         upstream="sgl-project/sglang#32237: aborts compare beginnings only where asked to",
     ),
@@ -177,14 +177,14 @@ SEAMS: tuple[Seam, ...] = (
         "SchedulerDisaggregationPrefillMixin.resolve_waiting_queue_bootstrap",
         handler="sglang_kairos.engine.hooks.pausing:resolve_waiting_queue_bootstrap",
         why="a paused request whose decode peer failed would keep its KV until it is resumed",
-        how="lets the paused stand in the waiting queue while upstream polls that queue's senders",
+        how="puts paused requests in the waiting queue while upstream polls that queue's senders",
         gone_when="pausing is upstream",
     ),
     Seam(
         target="sglang.srt.managers.scheduler:Scheduler.is_fully_idle",
         handler="sglang_kairos.engine.hooks.pausing:is_fully_idle",
         why="idle checks and cache flushes would run over the KV of a paused prefill",
-        how="not idle while anything is paused",
+        how="answers that it is not idle while anything is paused",
         gone_when="pausing is upstream",
     ),
     Seam(
@@ -242,7 +242,7 @@ SEAMS: tuple[Seam, ...] = (
         "SchedulerMetricsReporter.report_prefill_stats",
         handler="sglang_kairos.engine.hooks.pausing:report_with_paused",
         why="the log's #queue-req and the Prometheus queue gauges count the waiting queue only",
-        how="lets the paused stand in the waiting queue meanwhile",
+        how="puts paused requests in the waiting queue meanwhile",
         gone_when="pausing is upstream",
     ),
     Seam(
@@ -250,7 +250,7 @@ SEAMS: tuple[Seam, ...] = (
         "SchedulerMetricsReporter._build_queued_request_metrics",
         handler="sglang_kairos.engine.hooks.pausing:report_with_paused",
         why="forward-pass metrics describe the waiting queue only",
-        how="lets the paused stand in the waiting queue meanwhile",
+        how="puts paused requests in the waiting queue meanwhile",
         gone_when="pausing is upstream",
     ),
     Seam(
@@ -274,16 +274,16 @@ SEAMS: tuple[Seam, ...] = (
         target="sglang.srt.managers.scheduler_components.output_streamer:"
         "SchedulerOutputStreamer.stream_output",
         handler="sglang_kairos.engine.hooks.attainment:stream_output",
-        why="whether a request got what it was promised is known where its tokens leave, and whoever "
-        "was served passes here at its end",
-        how="notes when each got its first and last token, judges who has ended",
+        why="whether a request met its SLO is known where its tokens leave, and every served request "
+        "passes here at its end",
+        how="notes when each request got its first and last token, and judges those that ended",
         gone_when="SGLang's request schema has targets, and its metrics say whether they were met",
     ),
     Seam(
         target="sglang.srt.disaggregation.decode:DecodePreallocQueue.pop_preallocated",
         handler="sglang_kairos.engine.hooks.decode:pop_preallocated",
         why="prefill sees a request only after decode reserved its KV, first come first served",
-        how="sorts the queue by urgency first",
+        how="sorts the queue by urgency, and lets through as many as can be kept on pace",
         gone_when="pre-allocation follows the schedule policy",
         relies_on=(callees.RESOLVE, callees.HANDSHAKES, callees.PREPARE_ABORT),
         upstream="sgl-project/sglang#40166: an order for pre-allocation",
@@ -292,7 +292,7 @@ SEAMS: tuple[Seam, ...] = (
         target="sglang.srt.disaggregation.decode:"
         "SchedulerDisaggregationDecodeMixin.get_new_prebuilt_batch",
         handler="sglang_kairos.engine.hooks.decode:get_new_prebuilt_batch",
-        why="the first token is streamed on admission: who gets a free slot decides TTFT",
+        why="the first token is streamed on admission, so the order of admission decides TTFT",
         how="sorts transferred requests by TTFT slack before upstream admits",
         gone_when="admission follows the schedule policy",
         upstream="sgl-project/sglang#25062: priorities count in PD mode",
@@ -302,16 +302,16 @@ SEAMS: tuple[Seam, ...] = (
         "SchedulerDisaggregationDecodeMixin.get_next_disagg_decode_batch_to_run",
         handler="sglang_kairos.engine.hooks.decode:get_next_decode_batch",
         why="every running request decodes in every step, whatever its slack",
-        how="runs upstream's, then executes the subset chosen while it ran",
+        how="runs upstream's function, then executes the subset chosen while it ran",
         gone_when="the running batch and the executed batch are separate upstream",
         upstream="sgl-project/sglang#28477: decode batches bounded by a latency target",
     ),
     Seam(
         target="sglang.srt.disaggregation.common.conn:CommonKVManager.update_status",
         handler="sglang_kairos.engine.hooks.transfer:update_status",
-        why="two threads read and write a request's status without a lock: decode's hand-shake is "
+        why="two threads read and write a request's status without a lock. Decode's hand-shake is "
         "lost when it arrives while the request is opened, and the request waits for its time-out",
-        how="one thread at a time",
+        how="lets one thread in at a time",
         gone_when="upstream changes statuses under a lock",
         upstream="sgl-project/sglang#19205: a review there says that it is not thread-safe",
     ),
@@ -329,14 +329,15 @@ SEAMS: tuple[Seam, ...] = (
         target="sglang.srt.disaggregation.common.conn:CommonKVManager.check_status",
         handler="sglang_kairos.engine.hooks.transfer:check_status",
         why="a request cleared between two look-ups ends the transfer thread, and the server with it",
-        how="a room that is not there has failed, instead of a KeyError",
+        how="answers that a room that is not there has failed, instead of a KeyError",
         gone_when="upstream's transfer thread fails one request only",
     ),
     Seam(
         target="sglang.srt.managers.schedule_batch:ScheduleBatch.retract_decode",
         handler="sglang_kairos.engine.hooks.decode:retract_decode",
-        why="who is retracted is who has the fewest output tokens, whatever was promised to him",
-        how="has this batch retract in the order of least SLO lost, counts whom upstream ends",
+        why="upstream retracts the requests with the fewest output tokens, whatever their SLO",
+        how="makes this batch retract in the order of least SLO lost, and counts requests that "
+        "upstream ends",
         gone_when="upstream's --retraction-policy can be extended",
         relies_on=(callees.RETRACTION_ORDER,),
         upstream="sgl-project/sglang#30573: --retraction-policy",

@@ -1,1 +1,1 @@
-"""What one scheduler process keeps: tables, predictors, counters, the decision log."""
+"""The state of one scheduler process: tables, predictors, counters, the decision log."""

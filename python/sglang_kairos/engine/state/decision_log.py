@@ -1,4 +1,4 @@
-"""The decision log (``--kairos-decision-log PATH``): JSON lines, one file per scheduler process."""
+"""Writes the decision log (``--kairos-decision-log PATH``): JSON lines, one file per process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sglang_kairos.engine.state.tp_sync import rank_of
 
 
 def files_of(path: str | Path, role: str = "*") -> list[Path]:
-    """The files that servers of this role (default: any) wrote for the setting `path`."""
+    """Returns the files that servers of this role (default: any) wrote for the setting `path`."""
     path = Path(path)
     return sorted(path.parent.glob(f"{path.stem}.{role}-*{path.suffix}"))
 
@@ -26,8 +26,8 @@ def files_of(path: str | Path, role: str = "*") -> list[Path]:
 class DecisionLog:
     """The file of one scheduler: ``decisions.jsonl`` becomes ``decisions.decode-30001-0.jsonl``.
 
-    In the name are role, the server's port and the rank. Several of one name (replicas behind one
-    port) are numbered on, so that two processes never write to one file. OSError if it cannot be
+    The name has the role, the server's port and the rank. Several of one name (replicas behind one
+    port) are numbered on, so two processes never write to one file. Raises OSError if it cannot be
     opened.
     """
 
@@ -38,14 +38,14 @@ class DecisionLog:
         self._file = _own(Path(path), f"{role}-{port}-{rank}")
 
     def write(self, kind: str, role: str, facts: Mapping[str, Any]) -> None:
-        """Append one row: whose it is, then the facts."""
+        """Appends one row: its origin, then the facts."""
         row = {"kind": kind, "role": role, **self._origin, **facts}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
 
 def plain(record: Any) -> dict[str, Any]:
-    """A dataclass of arrays and numbers, ready for JSON."""
+    """Returns a dataclass of arrays and numbers, ready for JSON."""
     values = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
     return {
         name: value.tolist() if isinstance(value, np.ndarray) else value
@@ -54,7 +54,7 @@ def plain(record: Any) -> dict[str, Any]:
 
 
 def _own(path: Path, whose: str) -> TextIO:
-    """The first file of that name that no other process has open."""
+    """Returns the first file of that name that no other process has open."""
     for turn in itertools.count(1):
         more = f"-{turn}" if turn > 1 else ""
         file = path.with_name(f"{path.stem}.{whose}{more}{path.suffix}").open("a", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Which batch sizes a decode step runs at: those the server's own graph runner has captured."""
+"""Finds the batch sizes that a decode step runs at: those that the graph runner has captured."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 
 def captured_sizes(scheduler: Any) -> list[int] | None:
-    """Batch sizes of the decode CUDA graphs, ascending; None where a batch runs at its own size.
+    """Returns the batch sizes of the decode CUDA graphs, ascending; None: a batch runs at its own size.
 
-    The runner is asked itself: SGLang may capture less than the flags say (memory, largest number
-    of running requests). It is an eager runner, or None, where nothing was captured. With padding
-    off only exact sizes use a graph.
+    The runner itself is asked, as SGLang may capture less than the flags say (memory, largest
+    number of running requests). It is an eager runner, or None, where nothing was captured. With
+    padding off only exact sizes use a graph.
     """
     model_runner = getattr(scheduler.tp_worker, "model_runner", None)
     graphs = getattr(model_runner, "decode_cuda_graph_runner", None)

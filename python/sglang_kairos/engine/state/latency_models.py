@@ -1,7 +1,7 @@
-"""Where the predictors of a server start, and the file in which they keep what they learnt.
+"""Chooses where a server's predictors start, and saves what they learn.
 
-A server starts from its own entry of ``--kairos-latency-model FILE``, else from the model that ships
-for its (model, GPU, TP), else from a generic law that some ten steps replace.
+A server starts from its own entry of ``--kairos-latency-model FILE``. Without one it starts from
+the model that ships for its (model, GPU, TP), else from a generic one that some ten steps replace.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ UNKNOWN = Seed("", "", 1)
 
 
 class Profile:
-    """One server's. `start` gives the predictors, `keep` writes them once a minute."""
+    """The latency models of one server. `start` gives the predictors, `keep` saves them once a minute."""
 
     def __init__(self, scheduler: Any, path: str) -> None:
         self.key = _key(scheduler)
         self.source = "generic"
-        """Where the predictors came from: generic, shipped or file."""
+        """The origin of the predictors: generic, shipped or file."""
         self._path = Path(path) if path else None
         self._saved_s: float | None = None
         self._saving = threading.Lock()
@@ -39,7 +39,7 @@ class Profile:
         """Whether `keep` ever does anything."""
 
     def start(self, captured_sizes: list[int] | None) -> tuple[PrefillTimeModel, StepTimeModel]:
-        """New predictors; a file that cannot be used is named in the log and left alone."""
+        """Returns new predictors. A file that cannot be used is named in the log and left alone."""
         key = self.key
         seed = seed_for(key.model, key.gpu, key.tp)
         if seed is not None:
@@ -60,9 +60,9 @@ class Profile:
         return prefill, decode
 
     def keep(self, now_s: float, prefill: Callable[[], Any], decode: Callable[[], Any]) -> None:
-        """Write what was learnt if the last time is a minute ago; each gives a snapshot or None.
+        """Saves what was learnt if the last time is a minute ago. Each argument gives a snapshot or None.
 
-        The disk is waited for in a thread of its own. OSError is logged there, nothing is raised.
+        A thread of its own waits for the disk. An OSError is logged there; nothing is raised.
         """
         if not self.writes:
             return

@@ -1,7 +1,7 @@
-"""What a scheduler tells Prometheus, on SGLang's own ``/metrics`` (``--enable-metrics``).
+"""Exports a scheduler's metrics to Prometheus, on SGLang's own ``/metrics`` (``--enable-metrics``).
 
-SGLang collects its processes' metrics from files (prometheus-client's multiprocess mode), so what is
-set in this process shows there. Rank 0 tells; the other ranks decide alike.
+SGLang collects its processes' metrics from files (prometheus-client's multiprocess mode), so values
+set in this process show there. Rank 0 exports; the other ranks decide alike.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LABELS = ("role", "model_name")
 
 
 class SchedulerMetrics:
-    """Gauges and counters named ``kairos_…``; updated at most once in `EVERY_S` seconds."""
+    """Gauges and counters named ``kairos_…``, updated at most once in `EVERY_S` seconds."""
 
     def __init__(self, scheduler: Any, role: str) -> None:
         from prometheus_client import Counter, Gauge, Histogram
@@ -78,20 +78,20 @@ class SchedulerMetrics:
 
     @classmethod
     def of(cls, scheduler: Any, role: str) -> SchedulerMetrics | None:
-        """None where SGLang exports no metrics, and where another rank has the same requests."""
+        """Returns the metrics; None where SGLang exports none, or another rank has the same requests."""
         if not compat.feature(scheduler, "enable_metrics") or not leads(scheduler):
             return None
         return cls(scheduler, role)
 
     def due(self, now_s: float) -> bool:
-        """Whether it is time for `tell`."""
+        """Returns whether it is time for `tell`."""
         if now_s < self._due_s:
             return False
         self._due_s = now_s + EVERY_S
         return True
 
     def ended(self, outcome: str, verdict: Verdict | None, longest_silence_s: float) -> None:
-        """A request is over; `verdict` if it was served."""
+        """Counts a request that is over. `verdict`: if it was served."""
         self._outcome(outcome).inc()
         if verdict is None:
             return
@@ -111,7 +111,7 @@ class SchedulerMetrics:
     def tell(
         self, error: PredictError, *, breaker_open: bool, paused: int, counters: Counts[str]
     ) -> None:
-        """Publish the present values."""
+        """Publishes the present values."""
         for statistic in ("mape", "p90", "bias", "response"):
             self._error.labels(*self._labels, statistic).set(getattr(error, statistic))
         self._steps.labels(*self._labels).set(error.samples)
@@ -123,16 +123,16 @@ class SchedulerMetrics:
 
 
 def both(name: str) -> list[str]:
-    """The name of a metric in seconds, without ``kairos_`` and unit, and its old one."""
+    """Returns the name of a metric in seconds, without ``kairos_`` and unit, and its old one."""
     new = f"kairos_{name}_seconds"
     found = [new, *filter(None, [names.old_name("metric", new)])]
     return [each.removeprefix("kairos_").removesuffix("_seconds") for each in found]
 
 
 def header_counter(server_args: Any) -> Callable[[str], None]:
-    """What counts SLO headers that were not taken as written ("x-slo-ttft-ms clamped").
+    """Returns a counter of SLO headers that were not taken as written ("x-slo-ttft-ms clamped").
 
-    For the HTTP process, which reads them; see `slo.age.HeaderNotes`.
+    It is for the HTTP process, which reads them; see `slo.age.HeaderNotes`.
     """
     from prometheus_client import Counter
 

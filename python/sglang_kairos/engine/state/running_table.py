@@ -1,6 +1,7 @@
-"""What a decode server's scheduler keeps of its running requests: columns, in the batch's order.
+"""A decode server's table of its running requests: one column each, in the batch's order.
 
-While membership is stable a step costs two vector operations; nobody's request object is visited.
+While the batch's members stay the same a step costs two vector operations, and visits no request
+object.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ Entry = tuple[float, float, float, float, bool]
 
 
 class RunningTable:
-    """One column per running request. Times in seconds of the process' clock.
+    """One column per running request. Times are seconds of the process' clock.
 
-    Rows: first token, TPOT target, output tokens launched, last token, whether it was served at the
-    last choice (`policy.packing`), whether it takes part in the step in flight. `enter(req)` gives
-    the first five of a request that joins.
+    Rows: first token, TPOT target, output tokens launched, last token, and two flags. They tell
+    whether it is on pace by the last choice (`policy.packing`), and whether it takes part in the
+    step in flight. `enter(req)` gives the first five of a request that joins.
     """
 
     def __init__(self, enter: Callable[[Any], Entry]) -> None:
@@ -38,7 +39,7 @@ class RunningTable:
         self.tightest_s = 0.0
 
     def follow(self, reqs: Sequence[Any]) -> list[Any]:
-        """Makes the columns those of `reqs`; returns who has left since the last call."""
+        """Makes the columns those of `reqs`. Returns the requests that left since the last call."""
         if self._reqs == reqs:
             return []
         known = {id(req): place for place, req in enumerate(self._reqs)}
@@ -54,12 +55,12 @@ class RunningTable:
         return left
 
     def now(self, now_s: float) -> None:
-        """The step in flight is paid for: its tokens are as good as out."""
+        """Counts the tokens of the step in flight as out: its time is already spent."""
         last = self.columns[LAST_S]
         last[self.columns[RAN] > 0.0] = now_s
 
     def ran(self, keep: list[int] | None) -> None:
-        """These (None: all) take part in the step that starts now."""
+        """Notes which requests (None: all) take part in the step that starts now."""
         columns = self.columns
         if keep is None:
             columns[EMITTED] += 1.0
@@ -84,13 +85,13 @@ class DecodeMemory:
         self.subset: SubsetView | None = None
 
     def follow(self, reqs: Sequence[Any]) -> None:
-        """The table is that of `reqs`; who has finished since tells how long requests stay."""
+        """Makes the table that of `reqs`. Requests that finished since tell how long requests stay."""
         for gone in self.table.follow(reqs):
             if gone.finished():
-                self.planner.stay.ended(len(gone.output_ids))
+                self.planner.statistics.ended(len(gone.output_ids))
 
     def view(self, batch: Any, now_s: float) -> RunningView:
-        """The requests in `batch`, who must be those followed last."""
+        """Returns the view of the requests in `batch`, which must be those followed last."""
         table, columns = self.table, self.table.columns
         return RunningView(
             now_s,
@@ -109,7 +110,7 @@ _MEMORIES: weakref.WeakKeyDictionary[KairosState, DecodeMemory] = weakref.WeakKe
 
 
 def memory_of(state: KairosState) -> DecodeMemory:
-    """Of this scheduler; made when first asked for."""
+    """Returns the decode side of this scheduler, made when first asked for."""
     memory = _MEMORIES.get(state)
     if memory is None:
         memory = _MEMORIES[state] = DecodeMemory(state)
@@ -126,7 +127,7 @@ def _entry(state: KairosState, req: Any) -> Entry:
 
 
 def tell_breaker(state: KairosState, error: PredictError | None) -> None:
-    """Says once that the planner's breaker is open, and why, unless it is only a start."""
+    """Logs once that the planner's breaker is open, and why, unless the server is only starting."""
     if error is not None and error.samples >= LEARNT_STEPS:
         state.log_once(
             "breaker",

@@ -1,4 +1,4 @@
-"""What one scheduler process knows: configuration, predictors, paused prefills, counters."""
+"""The state of one scheduler process: configuration, predictors, paused prefills, counters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sglang_kairos.slo.targets import WIRE_KEY, RequestSlo, SloError, SloTable
 logger = logging.getLogger("sglang_kairos")
 
 Decision = TypeVar("Decision")
-LOGGED_ERRORS = 5  # the rest is only counted, or a broken step would fill the disk
+LOGGED_ERRORS = 5  # further ones are only counted, so that a broken step does not fill the disk
 
 
 class KairosState:
@@ -77,32 +77,32 @@ class KairosState:
 
     @property
     def mode(self) -> str:
-        """prefill, decode or null (unified serving); SGLang can switch it while idle."""
+        """Returns prefill, decode or null (unified serving); SGLang can switch it while idle."""
         return str(self.scheduler.disaggregation_mode.value)
 
     @property
     def max_paused(self) -> int:
-        """How many prefills may be paused at once on this server."""
+        """Returns how many prefills may be paused at once on this server."""
         return self.config.max_paused if self.config.pause and not self.cannot_pause else 0
 
     @property
     def logging(self) -> bool:
-        """Whether `record` writes anything: what it is given may be costly to prepare."""
+        """Returns whether `record` writes anything; its arguments may be costly to prepare."""
         return self._log is not None
 
     def now(self) -> float:
-        """The clock of SGLang's request time stats, seconds."""
+        """Returns seconds on the clock of SGLang's request time stats."""
         return self.clock.now()
 
     def agree(self, decision: Any) -> Any:
-        """Rank 0's `decision` on every tensor-parallel rank; clocks differ, decisions must not.
+        """Returns rank 0's `decision` on every tensor-parallel rank; clocks differ, decisions must not.
 
-        Must be reached by all ranks alike: call it only behind conditions on the queues' contents.
+        All ranks must reach it alike, so call it only behind conditions on the queues' contents.
         """
         return self._agree(decision)
 
     def promise(self, req: Any) -> RequestState:
-        """What is kept of a request; a malformed SLO falls back to the server's default."""
+        """Returns the state of a request; a malformed SLO falls back to the server's default."""
         found: RequestState | None = getattr(req, "_kairos", None)
         if found is None:
             wire = getattr(req.sampling_params, "custom_params", None)
@@ -123,13 +123,13 @@ class KairosState:
         return found
 
     def log_once(self, key: str, message: str) -> None:
-        """A line that matters once, not once a step."""
+        """Logs a line that matters once, not once a step."""
         if key not in self.logged:
             self.logged.add(key)
             logger.warning("Kairos: %s", message)
 
     def guarded(self, what: str, decide: Callable[[], Decision], fallback: Decision) -> Decision:
-        """`decide()`, or `fallback` (stock behaviour) when it raises: a server outlives our bugs."""
+        """Returns `decide()`, or `fallback` (stock behaviour) if it raises: no bug ends a server."""
         try:
             return decide()
         except Exception:
@@ -139,7 +139,7 @@ class KairosState:
             return fallback
 
     def learnt(self) -> None:
-        """After a step that the predictors saw: tell metrics and keep the profile, now and then."""
+        """Updates the metrics and saves the latency models, now and then, after an observed step."""
         self.tell_metrics()
         decode = self.mode == "decode"
         if self.profile.writes:
@@ -150,7 +150,7 @@ class KairosState:
             )
 
     def tell_metrics(self) -> None:
-        """Update Prometheus, where SGLang exports metrics, now and then."""
+        """Updates Prometheus now and then, where SGLang exports metrics."""
         if self.metrics is None or not self.metrics.due(self.now()):
             return
         decode = self.mode == "decode"
@@ -165,13 +165,13 @@ class KairosState:
         self.guarded("metrics", tell, None)  # its files may not be writable
 
     def record(self, kind: str, **facts: Any) -> None:
-        """Append one decision to this process' decision log, if there is one."""
+        """Appends one decision to this process' decision log, if there is one."""
         if self._log is not None:
             write = functools.partial(self._log.write, kind, self.mode, facts)
             self.guarded("decision_log", write, None)  # a full disk must not end a scheduler
 
     def report(self) -> dict[str, Any]:
-        """Plain data for /server_info: predictors, their errors, counters."""
+        """Returns plain data for /server_info: predictors, their errors, counters."""
         report: dict[str, Any] = {
             "mode": self.mode,
             "ttft_ms": self.config.ttft_ms,
@@ -208,7 +208,7 @@ CURRENT: KairosState | None = None
 
 
 def current() -> KairosState | None:
-    """This process' state; None before the scheduler runs."""
+    """Returns this process' state; None before the scheduler runs."""
     return CURRENT
 
 

@@ -1,8 +1,8 @@
 """A throw-away view of SGLang's running batch that holds some of its rows, for one step or many.
 
-Making one costs a gather per row tensor; while neither the running batch nor the choice changes, the
-same view goes on, and a step costs only the write-back of the lengths (`benchmark.micro.decode_cost`
-counts both).
+Making one costs a gather per row tensor. While neither the running batch nor the choice changes,
+the same view is used again, and a step costs only the write-back of the lengths.
+`benchmark.micro.decode_cost` counts both.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class SubsetView:
-    """The rows `keep` (ascending) of `batch`, which itself keeps everybody and is not touched.
+    """The rows `keep` (ascending) of `batch`, which itself keeps all requests and is not touched.
 
     `filter_batch` rebinds fields and never mutates them, so shallow copies are enough.
     """
@@ -31,7 +31,7 @@ class SubsetView:
         self._written: Any = None
 
     def fits(self, batch: Any, keep: list[int]) -> bool:
-        """Whether this view may go on: upstream rebinds `seq_lens` whenever rows come, go or run."""
+        """Returns whether this view is valid: SGLang rebinds `seq_lens` when rows come, go or run."""
         return (
             batch.seq_lens is self._written
             and batch.sampling_info is self._sampling_info
@@ -39,9 +39,9 @@ class SubsetView:
         )
 
     def advance(self, prepare: Callable[[Any], None], batch: Any) -> None:
-        """Prepare the view for its step; the advanced lengths go into `batch` too.
+        """Prepares the view for its step. The advanced lengths go into `batch` too.
 
-        They are new tensors: a forward in flight may read the old ones. The next input token of
+        They are new tensors, as a forward in flight may read the old ones. The next input token of
         every row, parked or not, waits in the future map.
         """
         view = self.batch

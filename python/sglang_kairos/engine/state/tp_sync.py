@@ -1,6 +1,6 @@
-"""The ranks of one server must decide alike: what rank 0 says counts, whatever other clocks show.
+"""Makes the ranks of one server decide alike: rank 0's decision counts, whatever other clocks show.
 
-Every rank schedules for itself from equal inputs, so a decision that differs on one rank launches
+Every rank schedules for itself from equal inputs. A decision that differs on one rank launches
 different batches and hangs the collectives. Clocks and measured times do differ.
 """
 
@@ -19,17 +19,17 @@ from sglang_kairos.engine import compat
 
 logger = logging.getLogger("sglang_kairos")
 
-# What a first message between ranks holds: a decision over some hundred requests.
+# Size of a first message between ranks. It holds a decision over some hundred requests.
 FIRST_BYTES = 2048
 # Testing only: milliseconds by which the clocks of the ranks differ and jitter.
 CHAOS_CLOCK = "KAIROS_CHAOS_CLOCK_MS"
 
 
 def agreement(scheduler: Any, counters: Counter[str]) -> Callable[[Any], Any]:
-    """A function that gives rank 0's plain-data argument on every rank of `scheduler`.
+    """Returns a function that gives rank 0's plain-data argument on every rank of `scheduler`.
 
-    All ranks that share requests take part: tensor parallel and context parallel ones. Each call
-    is collective. Under `CHAOS_CLOCK` it also counts in `counters` how often the ranks disagreed.
+    All ranks that share requests take part: tensor-parallel and context-parallel ones. Each call is
+    collective. Under `CHAOS_CLOCK` it also counts in `counters` how often the ranks disagreed.
     """
     shared = _groups(scheduler)
     if not shared:
@@ -56,7 +56,7 @@ def agreement(scheduler: Any, counters: Counter[str]) -> Callable[[Any], Any]:
 
 
 def leads(scheduler: Any) -> bool:
-    """Whether this process speaks for the ranks that share its requests.
+    """Returns whether this process speaks for the ranks that share its requests.
 
     Under DP attention every data-parallel rank has requests of its own.
     """
@@ -69,7 +69,7 @@ def leads(scheduler: Any) -> bool:
 
 
 def _groups(scheduler: Any) -> list[Any]:
-    """The process groups, of more than one rank each, that share requests with this process."""
+    """Returns the process groups, of more than one rank each, that share requests with this process."""
     if compat.tp_size(scheduler) == 1:
         return []
     import torch.distributed as dist
@@ -80,7 +80,7 @@ def _groups(scheduler: Any) -> list[Any]:
 
 
 def _from_leader(decision: Any, group: Any, leader: int) -> Any:
-    """The leader's plain-data `decision`: one collective for a short one, two for a long one."""
+    """Returns the leader's plain-data `decision`: one collective for a short one, two for a long one."""
     import torch
     import torch.distributed as dist
 
@@ -103,7 +103,7 @@ def _from_leader(decision: Any, group: Any, leader: int) -> Any:
 
 
 def rank_of(scheduler: Any) -> int:
-    """Which of the server's ranks this process is."""
+    """Returns this process' rank in its server."""
     if compat.tp_size(scheduler) == 1:
         return 0
     import torch.distributed as dist
@@ -112,7 +112,7 @@ def rank_of(scheduler: Any) -> int:
 
 
 class SharedClock:
-    """`time.perf_counter`, or with `CHAOS_CLOCK` one that differs from rank to rank and jitters."""
+    """`time.perf_counter`. With `CHAOS_CLOCK` it differs from rank to rank and jitters."""
 
     def __init__(self, scheduler: Any) -> None:
         self.skew_s = float(os.environ.get(CHAOS_CLOCK) or 0.0) / 1e3
@@ -124,12 +124,12 @@ class SharedClock:
         logger.warning("Kairos: CHAOS clock on rank %d, off by %g ms", rank, 1e3 * self.skew_s)
 
     def now(self) -> float:
-        """Seconds on the clock of SGLang's request time stats."""
+        """Returns seconds on the clock of SGLang's request time stats."""
         now = time.perf_counter()
         if self.skew_s:
             now += self._offset_s + self.skew_s * self._random.random()
         return now
 
     def measured(self, seconds: float) -> float:
-        """A measured duration as this rank sees it."""
+        """Returns a measured duration as this rank sees it, in seconds."""
         return seconds * self._random.uniform(0.5, 1.5) if self.skew_s else seconds

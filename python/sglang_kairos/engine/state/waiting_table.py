@@ -1,8 +1,8 @@
-"""What never changes about a waiting request, in columns: a decision gathers, it does not look up.
+"""A table of what never changes about waiting requests, so that a decision gathers columns.
 
-A request gets a row when it is first seen and keeps it until it is gone, so that planning over
-10,000 of them is a handful of vector operations. Not even the request is touched: 10,000 objects
-all over the memory cost more to visit than the whole plan.
+A request gets a row when it is first seen and keeps it until it is gone. Planning over 10,000 of
+them is then a handful of vector operations. Not even the request objects are touched: to visit
+10,000 of them costs more than the whole plan.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ Rows = NDArray[np.intp]
 
 
 class Roster:
-    """One row per living request. Times in seconds of this process' clock.
+    """One row per living request. Times are seconds of this process' clock.
 
-    `promise(req)` gives its SLO and arrival. `tokens` is prompt plus output at that time,
-    `matched_tokens` the last prefix-cache hit known, `matched_at` the plan that looked it up.
+    `promise(req)` gives its SLO and arrival. `tokens`: prompt and output at the time it was first
+    seen. `matched_tokens`: the last prefix-cache hit known. `matched_at`: the plan that looked it
+    up.
     """
 
     def __init__(self, promise: Callable[[Any], Any], rows: int = 1024) -> None:
@@ -48,7 +49,7 @@ class Roster:
             setattr(self, name, column)
 
     def rows(self, reqs: Sequence[Any]) -> Rows:
-        """The row of each request, (n,); unknown ones are entered."""
+        """Returns the row of each request, (n,); unknown ones are entered."""
         row_of = self._row_of
         try:
             return np.fromiter(map(row_of.__getitem__, map(id, reqs)), np.intp, len(reqs))

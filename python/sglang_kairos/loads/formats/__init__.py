@@ -1,1 +1,1 @@
-"""The trace formats, one file each. See `loads.format` for what one is."""
+"""The trace formats, one file each. `loads.format` defines what a format is."""

@@ -1,4 +1,4 @@
-"""aiperf's sessions, as JSON lines."""
+"""Reads aiperf's sessions, as JSON lines."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from sglang_kairos.loads.rows import MAX_SECONDS, TraceError
 
 
 def read_sessions(path: str, lines: Sequence[str]) -> list[Row]:
-    """aiperf's sessions: a first turn has a ``timestamp``, later ones a ``delay`` after the turn
-    before. An open loop cannot wait for an answer, so a turn comes `delay` after the arrival of the
-    one before it. Lengths are taken as they stand: no history is added."""
+    """Returns aiperf's turns. A first turn has a ``timestamp``, a later one a ``delay`` after it.
+
+    An open loop cannot wait for an answer, so a turn comes `delay` after the arrival of the one
+    before it. Lengths are taken as they stand: no history is added.
+    """
     rows: list[Row] = []
     latest: dict[str, float] = {}
     for where, row in json_rows(path, lines):

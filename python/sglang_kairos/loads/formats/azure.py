@@ -1,4 +1,4 @@
-"""Azure's LLM inference traces of 2023 and 2024: CSV with ``TIMESTAMP`` and token counts."""
+"""Reads Azure's LLM inference traces of 2023 and 2024: CSV with ``TIMESTAMP`` and token counts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sglang_kairos.loads.format import Row, TraceFormat, register
 
 
 def read_rows(path: str, lines: Sequence[str]) -> list[Row]:
-    """One row for each line; TIMESTAMP is a date and time, or seconds."""
+    """Returns one row for each line. TIMESTAMP is a date and time, or seconds."""
     return [
         Row(
             where,

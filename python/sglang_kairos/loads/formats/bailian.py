@@ -1,4 +1,4 @@
-"""Qwen-Bailian's JSON lines: Mooncake's columns, ``timestamp`` in seconds, blocks of 16 tokens."""
+"""Reads Qwen-Bailian's JSON lines: Mooncake's columns, ``timestamp`` in seconds, blocks of 16 tokens."""
 
 from __future__ import annotations
 

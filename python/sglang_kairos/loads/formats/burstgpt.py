@@ -1,4 +1,4 @@
-"""BurstGPT: CSV with ``Timestamp`` in seconds and token counts."""
+"""Reads BurstGPT: CSV with ``Timestamp`` in seconds and token counts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_rows(path: str, lines: Sequence[str]) -> list[Row]:
-    """A row without response tokens is a request that failed: it is left out, and counted."""
+    """Returns the rows. One without response tokens failed: it is left out and counted."""
     rows, failed = [], 0
     for where, row in csv_rows(path, lines, ("Timestamp", "Request tokens", "Response tokens")):
         at = number(where, row, "Timestamp", MAX_SECONDS)

@@ -1,4 +1,4 @@
-"""Mooncake's JSON lines: ``timestamp`` in ms, ``input_length``, ``output_length``, ``hash_ids``."""
+"""Reads Mooncake's JSON lines: ``timestamp`` in ms, ``input_length``, ``output_length``, ``hash_ids``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sglang_kairos.loads.rows import MAX_SECONDS
 
 
 def read_rows(path: str, lines: Sequence[str]) -> list[Row]:
-    """Mooncake's and Bailian's rows. A length of 0 is taken as 1: no request is smaller."""
+    """Returns Mooncake's or Bailian's rows. A length of 0 is taken as 1: no request is smaller."""
     return [
         Row(
             where,

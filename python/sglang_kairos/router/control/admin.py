@@ -16,12 +16,12 @@ from starlette.responses import Response
 
 from sglang_kairos.router.auth import bears
 from sglang_kairos.router.control.fan_out import JSON, as_json
+from sglang_kairos.router.errors import ServerFailed, ServerGone
 from sglang_kairos.router.fleet.fleet import Fleet
-from sglang_kairos.router.fleet.poller import Watch
+from sglang_kairos.router.fleet.poller import Poller
 from sglang_kairos.router.fleet.servers import DecodeServer, PrefillServer
 from sglang_kairos.router.metrics import RouterMetrics
 from sglang_kairos.router.options import OptionError, prefill_of, url_of
-from sglang_kairos.router.request.upstream_stream import ServerFailed, ServerGone
 from sglang_kairos.slo.body import error_body
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,8 @@ _LOOK_EVERY_S = 0.1
 class Admin:
     """The three calls. An empty key disables them."""
 
-    def __init__(self, fleet: Fleet, watch: Watch, metrics: RouterMetrics, key: str) -> None:
-        self._fleet, self._watch, self._metrics, self._key = fleet, watch, metrics, key
+    def __init__(self, fleet: Fleet, poller: Poller, metrics: RouterMetrics, key: str) -> None:
+        self._fleet, self._poller, self._metrics, self._key = fleet, poller, metrics, key
         self._leaving: dict[PrefillServer | DecodeServer, asyncio.Task[None]] = {}
 
     async def __call__(self, request: Request) -> Response:
@@ -89,7 +89,7 @@ class Admin:
             server = self._fleet.add_prefill(url, bootstrap_port)
         else:
             server = self._fleet.add_decode(url)
-        self._watch.add(server)
+        self._poller.add(server)
         return server
 
     def _remove(self, url: str, force: bool) -> Response:
@@ -112,7 +112,7 @@ class Admin:
         while server.attempts:
             await asyncio.sleep(_LOOK_EVERY_S)
         self._leaving.pop(server, None)
-        self._watch.drop(server)
+        self._poller.drop(server)
         self._fleet.remove(server)
         self._metrics.forget(server.url, server.role)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -19,7 +18,7 @@ from sglang_kairos.router.fleet.fleet import Fleet
 from sglang_kairos.router.fleet.server_info import number
 from sglang_kairos.router.fleet.servers import DecodeServer, PrefillServer
 from sglang_kairos.router.options import RouterOptions
-from sglang_kairos.router.request.headers import forwarded
+from sglang_kairos.router.responses import forwarded
 from sglang_kairos.slo.body import error_body
 
 AnyServer = PrefillServer | DecodeServer
@@ -35,8 +34,8 @@ _CLIENT_LEFT = 499
 JSON = {"content-type": "application/json"}
 
 
-class Asker:
-    """Asks servers on behalf of a client."""
+class FanOut:
+    """Sends a client's request to several servers, and makes one answer of theirs."""
 
     def __init__(
         self, fleet: Fleet, session: aiohttp.ClientSession, options: RouterOptions
@@ -121,7 +120,7 @@ class Asker:
             if isinstance(answer, dict):
                 info = answer
             elif server.info and known and not server.health.gone:
-                info, age_s = dict(server.info), time.monotonic() - server.info_at_s
+                info, age_s = dict(server.info), fleet.clock.now_s() - server.info_at_s
             else:
                 info = _silent(server)
             info["router_view"] = {
@@ -238,8 +237,8 @@ class Asker:
     def _headers(self, request: Request, commands: bool) -> list[tuple[str, str]]:
         """The client's own; its key is the servers' unless this router asks for one of its own.
 
-        The router's key is lent to who may use it: for reading to everybody, for commands only to
-        clients that have shown a key of this router.
+        The router's key is lent to who may use it. For reading that is everybody; for commands it
+        is clients that have shown a key of this router.
         """
         options, raw = self._options, request.headers.raw
         admin = bool(options.admin_api_key) and bears(raw, options.admin_api_key)

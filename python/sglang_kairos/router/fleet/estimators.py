@@ -15,8 +15,8 @@ _BATCH_GAP_S = 3e-3
 class SpeedEstimate:
     """Prefill speed of one server from the completion times of what it was sent.
 
-    A server works without pause while it owes anything, so the time between two completions (or
-    since the request was sent, if that is later) is what the work in between took.
+    A server works without pause while anything waits there. So the work between two completions took
+    the time between them, or since the request was sent, if that is later.
     `chunk_tokens`: prompt tokens the server takes in one step; <= 0: all of a prompt.
     """
 
@@ -91,8 +91,10 @@ class Average:
 
 
 class Margin:
-    """How much a prediction falls short of what happens: its `quantile`, in seconds, followed by
-    stochastic gradient descent (up a lot when it was exceeded, down a little when not)."""
+    """How much a prediction falls short of what happens, in seconds: its `quantile`.
+
+    Stochastic gradient descent follows it: up a lot when it was exceeded, down a little when not.
+    """
 
     def __init__(self, quantile: float = 0.9, most_s: float = 60.0) -> None:
         self.value_s = 0.0

@@ -1,24 +1,27 @@
 """The servers behind the router, and the choice among them.
 
-Everything runs on one event loop; times are `time.monotonic` seconds.
+Everything runs on one event loop; times are seconds of the router's clock.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections import OrderedDict
 from collections.abc import Iterable
+from functools import partial
 from random import Random
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from sglang_kairos.policy.overload import OverloadOutcome
 from sglang_kairos.policy.placement import DRAWN, LOOK_AT_ALL, PlacedRequest, choose_pair
+from sglang_kairos.router.clock import SYSTEM_CLOCK, Clock
 from sglang_kairos.router.fleet.estimators import Average, Margin
-from sglang_kairos.router.fleet.policies import CacheRule, chooser_of
+from sglang_kairos.router.fleet.policies import CacheRule, policy_of
 from sglang_kairos.router.fleet.prefix_index import Blocks
+from sglang_kairos.router.fleet.reservation import Reservation
 from sglang_kairos.router.fleet.servers import DecodeServer, PrefillServer, Server
 from sglang_kairos.router.options import RouterOptions
+from sglang_kairos.router.policy_names import POLICIES
 from sglang_kairos.slo.limits import NO_LIMITS, RequestLimits
 
 S = TypeVar("S", bound=Server)
@@ -28,39 +31,33 @@ _NO_BLOCKS = Blocks()
 _HOMES = 50_000
 
 
-class Placement(NamedTuple):
-    """The pair for a request, what is predicted of it, and the prompt tokens expected in the
-    prefill server's cache."""
-
-    request: PlacedRequest
-    prefill: PrefillServer
-    decode: DecodeServer
-    outcome: OverloadOutcome
-    tpot_s: float
-    cached_tokens: float
-
-
 class Fleet:
     """All servers, what has been learnt of them together, and the choice among them."""
 
-    def __init__(self, options: RouterOptions) -> None:
-        self._rules = options.health
-        self.prefills = [PrefillServer(url, port, self._rules) for url, port in options.prefills]
-        self.decodes = [DecodeServer(url, self._rules) for url in options.decodes]
+    def __init__(self, options: RouterOptions, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.clock = clock
+        self._rules, self._now_s = options.health, clock.now_s
+        self.prefills: list[PrefillServer] = []
+        self.decodes: list[DecodeServer] = []
+        for url, port in options.prefills:
+            self.add_prefill(url, port)
+        for url in options.decodes:
+            self.add_decode(url)
         self.rng = Random(options.seed)
         self.handoff = Average(30e-3)
         self.bytes_per_token = Average(4.0)
         self.margin = Margin()
-        policies = {
-            "prefill": options.prefill_policy or options.policy,
-            "decode": options.decode_policy or options.policy,
-        }
+        names = (
+            options.prefill_policy or options.policy,
+            options.decode_policy or options.policy,
+        )
         rule = CacheRule(
             options.cache_threshold, options.balance_abs_threshold, options.balance_rel_threshold
         )
-        self._chooser = chooser_of(policies["prefill"], policies["decode"], self.rng, rule)
-        # Only these compare all servers by a prediction each.
-        self._sampled = {role for role, name in policies.items() if name == "kairos"}
+        self._policy = policy_of(*names, self.rng, rule)
+        # Whose policy compares all servers by a prediction each.
+        roles = zip(("prefill", "decode"), names, strict=True)
+        self._sampled = {role for role, name in roles if POLICIES[name].predicts}
         self.limits = NO_LIMITS
         self._uneven = False
         self._homes: OrderedDict[int, PrefillServer] = OrderedDict()
@@ -120,13 +117,13 @@ class Fleet:
 
     def add_prefill(self, url: str, bootstrap_port: int | None) -> PrefillServer:
         """A new prefill server; it takes requests from now on."""
-        server = PrefillServer(url, bootstrap_port, self._rules)
+        server = PrefillServer(url, bootstrap_port, self._rules, self._now_s)
         self.prefills.append(server)
         return server
 
     def add_decode(self, url: str) -> DecodeServer:
         """A new decode server; it takes requests from now on."""
-        server = DecodeServer(url, self._rules)
+        server = DecodeServer(url, self._rules, self._now_s)
         self.decodes.append(server)
         return server
 
@@ -143,13 +140,15 @@ class Fleet:
         """Whether another server of its role is up."""
         return self.others(server) > 0
 
-    def choose(
+    def reserve(
         self, request: PlacedRequest, tried: Iterable[Server] = (), blocks: Blocks = _NO_BLOCKS
-    ) -> Placement | None:
+    ) -> Reservation | None:
         """The pair for a request; without `now_s`, for one that is placed now.
 
-        Servers in `tried` are never chosen again, nor are those being removed or of another role;
-        servers that are down only when no other is left. None when a side has nobody left.
+        Returns a reservation that its servers count from ``with`` (or `take`) on.
+
+        Servers in `tried` are never chosen again, nor are those being removed or of another role.
+        Servers that are down are chosen only when no other is left. None when a side has nobody left.
         """
         excluded = set(tried)
         prefills = self._candidates(self.prefills, excluded)
@@ -163,9 +162,9 @@ class Fleet:
             if home is not None and home not in excluded and home.up and home not in prefills:
                 prefills = [*prefills, home]
         if request.now_s == -math.inf:
-            request = request._replace(now_s=time.monotonic(), margin_s=self.margin.value_s)
+            request = request._replace(now_s=self._now_s(), margin_s=self.margin.value_s)
         now = request.now_s
-        prefill, decode, pair = self._chooser.choose((prefills, decodes), request, blocks)
+        prefill, decode, pair = self._policy.pick((prefills, decodes), request, blocks)
         if pair is None:
             state = prefill.state(now, request.handoff_s, blocks)
             pair = choose_pair([state], [decode.state(now)], request)
@@ -176,9 +175,18 @@ class Fleet:
             pair.keeps_tpot or not decode.known,
         )
         cached = prefill.prefix.cached_tokens(blocks)
-        return Placement(request, prefill, decode, outcome, pair.tpot_s, cached)
+        return Reservation(
+            prefill,
+            decode,
+            request,
+            self._now_s,
+            cached,
+            outcome,
+            pair.tpot_s,
+            partial(self._sent, prefill, blocks),
+        )
 
-    def sent(self, prefill: PrefillServer, blocks: Blocks) -> None:
+    def _sent(self, prefill: PrefillServer, blocks: Blocks) -> None:
         """A prompt was sent there, so its beginning will be in that cache."""
         if not blocks.hashes:
             return
@@ -200,7 +208,7 @@ class Fleet:
                     if len(found) == DRAWN:
                         return list(found.values())
         left = [s for s in servers if s not in excluded and not s.draining and not s.misplaced]
-        now = time.monotonic()
+        now = self._now_s()
         return [server for server in left if server.health.takes_requests(now)] or left
 
 

@@ -11,17 +11,7 @@ No clock in here: times are seconds of one monotonic clock, passed in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True, slots=True)
-class HealthRules:
-    """Thresholds count consecutive events; times in seconds."""
-
-    probe_failures: int = 3
-    request_failures: int = 5
-    eject_s: float = 5.0
-    longest_eject_s: float = 60.0
+from sglang_kairos.router.health_rules import HealthRules
 
 
 class Health:

@@ -2,7 +2,7 @@
 
 A server that fails what another server does is at fault, and counts towards its ejection. What two
 servers say alike of one request is the request's fault. A request under which servers die may be
-what kills them: it is tried once more, and never on the last live server of the role that died.
+what kills them. It is tried once more, and never on the last live server of the role that died.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from sglang_kairos.router.errors import ServerGone
 from sglang_kairos.router.fleet.servers import Server
 
 _PROBE_S = 1.0
@@ -35,6 +36,12 @@ def own_shortage(error: BaseException) -> bool:
     """Whether the router itself has no file descriptor left: no server is to blame for that."""
     cause: Any = getattr(error, "os_error", error)
     return getattr(cause, "errno", None) in (errno.EMFILE, errno.ENFILE)
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether an error means that nobody is there, rather than slowly or badly."""
+    kinds = (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorError, ServerGone)
+    return isinstance(error, kinds)
 
 
 def never_sent(error: BaseException) -> bool:
@@ -57,18 +64,20 @@ async def answers(server: Server) -> bool:
     return True
 
 
-class Verdicts:
-    """What the servers said of one request: 5xx of two of a role are its own fault.
+class Failures:
+    """What went wrong with one request, and whose fault that makes it (outlier detection).
 
-    `fail` is told of a server once it is clear that the fault is its own.
+    The same 5xx from two servers is the request's own fault. `fail` is told of a server once it is
+    clear that the fault is the server's.
     """
 
     def __init__(self, fail: Callable[[Server], None]) -> None:
+        self.cuts = 0
         self._fail = fail
         self._open: list[tuple[Server, int]] = []
         self._excused = False
 
-    def said(self, server: Server, status: int) -> None:
+    def answered(self, server: Server, status: int) -> None:
         """A server answered with that 5xx."""
         for other, before in self._open:
             if other is not server and before == status:
@@ -80,27 +89,21 @@ class Verdicts:
         self._close()
 
     def given_up(self, had_others: bool) -> None:
-        """Nobody served it. Without a second opinion (`had_others`: there could have been one) a
-        server is taken at its word."""
+        """Nobody served it.
+
+        Without a second opinion a server is taken at its word. `had_others`: there could have been
+        one.
+        """
         if self._excused or (len(self._open) == 1 and had_others):
             self._open.clear()
         self._close()
 
-    def _close(self) -> None:
-        for server in dict.fromkeys(server for server, _ in self._open):
-            self._fail(server)
-        self._open.clear()
+    async def cut_off(self, server: Server, others: int, protect_last: bool) -> str:
+        """A server died under the request, or cut it off before it answered.
 
-
-class Suspicion:
-    """How often servers have died under one request, or cut its connection before they answered."""
-
-    def __init__(self) -> None:
-        self.cuts = 0
-
-    async def verdict(self, server: Server, others: int, protect_last: bool) -> str:
-        """Why it must not be tried again, in words; empty when it may. `others`: live servers of the
-        role that are left."""
+        Returns why the request must not be tried again (it may be a query of death); empty if it
+        may. `others`: live servers of the role that are left.
+        """
         self.cuts += 1
         if self.cuts > 1:
             return "two servers broke off before they answered; it is not tried a third time"
@@ -112,3 +115,8 @@ class Suspicion:
                 "one is not sent there (--protect-last-server)"
             )
         return ""
+
+    def _close(self) -> None:
+        for server in dict.fromkeys(server for server, _ in self._open):
+            self._fail(server)
+        self._open.clear()

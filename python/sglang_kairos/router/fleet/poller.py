@@ -1,28 +1,27 @@
 """Looks at the servers: are they there, how fast are they, what do they hold.
 
 Probe and report are one call, ``/server_info``: it goes through the scheduler, so a hung one does
-not answer. That costs the scheduler a round trip; it is asked at most every 100 times as long as
-the fastest of its last answers took, which keeps us below 1 % of its time. In between ``/v1/loads``
-is asked, which SGLang answers from shared memory.
+not answer. That costs the scheduler a round trip. Between two calls the poller waits 100 times
+as long as the fastest of the last answers took: below 1 % of the server's time. In between
+``/v1/loads`` is asked, which SGLang answers from shared memory.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import deque
 from typing import Any
 
 import aiohttp
 
+from sglang_kairos.router.errors import ServerFailed, ServerGone
 from sglang_kairos.router.fleet.fleet import Fleet
-from sglang_kairos.router.fleet.outliers import own_shortage
+from sglang_kairos.router.fleet.outliers import is_unreachable, own_shortage
 from sglang_kairos.router.fleet.server_info import load_of
 from sglang_kairos.router.fleet.servers import DecodeServer, PrefillServer
 from sglang_kairos.router.metrics import RouterMetrics
 from sglang_kairos.router.options import RouterOptions
-from sglang_kairos.router.request.upstream_stream import ServerFailed, ServerGone, is_unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ _LOADS = "/v1/loads?include=core"
 AnyServer = PrefillServer | DecodeServer
 
 
-class Watch:
+class Poller:
     """One task per server, from `start` to `stop`."""
 
     def __init__(
@@ -45,6 +44,7 @@ class Watch:
         metrics: RouterMetrics,
     ) -> None:
         self._fleet, self._session, self._metrics = fleet, session, metrics
+        self._now_s = fleet.clock.now_s
         self._poll_s, self._info_every_s = options.poll_s, max(_INFO_EVERY_S, options.probe_s)
         self._heeded, self._enough = options.probes, options.probe_successes
         self._answered: dict[AnyServer, int] = {}
@@ -60,7 +60,7 @@ class Watch:
 
     def add(self, server: AnyServer) -> None:
         """Look at one more."""
-        self._tasks[server] = asyncio.create_task(self._watch(server))
+        self._tasks[server] = asyncio.create_task(self._poll(server))
 
     def drop(self, server: AnyServer) -> None:
         """Look at it no more."""
@@ -77,16 +77,16 @@ class Watch:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._tasks.clear()
 
-    async def _watch(self, server: AnyServer) -> None:
+    async def _poll(self, server: AnyServer) -> None:
         was = True, server.misplaced
         info_due_s = 0.0
         took: deque[float] = deque(maxlen=5)
         while True:
-            began = time.monotonic()
+            began = self._now_s()
             try:
                 if began >= info_due_s or server.health.gone or server.misplaced:
                     await self._info(server)
-                    now = time.monotonic()
+                    now = self._now_s()
                     took.append(now - began)
                     spacing = min(_INFO_SHARE * min(took), _INFO_AT_LEAST_S)
                     info_due_s = now + max(self._info_every_s, spacing)
@@ -132,7 +132,7 @@ class Watch:
 
     async def _loads(self, server: AnyServer) -> None:
         status, answer = await self._get(server, _LOADS)
-        server.learn_load(load_of(answer) if status == 200 else None, time.monotonic())
+        server.learn_load(load_of(answer) if status == 200 else None, self._now_s())
 
     async def _get(self, server: AnyServer, path: str) -> tuple[int, Any]:
         async with self._session.get(

@@ -1,14 +1,14 @@
 """One server each: what it owes or holds, how fast it is, whether it is there.
 
-All on one event loop; times are `time.monotonic` seconds.
+All on one event loop; times are seconds of the router's clock (`router.clock`).
+Only `fleet.reservation` writes the books: `enqueue` and `dequeue`, `admit` and `release`.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -16,9 +16,10 @@ from urllib.parse import urlsplit
 from sglang_kairos.policy.backlog import EMPTY, Backlog
 from sglang_kairos.policy.placement import UNTOLD_DECODE, DecodeState, PrefillState
 from sglang_kairos.predict.latency_model import GENERIC_PREFILL, PrefillLatency
-from sglang_kairos.router.cancellation import Attention
+from sglang_kairos.router.cancellation import Cancellation
+from sglang_kairos.router.clock import SYSTEM_CLOCK
 from sglang_kairos.router.fleet.estimators import Pace, SpeedEstimate
-from sglang_kairos.router.fleet.health import Health, HealthRules
+from sglang_kairos.router.fleet.health import Health
 from sglang_kairos.router.fleet.prefix_index import BLOCK_TOKENS, MOST_BLOCKS, Blocks, PrefixIndex
 from sglang_kairos.router.fleet.server_info import (
     ENOUGH_SAMPLES,
@@ -32,6 +33,7 @@ from sglang_kairos.router.fleet.server_info import (
     roles,
     settled,
 )
+from sglang_kairos.router.health_rules import HealthRules
 from sglang_kairos.slo.limits import NO_LIMITS, RequestLimits
 
 DEFAULT_BOOTSTRAP_PORT = 8998
@@ -43,9 +45,11 @@ _LAG_S = 0.05
 
 
 @dataclass(slots=True)
-class Ticket:
-    """A prompt that a prefill server owes: `work_s` as predicted when it was sent, `pace` times
-    what the server's own law said."""
+class QueuedPrompt:
+    """A prompt that a prefill server has to prefill. `tokens`: those not in its cache.
+
+    `work_s`: as predicted when it was sent, `pace` times what the server's own model said.
+    """
 
     tokens: float
     deadline_s: float
@@ -60,8 +64,14 @@ class Server:
 
     role: ClassVar[str] = ""
 
-    def __init__(self, url: str, rules: HealthRules | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        rules: HealthRules | None = None,
+        now_s: Callable[[], float] = SYSTEM_CLOCK.now_s,
+    ) -> None:
         self.url = url
+        self._now_s = now_s
         self.health = Health(rules or HealthRules())
         self.kairos = False
         self.draining = False
@@ -75,7 +85,8 @@ class Server:
         # Why it gets no requests although it is there; why the router cannot look at it.
         self.misplaced: str | None = None
         self.denied: str | None = None
-        self.attempts: set[Attention] = set()
+        # How to interrupt each request that waits for this server.
+        self.attempts: set[Cancellation] = set()
         self.limits: RequestLimits = NO_LIMITS
         self._load: Load | None = None
         self._load_at_s = float("-inf")
@@ -83,7 +94,7 @@ class Server:
     @property
     def up(self) -> bool:
         """Whether it gets new requests if there is a choice."""
-        takes = self.health.takes_requests(time.monotonic())
+        takes = self.health.takes_requests(self._now_s())
         return takes and not self.draining and not self.misplaced
 
     @property
@@ -91,7 +102,7 @@ class Server:
         """draining, misplaced, or as its health says."""
         if self.draining:
             return "draining"
-        return "misplaced" if self.misplaced else self.health.state(time.monotonic())
+        return "misplaced" if self.misplaced else self.health.state(self._now_s())
 
     @property
     def problem(self) -> str | None:
@@ -105,8 +116,8 @@ class Server:
 
     def cut(self, cause: Exception) -> None:
         """It is gone: whoever waits for it need not wait any longer."""
-        for attention in list(self.attempts):
-            attention.interrupt(cause)
+        for cancellation in list(self.attempts):
+            cancellation.interrupt(cause)
         self.forget()
 
     def forget(self) -> None:
@@ -118,7 +129,7 @@ class Server:
         self.kairos = any(True for _ in kairos_reports(info))
         self.limits = request_limits(info)
         self.usage_by_default = bool(info.get("stream_response_default_include_usage"))
-        self.info, self.info_at_s = info, time.monotonic()
+        self.info, self.info_at_s = info, self._now_s()
         self.misplaced = misplaced(self.role, roles(info))
 
     def learn_load(self, load: Load | None, now_s: float) -> None:
@@ -147,9 +158,13 @@ class PrefillServer(Server):
     role = "prefill"
 
     def __init__(
-        self, url: str, bootstrap_port: int | None, rules: HealthRules | None = None
+        self,
+        url: str,
+        bootstrap_port: int | None,
+        rules: HealthRules | None = None,
+        now_s: Callable[[], float] = SYSTEM_CLOCK.now_s,
     ) -> None:
-        super().__init__(url, rules)
+        super().__init__(url, rules, now_s)
         self.host = urlsplit(url).hostname or ""
         self.prefix = PrefixIndex()
         self._given_port = bootstrap_port
@@ -163,7 +178,7 @@ class PrefillServer(Server):
         self._foreign_tokens = 0.0
         self._owed_tokens = 0.0
         # Parallel lists, by deadline: `policy.placement` reads them as they are.
-        self._tickets: list[Ticket] = []
+        self._queue: list[QueuedPrompt] = []
         self._deadlines: list[float] = []
         self._works: list[float] = []
         self._plan: Backlog | None = None
@@ -176,7 +191,7 @@ class PrefillServer(Server):
     @property
     def owed(self) -> int:
         """Requests sent to it that have not been prefilled."""
-        return len(self._tickets)
+        return len(self._queue)
 
     @property
     def owed_s(self) -> float:
@@ -188,47 +203,44 @@ class PrefillServer(Server):
         """Whether its speed has been observed, by itself or by this router."""
         return self._said_settled or self._estimate.batches >= ENOUGH_SAMPLES
 
-    def owe(
+    def enqueue(
         self,
         tokens: float,
         deadline_s: float,
         now_s: float,
         cached: float = 0.0,
         weight: float = 1.0,
-    ) -> Ticket:
-        """The server was just sent a prompt, `cached` tokens of which it should have in its cache.
-
-        `settle` takes the ticket back.
-        """
+    ) -> QueuedPrompt:
+        """The server was just sent a prompt, `cached` tokens of which its cache should hold."""
         fresh, work = self._law.prompt_s(tokens, cached, self._estimate.chunk_tokens)
         pace = self._pace.factor if self._said is not None else 1.0
-        ticket = Ticket(fresh, deadline_s, work, now_s, weight, pace)
-        if not self._tickets:
+        prompt = QueuedPrompt(fresh, deadline_s, work, now_s, weight, pace)
+        if not self._queue:
             self._busy_since_s = now_s
         place = bisect_right(self._deadlines, deadline_s)
-        self._tickets.insert(place, ticket)
+        self._queue.insert(place, prompt)
         self._deadlines.insert(place, deadline_s)
-        self._works.insert(place, ticket.work_s)
-        self._owed_tokens += ticket.tokens
+        self._works.insert(place, prompt.work_s)
+        self._owed_tokens += prompt.tokens
         self._plan = None
-        return ticket
+        return prompt
 
-    def settle(self, ticket: Ticket, now_s: float, served: bool) -> None:
-        """The prompt is prefilled (`served`) or gone. Settling twice does nothing."""
-        place = bisect_left(self._deadlines, ticket.deadline_s)
-        while place < len(self._tickets) and self._tickets[place] is not ticket:
+    def dequeue(self, prompt: QueuedPrompt, now_s: float, served: bool) -> None:
+        """The prompt is prefilled (`served`) or gone. A second time does nothing."""
+        place = bisect_left(self._deadlines, prompt.deadline_s)
+        while place < len(self._queue) and self._queue[place] is not prompt:
             place += 1
-        if place == len(self._tickets):
+        if place == len(self._queue):
             return
-        del self._tickets[place], self._deadlines[place], self._works[place]
-        self._owed_tokens = self._owed_tokens - ticket.tokens if self._tickets else 0.0
+        del self._queue[place], self._deadlines[place], self._works[place]
+        self._owed_tokens = self._owed_tokens - prompt.tokens if self._queue else 0.0
         self._plan = None
         if served:
             if self._said is not None:
-                work = ticket.work_s / ticket.pace
+                work = prompt.work_s / prompt.pace
                 self._pace.observe(now_s - self._busy_since_s, work)
             if not self._said_settled:
-                self._estimate.finished(ticket.tokens, ticket.sent_s, now_s)
+                self._estimate.finished(prompt.tokens, prompt.sent_s, now_s)
             self._busy_since_s = now_s
             self._set_law()
 
@@ -241,7 +253,7 @@ class PrefillServer(Server):
         if not self._works:
             plan = EMPTY
         elif plan is None or now_s - progress + handoff_s - plan.began_s > _LAG_S:
-            weights = [ticket.weight for ticket in self._tickets]
+            weights = [prompt.weight for prompt in self._queue]
             plan = self._plan = Backlog.of(
                 self._deadlines,
                 self._works,
@@ -304,7 +316,7 @@ class PrefillServer(Server):
         return {
             **super().describe(),
             "bootstrap_port": self.bootstrap_port,
-            "owed_requests": len(self._tickets),
+            "owed_requests": len(self._queue),
             "owed_s": round(self.owed_s, 6),
             "foreign_tokens": round(self._foreign_tokens),
             "speed": list(self._law[:5]),
@@ -319,8 +331,13 @@ class DecodeServer(Server):
 
     role = "decode"
 
-    def __init__(self, url: str, rules: HealthRules | None = None) -> None:
-        super().__init__(url, rules)
+    def __init__(
+        self,
+        url: str,
+        rules: HealthRules | None = None,
+        now_s: Callable[[], float] = SYSTEM_CLOCK.now_s,
+    ) -> None:
+        super().__init__(url, rules, now_s)
         self.running = 0
         self.tokens = 0.0
         self.known = False
@@ -329,14 +346,14 @@ class DecodeServer(Server):
         self._tpots: list[float] = []
         self._foreign = (0, 0.0)
 
-    def join(self, requests: int, tokens: float, tpot_s: float = math.inf) -> None:
-        """Requests were just sent; `leave` with the same numbers takes them out."""
+    def admit(self, requests: int, tokens: float, tpot_s: float = math.inf) -> None:
+        """Requests were just sent; `release` with the same numbers takes them out."""
         self.running += requests
         self.tokens += tokens
         insort(self._tpots, tpot_s)
 
-    def leave(self, requests: int, tokens: float, tpot_s: float = math.inf) -> None:
-        """See `join`."""
+    def release(self, requests: int, tokens: float, tpot_s: float = math.inf) -> None:
+        """See `admit`."""
         self.running -= requests
         self.tokens = self.tokens - tokens if self.running else 0.0
         del self._tpots[bisect_left(self._tpots, tpot_s)]

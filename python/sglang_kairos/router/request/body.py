@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from sglang_kairos.router.errors import TooManySamples, Unfoldable
 from sglang_kairos.router.fleet.prefix_index import Blocks, blocks_of
 from sglang_kairos.slo.body import COMPLETIONS, GENERATE
 
@@ -21,9 +22,12 @@ _UNBOUNDED_OUTPUT = 1024
 
 
 class Prompt(NamedTuple):
-    """One request. `batch`: number of prompts when they come as a list, None for a single one.
+    """The shape of one request.
 
-    Its length is `tokens` tokens counted plus `text_bytes` bytes of text not yet tokenised.
+    Its length is `tokens` tokens counted plus `text_bytes` bytes of text not yet tokenised. `batch`:
+    number of prompts when they come as a list, None for a single one. `prompts`: how many there
+    are, at least one. `choices`: answers to all of them together. `logprobs`: whether the answer
+    holds log probabilities of the prompt.
     """
 
     batch: int | None
@@ -32,11 +36,9 @@ class Prompt(NamedTuple):
     output_tokens: int
     samples: int
     stream: bool
-
-    @property
-    def prompts(self) -> int:
-        """How many prompts the request holds, at least one."""
-        return max(1, self.batch or 1)
+    logprobs: bool = False
+    prompts: int = 1
+    choices: int = 1
 
 
 # Seeded by the operating system: routers started with one --seed must not share ids or rooms.
@@ -67,23 +69,18 @@ _PER_PROMPT = (
 _MEDIA = ("image_data", "video_data", "audio_data")
 
 
+# A prefill answer with log probabilities of a long prompt is kept up to this size. A longer one
+# cannot be joined, and the request ends with an error.
+KEEP_LOGPROBS_BYTES = 32 * 1024 * 1024
 # What the copies of a request's samples may come to: each of its servers parses all of it.
 MOST_UNFOLDED_BYTES = 64 * 2**20
-
-
-class Unfoldable(ValueError):
-    """A request for several samples per prompt that cannot be written as one for one each."""
-
-
-class TooManySamples(ValueError):
-    """What a request's samples come to is more than is passed on."""
 
 
 def unfold_samples(body: dict[str, Any], path: str, size: int) -> str | None:
     """Turn ``n`` samples per prompt into ``n`` copies of each prompt, in place. `size`: bytes of the
     body. The field that holds the prompts now, None if there was nothing to unfold.
 
-    SGLang (0.5.16 to 0.5.23) gives all samples of a prompt one bootstrap room; under PD such a
+    SGLang (0.5.16 to 0.5.23) gives all samples of a prompt one bootstrap room. Under PD such a
     request never ends and holds its KV on both servers. Copies answer in the same shape and order.
     The copies are references to one object. Unfoldable for chat requests and for media, which have
     no batch form that would do; TooManySamples.
@@ -152,13 +149,17 @@ def describe(body: dict[str, Any], path: str) -> Prompt:
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
     known = isinstance(limit, int | float) and math.isfinite(limit)
     output = limit if known else _DEFAULT_OUTPUT.get(path, _UNBOUNDED_OUTPUT)
+    samples, prompts = _samples(params), max(1, batch or 1)
     return Prompt(
         batch=batch,
         tokens=tokens,
         text_bytes=size,
         output_tokens=int(min(max(output, 0), 10**7)),
-        samples=_samples(params),
+        samples=samples,
         stream=bool(body.get("stream")),
+        logprobs=_wants_logprobs(path, body),
+        prompts=prompts,
+        choices=prompts * samples,
     )
 
 
@@ -226,6 +227,20 @@ def name_requests(body: dict[str, Any], prompt: Prompt, ours: bool) -> list[str]
     rids = [unique_id() for _ in range(prompt.prompts)]
     body["rid"] = rids if prompt.batch else rids[0]
     return rids
+
+
+def _wants_logprobs(path: str, body: dict[str, Any]) -> bool:
+    if path == COMPLETIONS:
+        return bool(body.get("echo")) and bool(body.get("logprobs"))
+    asked = body.get("return_logprob")
+    return path == GENERATE and (any(asked) if isinstance(asked, list) else bool(asked))
+
+
+def wants_prompts(path: str, body: dict[str, Any]) -> bool:
+    """Of a request with log probabilities: whether it asks for more than prefill's first token."""
+    start = body.get("logprob_start_len")
+    starts = start if isinstance(start, list) else [start]
+    return path == COMPLETIONS or any(place not in (None, -1) for place in starts)
 
 
 def _generate_prompt(body: dict[str, Any]) -> tuple[int | None, int, int]:

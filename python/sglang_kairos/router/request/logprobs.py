@@ -3,7 +3,7 @@
 ``/generate`` with ``return_logprob`` has them in `meta_info` (`input_token_logprobs` and the lists
 beside it): prefill's are put in front of decode's, as upstream's balancer does.
 ``/v1/completions`` with ``echo`` and ``logprobs`` has them in front of the answer's own in
-`choices[].logprobs`: there prefill's, less the one token that it decoded, are put in front.
+`choices[].logprobs`. There prefill's are put in front, less the one token that it decoded.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from typing import Any
 
 import orjson
 
+from sglang_kairos.router.request.body import KEEP_LOGPROBS_BYTES
 from sglang_kairos.router.request.sse import Splitter, data_of
 from sglang_kairos.slo.body import COMPLETIONS, GENERATE
 
-# A prefill answer with log probabilities of a long prompt is kept up to this size. A longer one
-# cannot be joined, and the request ends with an error.
-KEEP_BYTES = 32 * 1024 * 1024
 TOO_LONG = (
-    f"prompt log probabilities of more than {KEEP_BYTES >> 20} MiB cannot be served over separate "
-    "prefill: ask for fewer of each token (top_logprobs_num, logprobs), for later ones only "
+    f"prompt log probabilities of more than {KEEP_LOGPROBS_BYTES >> 20} MiB cannot be served over "
+    "separate prefill: ask for fewer of each token (top_logprobs_num, logprobs), for later ones only "
     "(logprob_start_len), or with shorter prompts"
 )
 _LISTS = ("input_token_logprobs", "input_top_logprobs", "input_token_ids_logprobs")
@@ -28,21 +26,6 @@ _LISTS = ("input_token_logprobs", "input_top_logprobs", "input_token_ids_logprob
 _FLAT = "input_top_logprobs_"
 _OF_IDS = "output_token_ids_logprobs"
 _OPENAI_LISTS = ("text_offset", "token_logprobs", "tokens", "top_logprobs")
-
-
-def wants_merge(path: str, body: dict[str, Any]) -> bool:
-    """Whether the answer holds prompt log probabilities."""
-    if path == COMPLETIONS:
-        return bool(body.get("echo")) and bool(body.get("logprobs"))
-    asked = body.get("return_logprob")
-    return path == GENERATE and (any(asked) if isinstance(asked, list) else bool(asked))
-
-
-def wants_prompts(path: str, body: dict[str, Any]) -> bool:
-    """Of a request that `wants_merge`: whether it asks for more than prefill's first token."""
-    start = body.get("logprob_start_len")
-    starts = start if isinstance(start, list) else [start]
-    return path == COMPLETIONS or any(place not in (None, -1) for place in starts)
 
 
 class Merger:

@@ -1,1 +1,1 @@
-"""What Kairos is compared with: upstream's orders, and policies by name."""
+"""The policies that Kairos is compared with: SGLang's orders, and policies by name."""

@@ -1,7 +1,7 @@
-"""How a prefill server orders its waiting queue: what an order is, and what several of them need.
+"""Defines an order of a prefill server's waiting queue, and what several orders need.
 
-Each order is one file in `orders`. Upstream's are read from SGLang v0.5.23's
-managers/schedule_policy.py. FCFS with continuous batching on a PD cluster is how DistServe schedules.
+Each order is one file in `orders`. SGLang's are as in v0.5.23's managers/schedule_policy.py. FCFS
+with continuous batching on a PD cluster is how DistServe schedules.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ IN_BATCH_TOKENS = 32
 
 
 class Waiting(Protocol):
-    """What an order knows of a waiting request. Lengths in tokens, times in seconds.
+    """What an order knows of a waiting request. Lengths are tokens, times are seconds.
 
-    `matched`: prompt tokens expected in the prefix cache. `arrival_processed_tokens`: what the server
-    had prefilled when it came. `priority`: lower first.
+    `matched`: prompt tokens expected in the prefix cache. `arrival_processed_tokens`: what the
+    server had prefilled when it came. `priority`: lower first.
     """
 
     index: int
@@ -35,7 +35,7 @@ class Waiting(Protocol):
     arrival_processed_tokens: int
 
 
-# Of `Waiting`: a list is invariant, so naming the items here would refuse every host's own.
+# Items are `Waiting`. A list is invariant, so naming them here would refuse every host's own type.
 Queue = list[Any]
 
 
@@ -43,10 +43,11 @@ Queue = list[Any]
 class Order:
     """A way to order the waiting queue, by name.
 
-    `sort(queue, processed, block_tokens)` sorts in place. Whom it does not tell apart stay in the order
-    of arrival, as Python's sort is stable. `processed`: tokens prefilled so far. `block_tokens`: tokens
-    of a cache block. `cache_aware`: it reads `matched`, so prefixes are looked up first.
-    `chunk_limit(remaining, queue, budget)`: tokens left to the chunk in progress, None for no limit.
+    `sort(queue, processed, block_tokens)` sorts in place. Requests that it does not tell apart stay
+    in the order of arrival, as Python's sort is stable. `processed`: tokens prefilled so far.
+    `block_tokens`: tokens of a cache block. `cache_aware`: it reads `matched`, so prefixes are
+    looked up first. `chunk_limit(remaining, queue, budget)`: tokens left to the chunk in progress;
+    None: no limit.
     """
 
     name: str
@@ -64,12 +65,12 @@ def register(order: Order) -> None:
 
 
 def uncached_tokens(req: Waiting) -> int:
-    """Prompt tokens left to compute, at least one."""
+    """Returns the prompt tokens left to compute, at least one."""
     return max(1, req.prompt - req.matched)
 
 
 def deprioritised(queue: Queue, block_tokens: int) -> set[int]:
-    """Indices of requests with next to no hit whose prefix another one in the queue brings."""
+    """Returns indices of requests with next to no hit whose prefix another one in the queue brings."""
     seen: set[int] = set()
     behind: set[int] = set()
     for req in queue:

@@ -12,10 +12,14 @@ KAIROS = KairosConfig()
 
 @dataclass(frozen=True)
 class Policy:
-    """`order`: prefill order, a name in `order.ORDERS` or "urgency". `by_deadline`: the decode
-    server reserves KV, and admits, in order of deadline. `gate`: it reserves by `policy.admission`
-    instead. `park`: decode packing. `route`: pairs by prediction instead of in turn. `config` holds
-    the Kairos settings that apply."""
+    """A policy to simulate.
+
+    `order`: prefill order, a name in `order.ORDERS` or "urgency".
+    `by_deadline`: the decode server reserves KV, and admits, in order of deadline.
+    `gate`: it reserves by `policy.admission` instead. `park`: decode packing.
+    `route`: chooses pairs by prediction instead of in turn. `config`: the Kairos settings that
+    apply.
+    """
 
     name: str
     order: str = "fcfs"
@@ -27,7 +31,7 @@ class Policy:
 
     @property
     def urgent(self) -> bool:
-        """Whether prefill follows `policy.urgency`."""
+        """Returns whether prefill follows `policy.urgency`."""
         return self.order == "urgency"
 
 

@@ -1,1 +1,1 @@
-"""What no scheduler could beat: an upper bound of TTFT attainment."""
+"""An upper bound on the TTFT attainment of any scheduler."""

@@ -1,4 +1,4 @@
-"""How many jobs can be on time on servers that may preempt at any instant: exact, or from above."""
+"""Counts the jobs that can be on time on servers that may preempt at any instant, or bounds them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 
 from sglang_kairos.sim.bound.work import Jobs, Whole
 
-# Pairs of (job, interval) up to which the programme's relaxation is solved in seconds.
+# Up to this many pairs of (job, interval) the program's relaxation is solved in seconds.
 MAX_PAIRS = 120_000
-# Counts are whole: what is this much short of the next one is the solver's rounding.
+# Counts are whole. A count this little short of the next one is the solver's rounding.
 TOLERANCE = 1e-4
 
 
 def most_on_time(jobs: Jobs, servers: int, time_limit_s: float) -> tuple[int, int, str]:
-    """(no more than this many can be on time, this many were found to be, method).
+    """Returns (most that can be on time, number found to be on time, method).
 
-    Both numbers speak of the relaxation; they are equal when it was solved.
+    Both numbers are of the relaxation; they are equal when it was solved.
     """
     if not len(jobs):
         return 0, 0, "in order"
@@ -34,11 +34,12 @@ def most_on_time(jobs: Jobs, servers: int, time_limit_s: float) -> tuple[int, in
 
 
 def in_order(jobs: Jobs, servers: int = 1) -> int:
-    """Most jobs on time when deadlines are in the order of releases; O(n^2).
+    """Returns the most jobs on time when deadlines are in the order of releases; O(n^2).
 
-    Then whoever is served is served in that order, and all that matters of the first jobs is how
-    early k of them can be done: the classic recursion of 1 | agreeable | sum U_j. Servers are
-    pooled into one that is as many times as fast, which is exact for one and optimistic for more.
+    Those that are served are then served in that order. So all that matters of the first jobs is
+    how early k of them can be done: the classic recursion of 1 | agreeable | sum U_j. Servers are
+    pooled into one that is as many times as fast, which is exact for one server and optimistic for
+    more.
     """
     done_s = np.full(len(jobs) + 1, np.inf)
     done_s[0] = -np.inf
@@ -52,14 +53,14 @@ def in_order(jobs: Jobs, servers: int = 1) -> int:
 
 
 def by_intervals(jobs: Jobs, servers: int, time_limit_s: float) -> tuple[int, int]:
-    """(upper bound, found) by the programme
+    """Returns (upper bound, found) by the mixed integer program
 
         max sum x_j,  sum_k y_jk >= work_j x_j,  y_jk <= len_k x_j,  sum_j y_jk <= servers len_k
 
-    with x_j in {0, 1} and y_jk the work on job j in interval k of its window, between one release
-    or deadline and the next: with preemption, the order inside an interval never matters
-    (McNaughton's wrap-around rule). Where there would be too many pairs (j, k), windows are widened
-    to a grid, which lets more jobs be on time, never fewer; nothing then counts as found.
+    with x_j in {0, 1} and y_jk the work on job j in interval k of its window. Intervals lie between
+    one release or deadline and the next. With preemption, the order inside an interval never
+    matters (McNaughton's wrap-around rule). Where there would be too many pairs (j, k), windows are
+    widened to a grid. That lets more jobs be on time, never fewer; nothing then counts as found.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
@@ -106,7 +107,7 @@ def by_intervals(jobs: Jobs, servers: int, time_limit_s: float) -> tuple[int, in
 def _intervals(
     jobs: Jobs,
 ) -> tuple[NDArray[np.float64], Whole, Whole, bool]:
-    """Edges of the intervals, each job's first and past-the-last one, and whether widened."""
+    """Returns the intervals' edges, each job's first and past-the-last one, and whether widened."""
     release, deadline, grid_s = jobs.release_s, jobs.deadline_s, 0.0
     while True:
         edges = np.unique(np.concatenate([release, deadline]))

@@ -1,4 +1,4 @@
-"""The least prefill work of every request, for `bound`, whose docstring says why it is the least."""
+"""The least prefill work of every request; the docstring of `bound` says why it is the least."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sglang_kairos.sim.hardware.times import LawTimes, StepTimes
 
 Array = NDArray[np.float64]
 Whole = NDArray[np.int64]
-# Attainment is measured in floating point: a first token this late may still count.
+# Attainment is measured in floating point, so a first token this late may still count.
 ROUNDING_S = 1e-6
 
 
@@ -34,10 +34,10 @@ class Jobs:
 
 
 def charge(rows: Sequence[Request], setup: Setup) -> Jobs:
-    """What each request must pay, and when; without those that nobody could serve in time.
+    """Returns what each request must pay, and when, without those that nobody could serve in time.
 
-    A block costs what it does at the least depth that it has in any prompt: where block names
-    stand for whole prefixes, as in Mooncake's traces, that is its only depth.
+    A block costs what it does at the least depth that it has in any prompt. Where block names stand
+    for whole prefixes, as in Mooncake's traces, that is its only depth.
     """
     system = setup.system
     requests = sorted(make_requests(rows, setup), key=lambda req: (req.arrival_s, req.index))
@@ -77,20 +77,24 @@ def charge(rows: Sequence[Request], setup: Setup) -> Jobs:
 def floor_law(
     times: StepTimes, chunk_tokens: int, longest: int
 ) -> tuple[float, float, float, float]:
-    """Coefficients a, b, c, d >= 0 of a prefill law that no step is faster than.
+    """Returns coefficients a, b, c, d >= 0 of a prefill latency model that no step is faster than.
 
-    Of a law, the law. Else the highest that fits under times of the form shared(sum n) + sum_i
-    own(n_i, P_i), own(1, 0) = 0, as `sim.hardware.tables.TableTimes` has them: a + b1 s <= shared(s) and
-    b2 n + c n (P + n / 2) + d (P + n)^2 <= own(n, P), at the knots. Between knots a bilinear table
-    lies above its corners' law, which is convex along each axis, so there it holds too. The knots
-    are `sim.hardware.times.prefill_knots` (new, prefix) where it has them; a fine grid with all
-    powers of two otherwise, and then the law is proven between as far as the times are straight
-    there.
+    For a latency model that is the model itself. Let a table have the form shared(sum n) + sum_i
+    own(n_i, P_i) with own(1, 0) = 0 (`sim.hardware.tables.TableTimes`). Then it is the highest that
+    fits under the knots:
+
+        a + b1 s <= shared(s)
+        b2 n + c n (P + n / 2) + d (P + n)^2 <= own(n, P)
+
+    Between knots a bilinear table lies above its corners' model, which is convex along each axis,
+    so it holds there too. The knots are `prefill_knots` (new, prefix) where the times have them.
+    Otherwise they are a fine grid with all powers of two. In between, the bound is then proven as
+    far as the times are straight there.
     """
     if isinstance(times, LawTimes):
         law = times.prefill_law
         if min(law) < 0:
-            raise ValueError(f"a bound needs a law without negative coefficients, got {law}")
+            raise ValueError(f"a bound needs coefficients of at least 0, got {law}")
         # A step of s <= chunk_tokens tokens pays e min(s, knee) >= e s min(1, knee / chunk_tokens).
         b = law.b_s + law.e_s * min(1.0, law.knee / chunk_tokens)
         return law.a_s, b, law.c_s, law.d_s
@@ -111,18 +115,18 @@ def floor_law(
     ]
     most = [shared, seconds - np.tile(shared, len(prefix)), np.zeros(1)]
     gain = (np.column_stack([one, n, n, attended, padded]) / seconds[:, None]).sum(axis=0)
-    # Tokens by the thousand, or the solver's tolerances would drown the coefficients.
+    # Tokens count by the thousand; otherwise the coefficients are below the solver's tolerances.
     unit = np.array([1.0, 1e-3, 1e-3, 1e-6, 1e-6])
     free = [(0, None), (None, None), (None, None), (0, None), (0, None)]
     result = linprog(-gain * unit, np.vstack(under) * unit, np.concatenate(most), bounds=free)
     if result.x is None:
-        raise ValueError(f"no law lies under these step times: {result.message}")
+        raise ValueError(f"no latency model lies under these step times: {result.message}")
     a, b1, b2, c, d = (result.x * unit * (1 - 1e-6)).tolist()
     return a, max(0.0, b1 + b2), c, d
 
 
 def _knots(times: StepTimes, chunk_tokens: int, longest: int) -> tuple[Whole, Whole]:
-    """New tokens and prefixes to look at, whole numbers, up to the largest that occur."""
+    """Returns the new tokens and prefixes to look at, whole numbers, up to the largest that occur."""
     given = getattr(times, "prefill_knots", None)
     if given is None:
         doubling = 2 ** np.arange(24)

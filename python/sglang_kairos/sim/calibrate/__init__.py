@@ -1,1 +1,1 @@
-"""From what a real cluster did to a simulated one."""
+"""Fits a simulated cluster to what a real one did."""

@@ -1,13 +1,14 @@
-"""From what a real cluster did to a simulated one: step laws, how evenly, and fixed delays.
+"""Fits a simulated cluster to a recording: latency models, how steps scatter, and fixed delays.
 
-Input is a recording of a replay on one prefill and one decode server (`Recording`): what every step
-took, when requests were queued and admitted, and what the client saw. Times are seconds of one
-clock throughout. `calibrate` returns
+The input is a recording of a replay on one prefill and one decode server (`Recording`). It holds
+what every step took, when requests were queued and admitted, and what the client saw. Times are
+seconds of one clock throughout. `calibrate` returns
 
-    prefill, decode   the predictors' own laws for the bulk of the steps' *cycles* (start to start
-                      while the server is busy: forward, results, scheduling)
-    ..._pace          what each step took beside what the law told, in order: a run lives through
-                      that sequence again (`Machine`), from a place drawn from its seed
+    prefill, decode   the predictors' own latency models for the bulk of the steps' *cycles* (start
+    to
+                      start while the server is busy: forward, results, scheduling)
+    ..._pace          what each step took beside what the model predicted, in order. A run lives
+                      through that sequence again (`Machine`), from a place drawn from its seed
     front_s           client's sending to the prefill queue, while prefill was idle
     handoff_s         prefill's result to the first decode step, while decode was idle
     delivery_s        the start of that step to the first token at the client (can be negative)
@@ -49,27 +50,27 @@ Floats = NDArray[np.float64]
 
 
 class CalibrationError(ValueError):
-    """A recording that says too little; the text names what is missing and how much is needed."""
+    """A recording has too little in it; the text names what is missing and how much is needed."""
 
 
 @dataclass(frozen=True)
 class MachinePace:
-    """How a machine kept to a law: step by step, the seconds that it told and those it took."""
+    """How a machine kept to a latency model: per step, seconds predicted (`told_s`) and taken."""
 
     told_s: tuple[float, ...]
     taken_s: tuple[float, ...]
 
     @property
     def slowdown(self) -> float:
-        """Seconds taken per second told."""
+        """Returns the seconds taken per second predicted."""
         return sum(self.taken_s) / sum(self.told_s)
 
     def scaled(self, factor: float) -> MachinePace:
-        """The same on a machine whose steps take `factor` times as long."""
+        """Returns the same on a machine whose steps take `factor` times as long."""
         return MachinePace(self.told_s, tuple(factor * taken for taken in self.taken_s))
 
     def summary(self) -> dict[str, float]:
-        """Steps, overall slowdown, and the spread of the steps' own."""
+        """Returns the number of steps, the overall slowdown, and the spread of the steps' own."""
         factors = np.asarray(self.taken_s) / np.asarray(self.told_s)
         p10, p50, p90 = np.quantile(factors, (0.1, 0.5, 0.9)).tolist()
         return {
@@ -82,11 +83,11 @@ class MachinePace:
 
 
 class Machine:
-    """Turns a law's seconds into a machine's: a `MachinePace` lived through again, from `start` (0 to 1).
+    """Turns predicted seconds into a machine's: replays a `MachinePace` from `start` (0 to 1).
 
-    The recorded steps are a road, as long as the law told; a step that the law gives w seconds
-    covers w of it, in the time that this stretch took. So a long step meets many short ups and
-    downs, a slow spell lasts as long as it did, and in all no time is lost or won.
+    The recorded steps are a road, as long as the predicted seconds. A step predicted to take w
+    seconds covers w of it, in the time that this stretch took. So a long step meets many short ups
+    and downs, and a slow spell lasts as long as it did. In all no time is lost or won.
     """
 
     def __init__(self, pace: MachinePace, start: float) -> None:
@@ -95,7 +96,7 @@ class Machine:
         self._at_s = start * self._told[-1]
 
     def takes_s(self, told_s: float) -> float:
-        """How long the next step takes, which the law gives `told_s` seconds."""
+        """Returns how long the next step takes, which the latency model predicts to take `told_s`."""
         begun, end_s = self._clock_s(self._at_s), self._at_s + told_s
         rounds, self._at_s = divmod(end_s, self._told[-1])
         return rounds * self._taken[-1] + self._clock_s(self._at_s) - begun
@@ -108,7 +109,7 @@ class Machine:
 
 
 class PacedTimes(LawTimes):
-    """Laws on machines that keep to them as a prefill and a decode server were seen to."""
+    """Latency models on machines that keep to them as a prefill and a decode server did."""
 
     def __init__(
         self,
@@ -131,7 +132,7 @@ class PacedTimes(LawTimes):
 
 @dataclass(frozen=True)
 class Simulated:
-    """A simulated run as its client saw it, and the seconds its prefill server computed."""
+    """A simulated run as its client saw it, and the seconds that its prefill server computed."""
 
     result: Result
     prefill_busy_s: float
@@ -139,10 +140,10 @@ class Simulated:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` found; see the module's text. `system` carries the servers' sizes.
+    """The result of `calibrate`; the module's text explains the fields. `sizes`: fields of `System`.
 
-    `late_results`: a prefill step's result is looked at after the next step, as SGLang's overlap
-    loop does where the forward runs inside the launch (a CPU).
+    `late_results`: a prefill step's result is looked at after the next step. SGLang's overlap loop
+    does that where the forward runs inside the launch (a CPU).
     """
 
     prefill: PrefillLatency
@@ -156,7 +157,7 @@ class Calibration:
     sizes: Mapping[str, int] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
-        """For JSON: the laws, and each pace in a few numbers."""
+        """Returns, for JSON, the latency models, and each pace in a few numbers."""
         return {
             **asdict(self),
             "prefill": self.prefill.to_json(),
@@ -166,19 +167,19 @@ class Calibration:
         }
 
     def system(self, seed: int) -> System:
-        """The simulated servers; `seed` says where in the paces they start."""
+        """Returns the simulated servers; `seed` decides where in the paces they start."""
         times = PacedTimes(self.prefill, self.decode, self.prefill_pace, self.decode_pace, seed)
         sizes: dict[str, Any] = dict(self.sizes)
         return System(times, kv_bytes=0.0, link_latency_s=self.handoff_s, **sizes)
 
     def scaled(self, prefill: float) -> Calibration:
-        """The same on a machine whose prefill steps take `prefill` times as long."""
+        """Returns the same on a machine whose prefill steps take `prefill` times as long."""
         return replace(self, prefill_pace=self.prefill_pace.scaled(prefill))
 
     def simulate(
         self, policy: Policy, rows: Sequence[Request], ttft_ms: float, tpot_ms: float, seed: int
     ) -> Simulated:
-        """The trace as a client of the calibrated cluster would see it."""
+        """Returns the trace as a client of the calibrated cluster would see it."""
         late = [replace(row, arrival_s=row.arrival_s + self.front_s) for row in rows]
         left_ms = max(0.0, ttft_ms - 1e3 * self.front_s)
         setup = Setup(self.system(seed), ttft_ms=(left_ms,), tpot_ms=tpot_ms, seed=seed)
@@ -203,9 +204,9 @@ class Calibration:
 
 
 def calibrate(recording: Recording, sizes: Mapping[str, int], late_results: bool) -> Calibration:
-    """Laws, paces and delays of one recording. `sizes`: fields of `System`, in tokens.
+    """Returns latency models, paces and delays of one recording. `sizes`: fields of `System`, in tokens.
 
-    CalibrationError when there are too few steps or no request found a server idle.
+    Raises CalibrationError when there are too few steps, or no request found a server idle.
     """
     features = [GENERIC_PREFILL.features(step.new, step.prefix)[:4] for step in recording.prefill]
     prefill_x = np.array(features).reshape(-1, 4)
@@ -235,16 +236,16 @@ def calibrate(recording: Recording, sizes: Mapping[str, int], late_results: bool
 
 
 def pace_of(told_s: Floats, taken_s: Floats) -> MachinePace:
-    """Pairs of arrays (m,) as a `MachinePace`; no step is told to take less than LEAST_S."""
+    """Returns pairs of arrays (m,) as a `MachinePace`; no step is predicted to take less than LEAST_S."""
     return MachinePace(tuple(np.maximum(told_s, LEAST_S).tolist()), tuple(taken_s.tolist()))
 
 
 def bulk_law(features: Floats, seconds: Floats) -> list[float]:
-    """Coefficients >= 0 of least relative squared error, shape (k,), over the bulk of the steps.
+    """Returns coefficients >= 0 of least relative squared error, shape (k,), over the bulk of the steps.
 
-    `features` (m, k), `seconds` (m,). Steps off by more than a factor TRIM from the law of the
-    round before are left out. In a slow spell of the machine batches grow, so a law of all steps
-    would blame the batch for the spell; spells belong to the pace.
+    `features` (m, k), `seconds` (m,). Steps off by more than a factor TRIM from the model of the
+    round before are left out. In a slow spell of the machine batches grow, so a model of all steps
+    would blame the batch for the spell. Spells belong to the pace.
     """
     keep = np.ones(seconds.size, bool)
     for _ in range(ROUNDS):

@@ -1,8 +1,9 @@
 """A cluster whose servers have run for a while, for comparison with real ones on a CPU.
 
-What `sim.core.cluster` leaves out and a measurement has in it: predictors that start calibrated and go on
-learning from noisy steps, and SGLang's overlap loop where the forward runs inside the launch, as on
-a CPU: there a prefill step's result is looked at, and its KV sent, only after the next step.
+It adds two things that a measurement has in it and `sim.core.cluster` leaves out. Predictors start
+calibrated and go on learning from noisy steps. And a prefill step's result is looked at, and its KV
+sent, only after the next step. SGLang's overlap loop does that where the forward runs inside the
+launch, as on a CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sglang_kairos.sim.core.request import SimRequest
 
 
 class LearntCluster(SimCluster):
-    """Whose servers learn. `late_results`: prefill results wait for the next step."""
+    """A cluster whose servers learn. `late_results`: prefill results wait for the next step."""
 
     def __init__(
         self, setup: Setup, policy: Policy, rows: Sequence[Request], late_results: bool
@@ -29,7 +30,7 @@ class LearntCluster(SimCluster):
         super().__init__(setup, policy, rows)
 
     def predictor(self, server: str) -> Predictor:
-        """Starts from the hardware's laws and observes every step."""
+        """Returns a predictor that starts from the hardware's latency models and observes every step."""
         times = self.setup.system.times
         predictor = Predictor(times, PredictionError(learn=True), f"{self.setup.seed}/{server}")
         predictor.prefill, predictor.decode = times.prefill_model(), times.decode_model()

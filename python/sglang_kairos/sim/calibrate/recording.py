@@ -1,6 +1,6 @@
-"""What a replay on one prefill and one decode server was seen to do, step by step.
+"""A recording of a replay on one prefill and one decode server, step by step.
 
-Times are seconds of one clock, CLOCK_MONOTONIC of the machine; only the client's count from
+Times are seconds of one clock, CLOCK_MONOTONIC of the machine. Only the client's count from
 `Recording.begun_s`.
 """
 
@@ -20,7 +20,7 @@ from sglang_kairos.loads.replay import Outcome
 
 @dataclass(frozen=True, slots=True)
 class PrefillStep:
-    """`rooms` names the requests; `new`, `prefix` and `prompt` are their tokens."""
+    """A prefill step. `rooms` names the requests; `new`, `prefix` and `prompt` are their tokens."""
 
     start_s: float
     end_s: float
@@ -34,7 +34,7 @@ class PrefillStep:
 
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
-    """A forward over the requests `rooms` with `kv` tokens of context in all."""
+    """A decode step over the requests `rooms` with `kv` tokens of context in all."""
 
     start_s: float
     end_s: float
@@ -57,7 +57,7 @@ class Recording:
 
 
 def read_record(record: Mapping[str, Any]) -> Step:
-    """One line of the step recorder; KeyError or TypeError if it is none."""
+    """Returns one line of the step recorder. Raises KeyError or TypeError if it is none."""
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in record.items()
@@ -69,7 +69,7 @@ def read_record(record: Mapping[str, Any]) -> Step:
 
 
 def read(folder: Path, outcomes: list[Outcome], begun_s: float) -> Recording:
-    """What the step recorder left in `folder`, without what came before `begun_s`."""
+    """Returns what the step recorder left in `folder`, without what came before `begun_s`."""
     steps = {
         mode: [
             step
@@ -84,10 +84,10 @@ def read(folder: Path, outcomes: list[Outcome], begun_s: float) -> Recording:
 
 
 def cycles(steps: Sequence[Step]) -> list[float]:
-    """How long the server was taken up by each step, shape (len(steps),).
+    """Returns how long each step occupied the server, in seconds, shape (len(steps),).
 
-    Until the next one starts when it follows without idling; else, as what comes after a forward
-    is not seen then, until its end and the usual gap.
+    A step lasts until the next one starts if that follows without idling. Otherwise what comes
+    after the forward is not seen, so it lasts until its end and the usual gap.
     """
     gaps = [b.start_s - a.end_s for a, b in itertools.pairwise(steps) if not b.idle]
     usual = median(gaps) if gaps else 0.0
@@ -99,7 +99,7 @@ def cycles(steps: Sequence[Step]) -> list[float]:
 
 
 def sent_rooms(recording: Recording) -> dict[int, Outcome]:
-    """Which request each room was: the same prompt length, in the order they came."""
+    """Returns which request each room was: the same prompt length, in the order they came."""
     queued = {
         room: (length, at)
         for step in reversed(recording.prefill)
@@ -120,9 +120,12 @@ def sent_rooms(recording: Recording) -> dict[int, Outcome]:
 
 @dataclass(frozen=True)
 class Delays:
-    """Samples, seconds. `front`: client's sending to the prefill queue, where prefill was idle.
-    `handoff`: prefill's result to the first decode step, where decode was idle. `delivery`: from that
-    step's start to the client's first token; may be negative."""
+    """Samples in seconds.
+
+    `front`: client's sending to the prefill queue, where prefill was idle. `handoff`: prefill's
+    result to the first decode step, where decode was idle. `delivery`: that step's start to the
+    client's first token; may be negative.
+    """
 
     front: list[float]
     handoff: list[float]
@@ -130,7 +133,7 @@ class Delays:
 
 
 def delays(recording: Recording, late_results: bool) -> Delays:
-    """The delays around the steps of a replay; `late_results` as in `calibrate.Calibration`."""
+    """Returns the delays around the steps of a replay; `late_results` as in `calibrate.Calibration`."""
     request, begun = sent_rooms(recording), recording.begun_s
     found = Delays([], [], [])
     result_s: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""Many simulations at once: cells of (trace, set-up, policy) in a process pool, as report runs."""
+"""Runs many simulations at once: cells of (trace, set-up, policy) in a process pool, as report runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Cell:
 class SimResult(Result):
     """A simulated run, measured where it ran. `outcomes` is empty unless asked for.
 
-    `cpu_s` is the processor time that it took, the bound not counted.
+    `cpu_s`: processor time that it took, without the bound.
     """
 
     measured: Metrics
@@ -62,16 +62,16 @@ def run_grid(
     bound_seconds: float = BOUND_SECONDS,
     progress: Progress | None = None,
 ) -> list[Run]:
-    """Simulates every cell; runs come in the cells' order whatever `jobs` is.
+    """Simulates every cell. Returns the runs in the cells' order, whatever `jobs` is.
 
     `jobs`: processes (None: one per usable core; 1: in this process), or `Workers` to use again.
-    `keep_outcomes` keeps each request's outcome, which plots need and pickling pays for.
+    `keep_outcomes` keeps each request's outcome, which plots need and which takes time to pickle.
     `bound_seconds` limits the search for each bound. `progress(done, all)` counts simulations and
     bounds.
 
     Facts of a run: label (when given), rate (requests/s; None: all at once), slo, seed, servers,
-    what `SimCluster.facts` tells, and ttft_bound, share_of_bound, bound_method and bound_exact, which
-    are None when the cell did not want them.
+    and those of `SimCluster.facts`. ttft_bound, share_of_bound, bound_method and bound_exact are
+    None when the cell did not want them. Raises ValueError for a cell without requests.
     """
     cells = list(cells)
     for number, cell in enumerate(cells):
@@ -104,18 +104,18 @@ def simulate(
     want_bound: bool = False,
     keep_outcomes: bool = False,
 ) -> list[Run]:
-    """One trace under several policies (or names in `POLICIES`), in their order; see `run_grid`."""
+    """Simulates one trace under several policies (or names in `POLICIES`), in their order."""
     cells = [Cell(rows, setup, policy, want_bound) for policy in policies]
     return run_grid(cells, jobs, keep_outcomes=keep_outcomes)
 
 
 def bound_available() -> bool:
-    """Whether bounds can be computed here: they need scipy (extra `sim`)."""
+    """Returns whether bounds can be computed here: they need scipy (extra `sim`)."""
     return find_spec("scipy") is not None
 
 
 def policy_of(policy: Policy | str) -> Policy:
-    """The policy of that name."""
+    """Returns the policy of that name. Raises ValueError for an unknown one."""
     if isinstance(policy, Policy):
         return policy
     if policy not in POLICIES:
@@ -145,14 +145,14 @@ def _run(cell: Cell, keep_outcomes: bool) -> Run:
 
 
 def bound_of(rows: Sequence[Request], setup: Setup, seconds: float) -> Bound:
-    """`sim.bound.bound.ttft_bound`, for a pool: what it needs (scipy) is imported where it runs."""
+    """Returns `sim.bound.bound.ttft_bound`; for a pool, as scipy is imported where it runs."""
     from sglang_kairos.sim.bound.bound import ttft_bound
 
     return ttft_bound(rows, setup, time_limit_s=seconds)
 
 
 def _bound_key(cell: Cell) -> Hashable:
-    """What the bound depends on; not the policy, nor what it believes about step times."""
+    """Returns what the bound depends on: not the policy, nor what it predicts about step times."""
     setup = cell.setup
     targets = (tuple(setup.ttft_ms), setup.tpot_ms)
     return id(cell.rows), id(setup.system), targets, setup.prefills, setup.decodes, setup.seed

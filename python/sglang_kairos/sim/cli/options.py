@@ -20,8 +20,8 @@ from sglang_kairos.slo.targets import LIMITS_MS
 
 T = TypeVar("T")
 
-# p99 over median of the prompts: 8, 20 (as in Mooncake's conversation trace, and what
-# `traces.long_tail` does by itself), 52; the caps leave that much room.
+# p99 over median of the prompts is 8, 20 and 52; the caps allow that. 20 is as in Mooncake's
+# conversation trace, and the default of `traces.long_tail`.
 TAILS: dict[str, dict[str, float]] = {
     "lighter": {"sigma_input": 0.9, "sigma_output": 0.5},
     "standard": {},
@@ -45,7 +45,7 @@ class TargetSet(NamedTuple):
 
 
 def add_trace_options(parser: argparse.ArgumentParser) -> None:
-    """Where requests come from, at which rate, and what they are promised."""
+    """Adds the flags for where requests come from, at which rate, and with which targets."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--trace", help="Mooncake, Bailian or aiperf JSONL, Azure or BurstGPT CSV")
     source.add_argument(
@@ -93,12 +93,12 @@ def add_trace_options(parser: argparse.ArgumentParser) -> None:
         "--seed",
         type=several(whole("--seed", 0, 2**31), "--seed"),
         default=[0],
-        help="of tiers, made traces and errors; several with commas are repeats (default 0)",
+        help="seed of tiers, made traces and errors; several with commas are repeats (default 0)",
     )
 
 
 def add_run_options(parser: argparse.ArgumentParser, policies: Sequence[str]) -> None:
-    """What is simulated, and how."""
+    """Adds the flags for what is simulated, and how."""
     parser.add_argument(
         "--policies",
         type=several(_policy, "--policies"),
@@ -157,14 +157,14 @@ def check_together(args: argparse.Namespace) -> None:
 
 
 def targets_of(args: argparse.Namespace) -> list[TargetSet]:
-    """The SLO settings asked for, at least one."""
+    """Returns the SLO settings asked for, at least one."""
     if args.slo:
         return list(args.slo)
     return [TargetSet(tuple(args.ttft_ms or (2000.0,)), args.tpot_ms or 100.0)]
 
 
 def system_of(args: argparse.Namespace) -> System:
-    """The simulated servers."""
+    """Returns the simulated servers."""
     try:
         return load_system(args.system, args.times)
     except StepTimesError as error:
@@ -185,7 +185,7 @@ class TraceSource:
         self._made: dict[tuple[float | None, int], list[traces.Request]] = {}
 
     def rows(self, rate: float | None, seed: int) -> list[traces.Request]:
-        """Requests at `rate` per second (None: the trace's own). Given traces ignore the seed."""
+        """Returns requests at `rate` per second (None: the trace's own). Given traces ignore the seed."""
         key = rate, seed if self._given is None else 0
         if key not in self._made:
             if self._given is None:
@@ -206,7 +206,7 @@ class TraceSource:
 
 
 def shape_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `traces.long_tail`: the preset, and what was given by itself over it."""
+    """Returns the arguments of `traces.long_tail`: the preset, overridden by what was given by itself."""
     own = {name: getattr(args, name) for name in SHAPES if getattr(args, name) is not None}
     return {**TAILS[args.tail or "standard"], **own}
 
@@ -219,13 +219,13 @@ def setup_of(
     prefills: int,
     decodes: int,
 ) -> Setup:
-    """The simulated cluster."""
+    """Returns the simulated cluster."""
     error = PredictionError(args.prediction_factor, args.prediction_noise, args.predict == "learn")
     return Setup(system, targets.ttft, targets.tpot, prefills, decodes, seed, error)
 
 
 def described(args: argparse.Namespace, system: System) -> dict[str, Any]:
-    """What all runs of this command line share, for its JSON."""
+    """Returns what all runs of this command line share, for its JSON."""
     return {
         "simulated": True,
         "system": args.system,
@@ -241,7 +241,7 @@ def described(args: argparse.Namespace, system: System) -> dict[str, Any]:
 
 
 def several(one: Callable[[str], T], unique: str = "") -> Callable[[str], list[T]]:
-    """Values with commas between; none twice if the flag `unique` is named."""
+    """Returns a reader of values with commas between; none may come twice if `unique` names the flag."""
 
     def read(text: str) -> list[T]:
         values = [one(part.strip()) for part in text.split(",")]
@@ -253,7 +253,7 @@ def several(one: Callable[[str], T], unique: str = "") -> Callable[[str], list[T
 
 
 def real(name: str, low: float, high: float) -> Callable[[str], float]:
-    """A number from `low` to `high`; `name` is the flag in the error."""
+    """Returns a reader of numbers from `low` to `high`; `name` is the flag in the error."""
 
     def read(text: str) -> float:
         try:
@@ -270,7 +270,7 @@ def real(name: str, low: float, high: float) -> Callable[[str], float]:
 
 
 def whole(name: str, low: int, high: int) -> Callable[[str], int]:
-    """A whole number from `low` to `high`; `name` is the flag in the error."""
+    """Returns a reader of whole numbers from `low` to `high`; `name` is the flag in the error."""
 
     def read(text: str) -> int:
         try:

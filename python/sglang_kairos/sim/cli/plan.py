@@ -25,7 +25,7 @@ METRICS = {
 
 
 class Question(NamedTuple):
-    """One search: how many servers does this policy need for that?"""
+    """One search: the servers that this policy needs for this rate and SLO."""
 
     rate: float | None
     slo: options.TargetSet
@@ -41,7 +41,7 @@ class Attained(NamedTuple):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of `plan`."""
+    """Returns the parser of ``kairos plan``."""
     made = parser_of(
         "plan",
         description="Find the fewest prefill and decode servers, per policy, that keep the promise."
@@ -119,7 +119,7 @@ class _Bench:
         self.attained: dict[Question, dict[Shape, Attained]] = {}
 
     def probe(self, pairs: Sequence[tuple[Question, Shape]]) -> list[float]:
-        """What counts, for each."""
+        """Returns the attainment that counts, for each pair."""
         args = self._args
         cells = [
             Cell(

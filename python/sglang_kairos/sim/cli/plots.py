@@ -1,4 +1,4 @@
-"""Pictures of a comparison: attainment against rate, latency CDFs, goodput, and who pays."""
+"""Draws a comparison: attainment against rate, latency CDFs, goodput, and waits by prompt length."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ Panel = Callable[[Any, Mapping[str, list[Run]], dict[str, str]], None]
 class Group:
     """The runs, with their outcomes, of one rate and one SLO setting: every seed and policy.
 
-    `about` says what was simulated. `asked` and `rate`, in requests/s, are what the command line
-    said (None: the trace's own) and what was sent (None: all at once). Groups of one `slo` share
-    the pictures over rates.
+    `about`: what was simulated. `asked`: the requests/s on the command line; None: the trace's own.
+    `rate`: the requests/s that were sent; None: all at once. Groups of one `slo` share the pictures
+    over rates.
     """
 
     about: str
@@ -53,7 +53,7 @@ class Group:
 
 
 def draw_all(folder: Path, groups: Sequence[Group]) -> list[Path]:
-    """Draws PNG files into `folder` and says which: two per SLO setting, two per group."""
+    """Draws PNG files into `folder` and returns them: two per SLO setting, two per group."""
     drawn: list[Path] = []
     policies = list(by_policy(run for group in groups for run in group.runs))
     colours = dict(zip(policies, colours_of(policies), strict=True))

@@ -1,4 +1,4 @@
-"""A pool of processes whose results come in the order of the tasks."""
+"""Runs tasks in a pool of processes; results come in the order of the tasks."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Progress = Callable[[int, int], None]
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Returns the number of cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 class Workers:
-    """`jobs` processes, started when first needed; with one job everything runs in this process.
+    """`jobs` processes, started when first needed. With one job everything runs in this process.
 
     Leaving the `with` block by an exception, Ctrl-C included, ends the processes at once. They are
-    spawned: a script that uses them needs the usual ``if __name__ == "__main__":``.
+    spawned, so a script that uses them needs the usual ``if __name__ == "__main__":``.
     """
 
     def __init__(self, jobs: int) -> None:
@@ -53,7 +53,7 @@ class Workers:
         self._pool.shutdown(cancel_futures=True)
 
     def run(self, tasks: Sequence[Callable[[], T]], progress: Progress | None = None) -> list[T]:
-        """What each of `tasks` returns, in their order. `progress(done, all)` follows each end.
+        """Returns the result of each of `tasks`, in their order. `progress(done, all)` follows each end.
 
         Tasks and results are pickled when there is more than one job. A task's exception is raised
         here as soon as it happens.
@@ -81,7 +81,7 @@ class Workers:
 
 
 def _die_on_interrupt() -> None:
-    # Ctrl-C reaches every process of the terminal: workers end without a traceback each. Where
-    # it is ignored (a shell's background job), it stays ignored.
+    # Ctrl-C reaches every process of the terminal, and workers shall end without a traceback each.
+    # Where it is ignored (a shell's background job), it stays ignored.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""How far a command has come, on a terminal."""
+"""Shows on a terminal how far a command has come."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sglang_kairos.sim.cli.pool import Progress
 
 @contextmanager
 def progress_bar(unit: str) -> Iterator[Progress | None]:
-    """A bar on stderr, if that is a terminal and tqdm is there; None otherwise."""
+    """Yields a bar on stderr, if that is a terminal and tqdm is installed; None otherwise."""
     try:
         from tqdm import tqdm  # type: ignore[import-untyped]
     except ImportError:

@@ -1,7 +1,7 @@
-"""The fewest servers that are enough: a search over shapes, told the attainment of those it asks.
+"""Searches for the fewest servers that are enough, among shapes of prefill and decode servers.
 
-It assumes that one more server never hurts, but only to leave shapes out: the shapes next to the
-answer that would be better are asked for all the same, and taken if they are enough after all.
+It assumes that one more server never hurts, but only to leave shapes out. The shapes next to the
+answer that would be better are tried all the same, and taken if they are enough after all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ K = TypeVar("K")
 
 
 class Shape(NamedTuple):
-    """A cluster's prefill and decode servers."""
+    """The prefill and decode servers of a cluster."""
 
     prefill: int
     decode: int
@@ -25,7 +25,7 @@ class Shape(NamedTuple):
 
     @property
     def cost(self) -> tuple[int, int]:
-        """The better of two shapes has the smaller: fewer servers, then fewer prefill servers."""
+        """Returns the cost by which shapes compare: fewer servers first, then fewer prefill servers."""
         return self.servers, self.prefill
 
     def __str__(self) -> str:
@@ -45,9 +45,9 @@ class Search:
     known: dict[Shape, float] = field(default_factory=dict)
 
     def smallest(self) -> Searching:
-        """Yields shapes to try together and is sent their attainments.
+        """Yields shapes to try together, and is sent their attainments.
 
-        Returns the best shape with at least `attain` and at most `max_servers` (>= 2) in all, None
+        Returns the best shape with at least `attain` and at most `max_servers` (>= 2) in all; None
         if there is none.
         """
         n = 1
@@ -63,7 +63,7 @@ class Search:
             yield from self._ask(Shape(high, high))
             if not self._enough(Shape(high, high)):
                 return None
-        # No answer has more than that on one side, so beside it the other needs the least.
+        # No answer has more on one side. So beside that many the other side needs the least.
         plenty = most - 1
         least_p = yield from self._least(high, lambda p: Shape(p, plenty))
         least_d = yield from self._least(high, lambda d: Shape(plenty, d))
@@ -85,7 +85,7 @@ class Search:
         return self.known[shape] >= self.attain
 
     def _hopeless(self, shape: Shape) -> bool:
-        """Untried, and one that is nowhere smaller was not enough."""
+        """Returns whether it is untried, and one that is nowhere smaller was not enough."""
         return shape not in self.known and any(
             other.prefill >= shape.prefill
             and other.decode >= shape.decode
@@ -96,7 +96,7 @@ class Search:
     def _least(
         self, high: int, shape_of: Callable[[int], Shape]
     ) -> Generator[list[Shape], Mapping[Shape, float], int]:
-        """The least number from 1 to `high` whose shape is enough, `high` taken to be."""
+        """Returns the least number from 1 to `high` whose shape is enough; `high` is taken to be."""
         low = 1
         while low < high:
             middle = (low + high) // 2
@@ -124,7 +124,7 @@ def search_together(
     searches: Mapping[K, Search],
     probe: Callable[[Sequence[tuple[K, Shape]]], Sequence[float]],
 ) -> dict[K, Shape | None]:
-    """Every search's answer; `probe` gets what all of them ask next, and says the attainments."""
+    """Returns every search's answer. `probe` gets what all of them ask next, and returns attainments."""
     answers: dict[K, Shape | None] = dict.fromkeys(searches)
     running = {key: search.smallest() for key, search in searches.items()}
     asked = {key: next(steps) for key, steps in running.items()}

@@ -1,1 +1,1 @@
-"""The simulated cluster: clock, requests, servers, router."""
+"""The simulated cluster: clock, requests, servers and router."""

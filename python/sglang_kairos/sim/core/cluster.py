@@ -1,4 +1,4 @@
-"""N prefill and M decode servers, a router and a trace: runs it and tells what became of it."""
+"""Runs a trace on N prefill servers, M decode servers and a router, and returns the outcomes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HONEST = PredictionError()
 
 @dataclass(frozen=True)
 class Setup:
-    """What is simulated. `ttft_ms`: one target, or tiers that requests draw from evenly."""
+    """The simulated cluster. `ttft_ms`: one target, or tiers that requests draw from evenly."""
 
     system: System
     ttft_ms: tuple[float, ...] = (2000.0,)
@@ -65,12 +65,12 @@ class SimCluster:
         ]
 
     def predictor(self, server: str) -> Predictor:
-        """What the server of that name believes of its steps."""
+        """Returns the predictor of the server with that name."""
         setup = self.setup
         return Predictor(setup.system.times, setup.error, f"{setup.seed}/{server}")
 
     def run(self) -> Result:
-        """Serves every request to its end."""
+        """Serves every request to its end. Returns the outcomes."""
         for req in self.requests:
             self.clock.at(req.arrival_s, partial(self._arrive, req))
         self.clock.run()
@@ -78,7 +78,7 @@ class SimCluster:
         return Result([req.outcome() for req in self.requests], duration)
 
     def facts(self) -> dict[str, Any]:
-        """What happened inside, for the report: shares of time and tokens, and counts."""
+        """Returns what happened inside, for the report: shares of time and tokens, and counts."""
         counters: Counter[str] = Counter()
         for one in [s.counters for s in self.prefills] + [s.counters for s in self.decodes]:
             counters.update(one)
@@ -93,8 +93,11 @@ class SimCluster:
         }
 
     def _tokens_while_arriving_per_s(self) -> float | None:
-        """Output tokens per second until the last arrival: the drain after it, whose length one
-        late long request decides, is left out. A request's tokens count as evenly spread."""
+        """Returns the output tokens per second until the last arrival; None if all arrive at once.
+
+        The drain after it is left out: one late long request decides its length. A request's tokens
+        count as evenly spread.
+        """
         until = self.requests[-1].arrival_s if self.requests else 0.0
         if until <= 0.0:
             return None
@@ -126,11 +129,11 @@ class SimCluster:
 
 
 def make_requests(rows: Sequence[Request], setup: Setup) -> list[SimRequest]:
-    """The trace's rows with their targets; what is drawn depends on the seed alone."""
+    """Returns the trace's rows with their targets. What is drawn depends on the seed alone."""
     tiers, noise = Random(f"{setup.seed}/tiers"), Random(f"{setup.seed}/work")
     sizes = {row.block_tokens for row in rows if row.hash_ids}
     if len(sizes) > 1:
-        raise ValueError(f"cache blocks of one size needed, the trace has {sorted(sizes)}")
+        raise ValueError(f"block_tokens: must be one size for all rows, got {sorted(sizes)}")
     requests = []
     for index, row in enumerate(rows):
         ttft_ms = tiers.choice(setup.ttft_ms)
@@ -150,12 +153,12 @@ def make_requests(rows: Sequence[Request], setup: Setup) -> list[SimRequest]:
 
 
 def cache_block_tokens(rows: Sequence[Request]) -> int:
-    """Size of the trace's cache blocks; any will do if it names none."""
+    """Returns the size of the trace's cache blocks; any will do if it names none."""
     return next((row.block_tokens for row in rows if row.hash_ids), MOONCAKE_BLOCK_TOKENS)
 
 
 def too_large(req: SimRequest, system: System) -> str:
-    """Why an empty cluster could not serve the request; "" if it could."""
+    """Returns why an empty cluster could not serve the request; empty if it could."""
     if req.prompt > system.prefill_kv_tokens:
         return f"prompt of {req.prompt} tokens exceeds the prefill server's KV memory"
     grown = req.prompt + max(system.reserved_tokens, req.output)

@@ -1,9 +1,12 @@
-"""A decode server: KV reservation, admission, retraction and stepping as in SGLang.
+"""Simulates a decode server: KV reservation, admission, retraction and steps as in SGLang.
 
-Between two steps, in this order: retracted requests come back, KV is reserved for new ones (only
-then may their prefill start), requests whose KV has arrived join the running batch, which streams
-their first token, and the most recent ones are retracted if the next step's KV does not fit.
-Whatever Kairos decides is the planner's own answer.
+Between two steps, in this order:
+    1. Retracted requests come back.
+    2. KV is reserved for new ones; only then may their prefill start.
+    3. Requests whose KV has arrived join the running batch, which streams their first token.
+    4. If the next step's KV does not fit, the most recent ones are retracted.
+
+Kairos' decisions are the planner's own answers (`policy.decode_planner`).
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from sglang_kairos.sim.core.predictions import Predictor
 from sglang_kairos.sim.core.request import SimRequest
 from sglang_kairos.sim.hardware.times import System
 
-# SGLang's CLIP_MAX_NEW_TOKEN: longer outputs are planned for as if this long.
+# SGLang's CLIP_MAX_NEW_TOKEN: SGLang plans for longer outputs as if they were this long.
 CLIP_TOKENS = 4096
 # Rows of the running batch's table.
 CONTEXT, EMITTED, LEFT, FIRST_S, TPOT_S, LAST_S, SERVED = range(7)
@@ -30,7 +33,7 @@ _TOKEN = np.array([[1.0], [1.0], [-1.0]])
 
 
 class SimDecodeServer:
-    """`reserved` is called when a request's KV is set aside, `finished` after its last token."""
+    """One decode server. `reserved` is called when KV is set aside, `finished` after the last token."""
 
     planner_kind: type[DecodePlanner] = DecodePlanner
 
@@ -51,14 +54,15 @@ class SimDecodeServer:
         self.running: list[SimRequest] = []
         self.retracted: list[SimRequest] = []
         self.kv_tokens = 0
-        """Reserved and running."""
+        """KV tokens of reserved and running requests."""
         self.max_kv_tokens = 0
         self.counters: Counter[str] = Counter()
         self.busy_s = 0.0
         self.planner = self.planner_kind(policy.config, self.counters)
         self._table: NDArray[np.float64] = np.zeros((7, system.max_running))
         self._context = 0
-        # Reserved but not here yet, and since when; let in although they cannot be kept on pace.
+        # Requests that are reserved but not here yet, and since when. Then those that were admitted
+        # although they cannot be kept on pace.
         self._coming: dict[SimRequest, float] = {}
         self._unkept: set[SimRequest] = set()
         self._soonest = 0
@@ -66,15 +70,15 @@ class SimDecodeServer:
         self._busy = False
 
     def ask(self, req: SimRequest) -> None:
-        """A new request wants its KV reserved."""
+        """Takes a new request, which wants its KV reserved."""
         self.asking.append(req)
         self._wake()
 
     def receive(self, req: SimRequest) -> None:
-        """A reserved request's KV has arrived."""
+        """Takes the KV of a reserved request."""
         self.in_flight -= 1
         if req in self._coming:
-            self.planner.stay.started(req.prompt, self._clock.now_s - self._coming.pop(req))
+            self.planner.statistics.started(req.prompt, self._clock.now_s - self._coming.pop(req))
         self.ready.append(req)
         self._wake()
 
@@ -127,13 +131,13 @@ class SimDecodeServer:
                 req = self.running[index]
                 self._leave(req, index)
                 req.finish(now)
-                self.planner.stay.ended(req.output)
+                self.planner.statistics.ended(req.output)
                 self._finished(req)
             self._drop(left > 0.0)
         self._step()
 
     def _restore(self) -> None:
-        """Retracted requests return, oldest first, as soon as memory allows."""
+        """Brings retracted requests back, oldest first, as soon as memory allows."""
         while self.retracted:
             req = self.retracted[0]
             need = req.context + min(self._system.reserved_tokens, req.output - req.emitted)
@@ -143,7 +147,7 @@ class SimDecodeServer:
             self.ready.append(self.retracted.pop(0))
 
     def _allocatable(self) -> int:
-        """Tokens that may be given away: free, less what the active may still grow by."""
+        """Returns the KV tokens to give away: free ones, less what active requests may grow by."""
         active = len(self.running) + self.in_flight + len(self.ready)
         free = self._system.decode_kv_tokens - self.kv_tokens
         return free - active * self._system.reserved_tokens
@@ -165,14 +169,14 @@ class SimDecodeServer:
             kept, most = plan.kept, plan.count
         else:
             self._sort(self.asking)
-        room, keep = self._allocatable(), self._system.reserved_tokens
+        headroom, keep = self._allocatable(), self._system.reserved_tokens
         slots = self._system.max_running - len(self.running) - self.in_flight - len(self.ready)
         count = 0
         for req in self.asking:
             grown = req.prompt + min(req.output, CLIP_TOKENS) - self._context
-            if count >= min(slots, most) or max(req.prompt + keep, grown) > room:
+            if count >= min(slots, most) or max(req.prompt + keep, grown) > headroom:
                 break
-            room -= req.prompt + keep
+            headroom -= req.prompt + keep
             count += 1
         admitted, self.asking = self.asking[:count], self.asking[count:]
         for place, req in enumerate(admitted):
@@ -259,7 +263,7 @@ class SimDecodeServer:
         self._changed()
 
     def _retract(self) -> None:
-        """SGLang: the fewest output tokens go first and, among those, the longest prompt."""
+        """Retracts as SGLang does: the fewest output tokens first, then the longest prompt."""
         table, count = self._table, len(self.running)
         for index, req in enumerate(self.running):
             req.emitted = int(table[EMITTED, index])
@@ -300,7 +304,7 @@ class SimDecodeServer:
             self._tightest_s = float(self._table[TPOT_S, :count].min())
 
     def _choose(self) -> list[int] | None:
-        """Indices of the running requests that take part, None for everybody."""
+        """Returns the indices of the running requests that take part; None: all."""
         count = len(self.running)
         if count < 2:
             return None

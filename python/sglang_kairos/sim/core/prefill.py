@@ -1,8 +1,8 @@
-"""A prefill server: SGLang's chunked prefill, ordered by its own policies or by Kairos'.
+"""Simulates a prefill server: SGLang's chunked prefill, ordered by its own policies or by Kairos'.
 
-One step computes at most `chunk_tokens` new tokens: the chunked request in the slot first, then the
-waiting ones in order, up to the first that does not fit; that one starts as the next chunked
-request if there is none. `policy.prefill_planner` decides, as on a real server.
+One step computes at most `chunk_tokens` new tokens. The chunked request in the slot comes first.
+Then come the waiting ones in order, up to the first that does not fit. That one starts as the next
+chunked request if there is none. `policy.prefill_planner` decides, as on a real server.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ Arrived = Callable[[SimRequest], None]
 
 
 class SimPrefillServer:
-    """`prefilled` is called when a request's last chunk is done, `arrived` when its KV has crossed."""
+    """One prefill server.
+
+    `prefilled` is called when a request's last chunk is done, `arrived` when its KV has crossed the
+    link.
+    """
 
     def __init__(
         self,
@@ -52,7 +56,7 @@ class SimPrefillServer:
         self._link_free_s = 0.0
 
     def add(self, req: SimRequest) -> None:
-        """A decode server has reserved KV for `req`: it may be computed."""
+        """Takes `req`, for which a decode server has reserved KV: it may be computed."""
         req.arrival_processed_tokens, req.matched_at_plan = self._processed, NEVER
         self.waiting.append(req)
         if not self._busy:
@@ -62,7 +66,7 @@ class SimPrefillServer:
     def _step(self) -> None:
         batch = self._next_batch()
         if not batch:
-            # Memory is short until a transfer ends; see `_sent`.
+            # Memory is short until a transfer ends (`_sent`).
             self._busy = False
             return
         new = [tokens for _, tokens in batch]
@@ -168,7 +172,7 @@ class SimPrefillServer:
         req.matched = min(hit, req.prompt - 1)
 
     def _fill(self, limit: int | None) -> list[tuple[SimRequest, int]]:
-        """The step's requests and their tokens; takes them off the queue and into memory."""
+        """Returns the step's requests and their tokens; takes them off the queue and into memory."""
         left = self._system.chunk_tokens
         batch: list[tuple[SimRequest, int]] = []
         slot, cache = self.slot, self.cache
@@ -207,7 +211,7 @@ class SimPrefillServer:
             waiting[index].matched_at_plan = self._planner.plans
 
     def _view(self, jobs: list[SimRequest]) -> PrefillView:
-        """What the planner is told of those who wait and, behind them, those who have begun."""
+        """Returns the planner's view: the waiting requests and, behind them, those that have begun."""
         now, begun = self._clock.now_s, jobs[len(self.waiting) :]
         done = [req.matched for req in self.waiting] + [req.done for req in begun]
         prefix = np.array(done, np.int64)
@@ -229,7 +233,9 @@ class SimPrefillServer:
 
     @property
     def free_tokens(self) -> int:
-        """KV tokens as a server counts them: free or evictable. Here a prompt's KV is set aside as
-        it begins, there chunk by chunk."""
+        """Returns the KV tokens that are free or evictable, counted as a server does.
+
+        Here a prompt's KV is set aside when it begins; a server takes it chunk by chunk.
+        """
         begun = [*self.paused, *([] if self.slot is None else [self.slot])]
         return self.cache.free_tokens + sum(min(req.held, req.prompt - req.done) for req in begun)

@@ -1,4 +1,4 @@
-"""KV memory of a prefill server: what requests hold, and the prefix cache that lives on the rest."""
+"""KV memory of a prefill server: what requests hold, and the prefix cache in the rest."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 
 class PrefixCache:
-    """Blocks of `block_tokens` tokens by name, least recently used evicted, locked ones never.
+    """Blocks of `block_tokens` tokens by name. Evicts the least recently used, and never a locked one.
 
-    Always held + all blocks <= capacity, in tokens. A prompt's first blocks outlive its last, as
-    leaves go first in a radix tree.
+    Held tokens and all blocks together stay within the capacity, in tokens. A prompt's first blocks
+    outlive its last, as leaves go first in a radix tree.
     """
 
     def __init__(self, capacity_tokens: int, block_tokens: int) -> None:
@@ -22,21 +22,21 @@ class PrefixCache:
 
     @property
     def used_tokens(self) -> int:
-        """Held and cached."""
+        """Returns the tokens that are held or cached."""
         return self.held_tokens + (len(self._idle) + len(self._locks)) * self.block_tokens
 
     @property
     def free_tokens(self) -> int:
-        """What could be held: free or evictable."""
+        """Returns the tokens that could be held: free or evictable."""
         return self.capacity_tokens - self.held_tokens - len(self._locks) * self.block_tokens
 
     @property
     def evictable_tokens(self) -> int:
-        """Cached for nobody in particular."""
+        """Returns the cached tokens that no request has locked."""
         return len(self._idle) * self.block_tokens
 
     def match(self, blocks: Sequence[int]) -> int:
-        """How many of the leading `blocks` are here."""
+        """Returns how many of the leading `blocks` are cached."""
         idle, locks = self._idle, self._locks
         count = 0
         for block in blocks:
@@ -46,12 +46,12 @@ class PrefixCache:
         return count
 
     def fits(self, tokens: int, hit: Sequence[int]) -> bool:
-        """Whether `tokens` could be held with the blocks `hit` locked."""
+        """Returns whether `tokens` could be held with the blocks `hit` locked."""
         newly = sum(block in self._idle for block in hit) * self.block_tokens
         return tokens + newly <= self.free_tokens
 
     def hold(self, tokens: int, hit: Sequence[int]) -> None:
-        """Lock the blocks `hit` and take `tokens`, evicting as needed. `fits` must hold."""
+        """Locks the blocks `hit` and takes `tokens`, evicting as needed. `fits` must hold."""
         self._lock(hit)
         self.held_tokens += tokens
         while self.used_tokens > self.capacity_tokens:
@@ -59,8 +59,10 @@ class PrefixCache:
             self.version += 1
 
     def insert(self, new: Sequence[int], held: int, still_held: int) -> None:
-        """`held` tokens were computed: those of the blocks `new` are cached (and locked) now,
-        `still_held` remain outside any block."""
+        """Caches and locks the blocks `new`, out of `held` computed tokens.
+
+        `still_held` tokens remain outside any block.
+        """
         self.held_tokens += still_held - held
         for block in new:
             if block not in self._locks and block not in self._idle:
@@ -69,7 +71,7 @@ class PrefixCache:
         self._lock(new)
 
     def release(self, blocks: Sequence[int], held: int) -> None:
-        """Unlock `blocks` and give `held` tokens back."""
+        """Unlocks `blocks` and gives `held` tokens back."""
         self.held_tokens -= held
         for block in reversed(blocks):
             left = self._locks[block] - 1

@@ -1,4 +1,4 @@
-"""One request on its way through the cluster."""
+"""A request on its way through the simulated cluster."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from sglang_kairos.policy.prefill_planner import NEVER
 
 @dataclass(slots=True, eq=False)
 class SimRequest:
-    """A trace's row, its targets, and how far it has come. Times in seconds, lengths in tokens.
+    """A trace's row, its targets, and its progress. Times are seconds, lengths are tokens.
 
-    `blocks` names the full cache blocks of the prompt. `work_error` and `priority` (lower first)
-    are what the servers believe of it. `done` counts prompt tokens computed or found in the cache,
-    of which `hit` in the cache; `matched` is the hit expected while it waits. `emitted` counts
-    output tokens.
+    `blocks`: the full cache blocks of the prompt. `work_error`, `priority` (lower first): what the
+    servers believe of it. `done`: prompt tokens computed or found in the cache, of which `hit` were
+    in the cache. `matched`: the hit expected while it waits. `emitted`: output tokens so far.
     """
 
     index: int
@@ -58,24 +57,24 @@ class SimRequest:
 
     @property
     def due_s(self) -> float:
-        """When the first token is due."""
+        """Returns when the first token is due."""
         return self.row.arrival_s + self.ttft_s
 
     @property
     def context(self) -> int:
-        """KV tokens once it runs: the prompt and every output token but the latest."""
+        """Returns its KV tokens once it runs: the prompt and every output token but the latest."""
         return self.row.input_tokens + max(0, self.emitted - 1)
 
     def finish(self, now_s: float) -> None:
-        """Its last token came now."""
+        """Notes that its last token came now."""
         self.status, self.last_token_s, self.ended_s = OK, now_s, now_s
 
     def refuse(self, now_s: float, why: str) -> None:
-        """It will never be served."""
+        """Notes that it will never be served."""
         self.status, self.error, self.ended_s = "aborted", why, now_s
 
     def outcome(self) -> Outcome:
-        """In the terms of the demo's driver, so that both are measured by the same code."""
+        """Returns it in the terms of `loads.replay`, so that the same code measures both."""
         return Outcome(
             index=self.index,
             planned_s=self.arrival_s,

@@ -1,7 +1,7 @@
 """The router: pairs by `policy.placement`, or in turn as a router that knows nothing does.
 
-Its books are the real router's (`router.fleet.servers`), which hears of the servers what ``/server_info``
-of real ones would say.
+Its books are the real router's (`router.fleet.reservation`), which hears of the servers what
+``/server_info`` of real ones would say.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 from sglang_kairos.policy.placement import OUTPUT_SHARE, PlacedRequest, choose_pair
 from sglang_kairos.predict.prediction_error import LEARNT_STEPS
 from sglang_kairos.router.fleet.prefix_index import Blocks, PrefixIndex
-from sglang_kairos.router.fleet.servers import DecodeServer, PrefillServer, Ticket
+from sglang_kairos.router.fleet.reservation import Reservation
+from sglang_kairos.router.fleet.servers import DecodeServer, PrefillServer
 from sglang_kairos.sim.baselines.policies import Policy
 from sglang_kairos.sim.core.predictions import Predictor
 from sglang_kairos.sim.core.request import SimRequest
@@ -39,12 +40,13 @@ class SimRouter:
             server.prefix = PrefixIndex(system.prefill_kv_tokens // block_tokens)
         self._decodes = [(DecodeServer(f"http://decode-{i}"), p) for i, p in enumerate(decodes)]
         self._told: dict[str, Any] = {}
-        self._tickets: dict[SimRequest, Ticket] = {}
+        self._reserved: dict[SimRequest, Reservation] = {}
+        self._now_s = 0.0
         self._rng = Random(f"{seed}/router")
         self._turn = 0
 
     def place(self, req: SimRequest, now_s: float) -> None:
-        """Sets the request's servers."""
+        """Chooses the request's servers."""
         turn, width = self._turn, len(self._prefills)
         self._turn += 1
         req.prefill, req.decode = turn % width, turn // width % len(self._decodes)
@@ -54,36 +56,41 @@ class SimRouter:
         blocks = Blocks(req.blocks, self._block_tokens)
         handoff_s = self._policy.config.handoff_ms / 1e3
         states = [server.state(now_s, handoff_s, blocks) for server, _ in self._prefills]
-        pair = choose_pair(
-            states,
-            [server.state(now_s) for server, _ in self._decodes],
-            PlacedRequest(
-                tokens=req.prompt,
-                deadline_s=req.due_s,
-                output_tokens=OUTPUT_SHARE * req.output,
-                handoff_s=handoff_s,
-                now_s=now_s,
-                tpot_s=req.tpot_s,
-            ),
-            self._rng,
+        request = PlacedRequest(
+            tokens=req.prompt,
+            deadline_s=req.due_s,
+            output_tokens=OUTPUT_SHARE * req.output,
+            handoff_s=handoff_s,
+            now_s=now_s,
+            tpot_s=req.tpot_s,
         )
+        decode_states = [server.state(now_s) for server, _ in self._decodes]
+        pair = choose_pair(states, decode_states, request, self._rng)
         if pair is not None:
             req.prefill, req.decode = pair.prefill, pair.decode
-        prefill, _ = self._prefills[req.prefill]
+        prefill, decode = self._prefills[req.prefill][0], self._decodes[req.decode][0]
         cached = states[req.prefill].cached_tokens
-        self._tickets[req] = prefill.owe(req.prompt, req.due_s, now_s, cached)
-        prefill.prefix.add(blocks)
-        self._decodes[req.decode][0].join(*_grown(req))
+        self._now_s = now_s
+        reservation = Reservation(
+            prefill,
+            decode,
+            request,
+            lambda: self._now_s,
+            cached,
+            sent=lambda: prefill.prefix.add(blocks),
+        )
+        self._reserved[req] = reservation.take()
 
     def prefilled(self, req: SimRequest, now_s: float) -> None:
-        """Its prompt is done."""
-        if req in self._tickets:
-            self._prefills[req.prefill][0].settle(self._tickets[req], now_s, served=True)
+        """Notes that its prompt is done."""
+        self._now_s = now_s
+        if req in self._reserved:
+            self._reserved[req].prefilled()
 
     def finished(self, req: SimRequest) -> None:
-        """Its last token is out."""
-        if self._tickets.pop(req, None) is not None:
-            self._decodes[req.decode][0].leave(*_grown(req))
+        """Notes that its last token is out."""
+        if (reservation := self._reserved.pop(req, None)) is not None:
+            reservation.release()
 
     def _hear(self) -> None:
         """What servers say of themselves, where that is news."""
@@ -104,7 +111,3 @@ def _info(role: str, law: dict[str, Any]) -> dict[str, Any]:
     """What ``/server_info`` says of a predictor."""
     report = {role: law, f"{role}_error": {"samples": LEARNT_STEPS}}
     return {"internal_states": [{"kairos": report}]}
-
-
-def _grown(req: SimRequest) -> tuple[int, float, float]:
-    return 1, req.prompt + OUTPUT_SHARE * req.output, req.tpot_s

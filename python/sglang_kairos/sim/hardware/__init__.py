@@ -1,1 +1,1 @@
-"""How long steps take in the simulated cluster, and how big its servers are."""
+"""Step times and sizes of the simulated servers."""

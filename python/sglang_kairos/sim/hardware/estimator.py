@@ -1,21 +1,22 @@
-"""Step times straight from aiconfigurator-core (the extra `tables`).
+"""Computes step times with aiconfigurator-core (the extra `tables`).
 
-aiconfigurator-core prices a step operator by operator from times that its authors measured on the
-GPU and stored per SGLang version; there is no further model of ours in between. A model is compiled
-with tensor parallelism alone (experts sharded by TP, not EP: SGLang's default), then
+aiconfigurator-core prices a step operator by operator. Its authors measured the operators' times on
+the GPU and stored them per SGLang version. No further model of ours is in between. A model is
+compiled with tensor parallelism alone: experts are sharded by TP, not EP, as is SGLang's default.
 
-- prefill: `run_static_per_op(mode="static_ctx")`, the sum over operators, which is the same as
+- Prefill: `run_static_per_op(mode="static_ctx")`. The sum over operators equals
   `predict_prefill_latency`. Operators whose time depends on the prefix are the attention.
-- decode: `predict_decode_latency(batch, context)`, all requests of one length.
+- Decode: `predict_decode_latency(batch, context)`, all requests of one length.
 
-`kv_cache`: "fp8" or "bfloat16", for the cache and for attention's arithmetic alike. SGLang's own
-default (`--kv-cache-dtype auto`) is bfloat16 for all models here; aiconfigurator-core's is fp8 where
-the weights are.
+`kv_cache` is "fp8" or "bfloat16", for the cache and for attention's arithmetic alike. SGLang's own
+default (`--kv-cache-dtype auto`) is bfloat16 for all models here. aiconfigurator-core's is fp8
+where the weights are.
 
-A step with k equal requests, k = 2 to 32, up to 8,192 new tokens in all: `tables` (the attention of
-each added, its fixed cost once) is 2 to 4 % off `predict_prefill_latency(k, ...)` on average over
-the systems built in, at worst 8 to 12 %, and 23 % for DeepSeek-V3. Single requests: 1 % off on
-average, 4 to 10 % at worst, of which most is `tables.monotone`; decode steps: 0.2 %, at worst 3 %.
+How far `tables` is off, over the built-in systems (mean, then worst):
+
+    steps of 2 to 32 equal requests, 8,192 new tokens at most   2 to 4 %, 8 to 12 %; DeepSeek-V3 23
+    % single requests (most of it from `tables.monotone`)         1 %, 4 to 10 %
+    decode steps                                                0.2 %, 3 %
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ PACKAGE = "aiconfigurator-core"
 GPU, BACKEND = "h200_sxm", "sglang"
 MEMORY_FRACTION = 0.85
 
-# Knots of the table: four an octave of new tokens, two of prefix and context.
+# Knots of the table: four per octave of new tokens, two per octave of prefix and context.
 NEW = np.unique(np.rint(2.0 ** np.arange(0, 15.01, 0.25)))
 PREFIX = np.concatenate([[0.0], np.rint(2.0 ** np.arange(6, 18.01, 0.5))])
 CONTEXT = np.unique(np.rint(2.0 ** np.arange(0, 18.01, 0.5)))
 
 
 class Estimator:
-    """One model on one kind of server. ImportError without aiconfigurator-core."""
+    """One model on one kind of server. Raises ImportError without aiconfigurator-core."""
 
     def __init__(self, model: str, tp: int, kv_cache: str, database: str) -> None:
-        # It announces every table that it borrows from a neighbouring backend.
+        # The package logs every table that it borrows from a neighbouring backend.
         logging.getLogger("aiconfigurator_core").setLevel(logging.ERROR)
         from aiconfigurator_core import sdk
 
@@ -64,20 +65,20 @@ class Estimator:
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Estimator:
-        """The one that an entry of `data/systems.json` was fitted to."""
+        """Returns the estimator that an entry of `data/systems.json` was fitted to."""
         return cls(entry["model"], entry["tp"], entry["kv_cache"], entry["database"])
 
     def prefill_s(self, new: int, prefix: int, requests: int = 1) -> float:
-        """A prefill step of this many equal requests."""
+        """Returns the seconds of a prefill step of this many equal requests."""
         ms = self._engine.predict_prefill_latency(requests, prefix + new, prefix)
         return float(ms) / 1e3
 
     def decode_s(self, batch: int, context: int) -> float:
-        """A decode step over `batch` requests of `context` tokens each."""
+        """Returns the seconds of a decode step over `batch` requests of `context` tokens each."""
         return float(self._engine.predict_decode_latency(batch, context)) / 1e3
 
     def kv_capacity(self, chunk_tokens: int, max_running: int) -> Mapping[str, Any]:
-        """What `estimate_kv_cache` says of one GPU: total_kv_size_tokens, memory_breakdown, …"""
+        """Returns `estimate_kv_cache` of one GPU: total_kv_size_tokens, memory_breakdown, …"""
         return self._kv(
             *self._identity,
             max_num_tokens=chunk_tokens,
@@ -88,7 +89,7 @@ class Estimator:
         )
 
     def table(self, sizes: Sequence[int]) -> MeasuredSteps:
-        """All that `TableTimes` needs: about 3,000 calls, 0.2 s."""
+        """Returns all that `TableTimes` needs: about 3,000 calls, 0.2 s."""
         attention, shared = zip(*(self._prefill_row(int(p)) for p in PREFIX), strict=True)
         decode = [[self.decode_s(size, int(each)) for each in CONTEXT] for size in sizes]
         return MeasuredSteps(

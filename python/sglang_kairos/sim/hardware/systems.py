@@ -1,4 +1,4 @@
-"""A system by name, with its step times from the operator database or from the built-in laws."""
+"""Loads a system by name, with step times from the operator database or from built-in models."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ SOURCES = ("auto", "tables", "law")
 
 
 class StepTimesError(ValueError):
-    """No such system, or its step times cannot be had that way. One line, for the user."""
+    """There is no such system, or its step times cannot be had that way. One line, for the user."""
 
 
 def load_system(name: str, source: str = "auto") -> System:
-    """`name` of SYSTEMS. `source`: where its step times come from.
+    """Returns the system `name` of SYSTEMS. `source`: where its step times come from.
 
-    "law": the built-in fit. "tables": computed anew with aiconfigurator-core (about 3 s), which
-    the extra `tables` installs. "auto": tables where it is installed, else law. `System.notes`
-    say which it was. StepTimesError if there is no such system or source, or the extra is missing.
+        law      the built-in fit
+        tables   computed anew with aiconfigurator-core (about 3 s), which the extra `tables`
+        installs auto     tables where it is installed, else law
+
+    `System.notes` say which it was. Raises StepTimesError if there is no such system or source, or
+    if the extra is missing.
     """
     if name not in SYSTEMS:
         raise StepTimesError(f"unknown system {name!r}; known: {', '.join(sorted(SYSTEMS))}")
@@ -52,7 +55,7 @@ def _from_tables(name: str) -> System:
     try:
         estimator = Estimator.of(entry)
     except (ImportError, ValueError) as error:
-        # Another version of it may no longer have this database.
+        # Another version of the package may lack this database.
         reason = " ".join(str(error).split())
         raise StepTimesError(f"{entry['package']} wanted for tables of {name}: {reason}") from error
     times = TableTimes(estimator.table(law.captured_sizes or ()), law)

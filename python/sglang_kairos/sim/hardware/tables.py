@@ -1,18 +1,20 @@
 """Step times read off a table.
 
-Prefill: seconds = shared(sum n) + sum_i attention(n_i, prefix_i) - (k - 1) attention(1, 0)
+Prefill, over the k requests of a step, each with n_i new tokens after P_i:
 
-over the k requests of the step, each with n_i new tokens: what depends on the tokens in all (matrix
-products, experts, all-reduce) once, the attention of each, whose fixed cost comes once a step. That
-is how aiconfigurator-core composes a batch too, except that it prices the attention of k *equal*
-requests as one kernel; `estimator` says how far the two are apart.
+    seconds = shared(sum n) + sum_i attention(n_i, P_i) - (k - 1) attention(1, 0)
 
-Decode: the row of the captured size that the batch is padded up to, at the KV tokens read in all:
-padding costs what the size costs, but reads no KV. Contexts of unlike length count as if they were
-alike, so one that outlasts all others in the attention is not seen.
+`shared` depends on the tokens in all: matrix products, experts, all-reduce. Attention is added up
+per request; its fixed cost comes once a step. aiconfigurator-core composes a batch in the same way,
+except that it prices the attention of k *equal* requests as one kernel. `estimator` says how far
+the two differ.
 
-Between knots both are straight lines (bilinear in new tokens and prefix), beyond the last they go
-on as such, so a table that is monotone stays so.
+Decode takes the row of the captured size that the batch is padded up to, at the KV tokens read in
+all. Padding costs what the size costs, but reads no KV. Contexts of different lengths count as if
+they were equal, so one that takes longer in attention than all others is not seen.
+
+Between knots both are straight lines (bilinear in new tokens and prefix), and beyond the last knot
+they go on. So a table that is monotone stays monotone.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from sglang_kairos.predict.prefill_latency import PrefillTimeModel
 from sglang_kairos.sim.hardware.times import LawTimes
 
 Array = NDArray[np.float64]
-# Of a straight line: where each piece begins, its value at 0 and its slope.
+# A piecewise straight line: where each piece begins, its value at 0 and its slope.
 Line = tuple[list[float], list[float], list[float]]
 
 
@@ -37,11 +39,11 @@ Line = tuple[list[float], list[float], list[float]]
 class MeasuredSteps:
     """Seconds at knots. All knots ascend.
 
-    `new` (n,): new tokens, from 1; `prefix` (p,): tokens already there, from 0;
-    `shared_s` (n,): what a prefill step of that many tokens costs beside attention;
-    `attention_s` (p, n): one request's attention;
-    `sizes` (s,): captured decode batches; `context` (c,): context of each request;
-    `decode_s` (s, c).
+    `new` (n,): new tokens, from 1. `prefix` (p,): tokens already there, from 0.
+    `shared_s` (n,): what a prefill step of that many tokens costs beside attention.
+    `attention_s` (p, n): one request's attention.
+    `sizes` (s,): captured decode batches. `context` (c,): context of each request. `decode_s` (s,
+    c).
     """
 
     new: Array
@@ -68,14 +70,14 @@ class MeasuredSteps:
             if (np.diff(getattr(self, name)) <= 0).any():
                 raise ValueError(f"{name}: knots must ascend")
         if self.new[0] != 1 or self.prefix[0] != 0 or min(new, prefix, context) < 2:
-            raise ValueError("needs two knots an axis, new tokens from 1, prefix from 0")
+            raise ValueError("needs two knots per axis, new tokens from 1, prefix from 0")
 
 
 def monotone(table: Array) -> Array:
-    """The table made nondecreasing along every axis, with the least largest relative change.
+    """Makes the table nondecreasing along every axis, with the least largest relative change.
 
-    Halfway (geometrically) between the running maximum from below and the running minimum from
-    above: no nondecreasing table is nearer to all points.
+    The result is the geometric mean of the running maximum from below and the running minimum from
+    above. No nondecreasing table is nearer to all points.
     """
     low, high = table, table
     for axis in range(table.ndim):
@@ -85,7 +87,7 @@ def monotone(table: Array) -> Array:
 
 
 class TableTimes:
-    """Step times interpolated from `table`, made monotone. `law`: what predictors start from.
+    """Step times interpolated from `table`, made monotone. `law`: the model that predictors start from.
 
     `prefill_knots`: new tokens (n,) and prefixes (p,) between which prefill times are straight.
     """
@@ -149,7 +151,7 @@ def _at(line: Line, x: float) -> float:
 def _cells(
     new: Array, prefix: Array, seconds: Array
 ) -> list[list[tuple[float, float, float, float]]]:
-    """Per cell the a, b, c, d of a + b new + c prefix + d new prefix; (p - 1, n - 1)."""
+    """Returns, per cell, the a, b, c, d of a + b new + c prefix + d new prefix; (p - 1, n - 1)."""
     x, y = new[None, :-1], prefix[:-1, None]
     dx, dy = np.diff(new)[None, :], np.diff(prefix)[:, None]
     corner = seconds[:-1, :-1]

@@ -1,8 +1,8 @@
-"""How long steps really take in the simulated cluster, and how big its servers are.
+"""Step times and sizes of the servers in the simulated cluster.
 
-`SYSTEMS` are the built-in ones: laws fitted to step times of aiconfigurator-core and stored in
-`data/systems.json`, which `scripts/fit_systems.py` writes. `systems.load_system` can put the step
-times themselves in the laws' place.
+`SYSTEMS` are the built-in ones: latency models fitted to step times of aiconfigurator-core and
+stored in `data/systems.json`, which `scripts/fit_systems.py` writes. `systems.load_system` can use
+the step times themselves instead.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ CAPTURED_SIZES = (1, 2, 4, 8, 12, *range(16, 257, 8), *range(272, 513, 16))
 
 
 class StepTimes(Protocol):
-    """The truth about a server's speed, in seconds."""
+    """How fast a server really is, in seconds."""
 
     @property
     def captured_sizes(self) -> Sequence[int] | None:
-        """Batch sizes that a decode step is padded up to; None: it is not."""
+        """Returns the batch sizes that a decode step is padded up to; None: it is not padded."""
         ...
 
     def prefill_s(self, new_tokens: Sequence[int], prefix_tokens: Sequence[int]) -> float:
-        """A prefill step: per request, new tokens after those already there."""
+        """Returns the seconds of a prefill step: per request, new tokens after those already there."""
         ...
 
     def decode_s(self, batch: int, kv_tokens: int) -> float:
-        """A decode step over `batch` requests with `kv_tokens` of context in all."""
+        """Returns the seconds of a decode step over `batch` requests with `kv_tokens` of context."""
         ...
 
     def prefill_model(self) -> PrefillTimeModel:
-        """A new predictor, calibrated on this hardware."""
+        """Returns a new predictor, calibrated on this hardware."""
         ...
 
     def decode_model(self) -> StepTimeModel:
-        """A new predictor, calibrated on this hardware."""
+        """Returns a new predictor, calibrated on this hardware."""
         ...
 
 
 class LawTimes:
-    """Step times that follow the predictors' own laws exactly."""
+    """Step times that follow the predictors' own latency models exactly."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class LawTimes:
         self.captured_sizes = captured_sizes
         self.prefill_law, self.decode_law = prefill, decode
         most, padded = max(captured_sizes or (1024,)), self.decode_model().padded
-        # The law is a straight line in the KV tokens: what it adds to is looked up.
+        # The model is a straight line in the KV tokens. The rest depends on the batch: a table.
         self._fixed_s: list[float] = [decode.step_s(padded(size), 0.0) for size in range(most + 1)]
 
     def prefill_s(self, new_tokens: Sequence[int], prefix_tokens: Sequence[int]) -> float:
@@ -80,7 +80,7 @@ class LawTimes:
 class System:
     """One kind of server pair: speed and sizes.
 
-    KV sizes in tokens; `reserved_tokens` is what a decode server keeps free per request when it
+    KV sizes are tokens. `reserved_tokens`: what a decode server keeps free per request when it
     reserves for the next (SGLang's --num-reserved-decode-tokens). KV travels over one link per
     prefill server: `kv_bytes` a token at `link_bytes_per_s`, and `link_latency_s` at the end.
     """
@@ -98,19 +98,19 @@ class System:
 
 
 def captured_up_to(largest: int) -> tuple[int, ...]:
-    """SGLang's captured decode batches when told to stop at `largest`."""
+    """Returns SGLang's captured decode batches when told to stop at `largest`."""
     return tuple(size for size in CAPTURED_SIZES if size <= largest)
 
 
 def built_in() -> dict[str, dict[str, Any]]:
-    """`data/systems.json`: name -> sizes, laws and where each came from."""
+    """Returns `data/systems.json`: name -> sizes, latency models, and where each came from."""
     text = files("sglang_kairos.sim.hardware").joinpath("data/systems.json").read_text("utf-8")
     entries: dict[str, dict[str, Any]] = json.loads(text)
     return entries
 
 
 def system_of(entry: Mapping[str, Any], times: StepTimes, about_times: str) -> System:
-    """A System of an entry's sizes with these step times; the notes say where all came from."""
+    """Returns a System of an entry's sizes with these step times; its notes name the sources."""
     system = System(
         times,
         chunk_tokens=entry["chunk_tokens"],
@@ -130,7 +130,7 @@ def system_of(entry: Mapping[str, Any], times: StepTimes, about_times: str) -> S
 
 
 def law_of(entry: Mapping[str, Any]) -> LawTimes:
-    """The laws stored with an entry."""
+    """Returns the latency models stored with an entry."""
     prefill, decode = entry["prefill"]["coefficients"], entry["decode"]["coefficients"]
     return LawTimes(
         PrefillLatency(*prefill),
@@ -140,7 +140,7 @@ def law_of(entry: Mapping[str, Any]) -> LawTimes:
 
 
 def origin(entry: Mapping[str, Any]) -> str:
-    """Where an entry's step times come from, in words."""
+    """Returns where an entry's step times come from, in words."""
     return (
         f"{entry['package']}, H200 SXM, SGLang {entry['database']} operator database, "
         f"{entry['model']} TP{entry['tp']}, KV cache in {entry['kv_cache']}"
@@ -148,7 +148,7 @@ def origin(entry: Mapping[str, Any]) -> str:
 
 
 def law_note(entry: Mapping[str, Any]) -> str:
-    """How well an entry's laws fit."""
+    """Returns how well an entry's latency models fit, in words."""
     parts = [
         f"{phase} {law['points']} points, mean error {law['mean_error']:.1%}, "
         f"largest {law['max_error']:.1%}"

@@ -1,4 +1,4 @@
-"""Earliest deadline first."""
+"""Orders by deadline, the earliest first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from sglang_kairos.sim.baselines.order import Order, Queue, register
 
 
 def edf(queue: Queue, processed: int, block_tokens: int) -> None:
-    """Earliest deadline first. Not in SGLang; the textbook baseline."""
+    """Sorts the earliest deadline first. It is the textbook baseline, and not in SGLang."""
     queue.sort(key=lambda req: req.due_s)
 
 

@@ -1,4 +1,4 @@
-"""First come, first served."""
+"""Orders by arrival: first come, first served."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from sglang_kairos.sim.baselines.order import Order, Queue, register
 
 
 def fcfs(queue: Queue, processed: int, block_tokens: int) -> None:
-    """First come, first served: the queue is in that order."""
+    """Leaves the queue as it is: it is in the order of arrival."""
 
 
 register(Order("fcfs", fcfs))

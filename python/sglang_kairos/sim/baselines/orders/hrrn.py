@@ -1,4 +1,4 @@
-"""Highest response ratio next."""
+"""Orders by response ratio, the highest first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sglang_kairos.sim.baselines.order import (
 
 
 def hrrn(queue: Queue, processed: int, block_tokens: int) -> None:
-    """Highest response ratio next: prefill tokens processed since arrival per token to compute."""
+    """Sorts the highest response ratio first: tokens prefilled since arrival per token to compute."""
     if len(queue) > MATCH_MAX:
         return
     behind = deprioritised(queue, block_tokens)

@@ -1,4 +1,4 @@
-"""Longest prefix match first."""
+"""Orders by cached prefix, the longest first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from sglang_kairos.sim.baselines.order import MATCH_MAX, Order, Queue, depriorit
 
 
 def lpm(queue: Queue, processed: int, block_tokens: int) -> None:
-    """Longest prefix match first."""
+    """Sorts the longest prefix match first."""
     if len(queue) > MATCH_MAX:
         return
     behind = deprioritised(queue, block_tokens)

@@ -1,4 +1,4 @@
-"""By priority."""
+"""Orders by priority."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from sglang_kairos.sim.baselines.order import Order, Queue, register
 
 
 def priority(queue: Queue, processed: int, block_tokens: int) -> None:
-    """Lower `priority` first, then first come, first served."""
+    """Sorts a lower `priority` first, then first come, first served."""
     queue.sort(key=lambda req: (req.priority, req.arrival_s))
 
 

@@ -1,4 +1,4 @@
-"""Fewest tokens to compute first."""
+"""Orders by tokens to compute, the fewest first."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from sglang_kairos.sim.baselines.order import Order, Queue, deprioritised, regis
 
 
 def shortest_prefill_first(queue: Queue, processed: int, block_tokens: int) -> None:
-    """Fewest tokens to compute first."""
+    """Sorts the fewest tokens to compute first."""
     behind = deprioritised(queue, block_tokens)
     queue.sort(key=lambda req: (req.index in behind, uncached_tokens(req), req.arrival_s))
 
 
 def chunk_limit(remaining: int, queue: Queue, budget: int) -> int | None:
-    """Tokens that shortest-prefill-first leaves the chunk in progress, so that shorter ones fit.
+    """Returns the tokens left to the chunk in progress, so that shorter requests fit; None: no limit.
 
-    SGLang's `shortest_prefill_chunk_limit` with pages of one token. None: no cap.
+    This is SGLang's `shortest_prefill_chunk_limit` with pages of one token.
     """
     if budget < 2:
         return None

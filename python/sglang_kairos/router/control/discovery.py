@@ -1,9 +1,9 @@
 """Servers found as Kubernetes pods: ready ones of a label selector join, others leave.
 
-For each role the pods are listed once and then watched from that version on; a version that the API
-server has forgotten (410) and every broken watch end in a new list. A pod that is deleted or no
-longer ready gets no new requests and leaves when its last one has ended, as if removed by
-``/admin/servers``; ready again, it joins again. Servers of the command line stay, whatever pods do.
+For each role the pods are listed once and then watched from that version on. A version that the API
+server has forgotten (410) ends in a new list, and so does every broken watch. A pod that is deleted or no
+longer ready gets no new requests. It leaves when its last one has ended, as if removed by
+``/admin/servers``. Ready again, it joins again. Servers of the command line stay, whatever pods do.
 """
 
 from __future__ import annotations
