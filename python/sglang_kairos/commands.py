@@ -133,6 +133,8 @@ def parser_of(
         "epilog": f"example:\n  {command_line(name)}{same}",
         "formatter_class": ExampleFormatter,
     }
+    if command.as_module:  # of some hundred flags the list below says more
+        ours["usage"] = f"kairos {name} [FLAG …]"
     return kind(**{**ours, **settings})
 
 
