@@ -111,16 +111,6 @@ class ExampleFormatter(argparse.RawDescriptionHelpFormatter):
     """Leaves description and example as they are written."""
 
 
-class DefaultsFormatter(ExampleFormatter):
-    """Shows each flag's default as well, where there is one and the help does not say it."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default in (None, "", False, True, argparse.SUPPRESS) or not action.default
-        if silent or "(default" in (action.help or ""):
-            return action.help
-        return f"{action.help} (default: %(default)s)"
-
-
 P = TypeVar("P", bound=argparse.ArgumentParser)
 
 
@@ -143,6 +133,8 @@ def parser_of(
         "epilog": f"example:\n  {command_line(name)}{same}",
         "formatter_class": ExampleFormatter,
     }
+    if command.as_module:  # of some hundred flags the list below says more
+        ours["usage"] = f"kairos {name} [FLAG …]"
     return kind(**{**ours, **settings})
 
 

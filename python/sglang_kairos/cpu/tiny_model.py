@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_kairos.commands import DefaultsFormatter, parser_of
+from sglang_kairos.commands import parser_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -295,10 +295,10 @@ def _weights(shape: TinyModel, visible: list[int]) -> Weights:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of ``kairos tiny-model``: a folder, and the model's shape."""
-    parser = parser_of("tiny-model", formatter_class=DefaultsFormatter)
+    parser = parser_of("tiny-model")
     parser.add_argument("out_dir", metavar="FOLDER", help="where the model is written")
     for name, value in asdict(TinyModel()).items():
-        text = name.replace("_", " ")
+        text = f"{name.replace('_', ' ')} (default: {value})"
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=text)
     return parser
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sglang_kairos.commands import DefaultsFormatter, parser_of
+from sglang_kairos.commands import parser_of
 from sglang_kairos.router.policy_names import POLICIES
 from sglang_kairos.router.upstream_flags import add_others
 from sglang_kairos.settings import ConfigError, Number, OneOf, SettingsParser, readable_file, switch
@@ -36,7 +36,6 @@ def build_parser() -> SettingsParser:
         description="Route requests to prefill and decode servers. Flags of sglang_router keep their "
         "names.\nEach is also a variable (--port: KAIROS_ROUTER_PORT) and a key of the table `router` "
         "in the\nfile of --kairos-config.",
-        formatter_class=DefaultsFormatter,
     )
     _servers(_Group(parser, "servers"))
     _serving(_Group(parser, "serving"))
@@ -55,10 +54,12 @@ class _Group:
     def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
         self._group = parser.add_argument_group(title)
 
-    def any(self, *flags: str, field: str = "", **settings: Any) -> None:
-        """A flag of any kind, with `argparse`'s own settings."""
-        name = field or flags[0][2:].replace("-", "_")
-        self._group.add_argument(*flags, dest=name, **settings)
+    def any(self, *flags: str, help: str, field: str = "", **settings: Any) -> None:
+        """A flag of any kind, with `argparse`'s own settings. The help says the default."""
+        name, default = field or flags[0][2:].replace("-", "_"), settings.get("default")
+        if default and default is not True:
+            help += f" (default: {' '.join(default) if isinstance(default, list) else default})"
+        self._group.add_argument(*flags, dest=name, help=help, **settings)
 
     def text(self, flag: str, field: str, default: str, help: str, metavar: str = "TEXT") -> None:
         """A text."""
@@ -284,7 +285,8 @@ def _security(group: _Group) -> None:
         help="certificates to verify https:// servers with",
     )
     group.file("--client-cert-path", "client_cert", "certificate shown to https:// servers (PEM)")
-    group.file("--client-key-path", "client_key", "its key (PEM)")
+    # Read with its certificate alone: see `options`.
+    group.text("--client-key-path", "client_key", "", "its key (PEM)", "PEM")
 
 
 def _watching(group: _Group) -> None:

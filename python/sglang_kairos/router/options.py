@@ -16,6 +16,7 @@ from sglang_kairos.policy.overload import Overload
 from sglang_kairos.router.arguments import OptionError, build_parser
 from sglang_kairos.router.health_rules import HealthRules
 from sglang_kairos.router.upstream_flags import heed
+from sglang_kairos.settings import readable_file
 
 __all__ = [
     "HealthRules",
@@ -162,6 +163,10 @@ def _check_certificates(given: argparse.Namespace) -> None:
         raise OptionError("--tls-cert-path and --tls-key-path: one needs the other")
     if given.client_key and not given.client_cert:
         raise OptionError("--client-key-path: needs --client-cert-path")
+    try:
+        readable_file(given.client_key)
+    except argparse.ArgumentTypeError as error:
+        raise OptionError(f"--client-key-path: {error}") from None
 
 
 def _pods(given: argparse.Namespace) -> Pods | None:
