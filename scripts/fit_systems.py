@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from sglang_kairos.predict.decode_latency import StepTimeModel
 from sglang_kairos.predict.latency_model import PrefillLatency
-from sglang_kairos.predict.prefill_latency import PrefillTimeModel
+from sglang_kairos.predict.online_decode import StepTimeModel
+from sglang_kairos.predict.online_prefill import PrefillTimeModel
 from sglang_kairos.sim.hardware.estimator import MEMORY_FRACTION, Estimator
 from sglang_kairos.sim.hardware.times import captured_up_to
 

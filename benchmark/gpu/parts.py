@@ -19,7 +19,7 @@ from sglang_kairos.cluster.run import Cluster
 from sglang_kairos.loads import traces
 from sglang_kairos.loads.replay import run
 from sglang_kairos.predict.latency_model import DecodeLatency, PrefillLatency
-from sglang_kairos.predict.prefill_latency import PrefillTimeModel
+from sglang_kairos.predict.online_prefill import PrefillTimeModel
 
 STEPS_OF_BATCH_1 = 1.6  # the TPOT target, in steps of a batch of one: steps bind before the KV does
 TINY_TPOT_MS = 30.0

@@ -22,8 +22,8 @@ from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine.state.running_table import RunningTable
 from sglang_kairos.policy.admission import Occupancy, QueueView, plan_admission
 from sglang_kairos.policy.decode_planner import DecodePlanner, RunningView
-from sglang_kairos.policy.packing import choose_step
-from sglang_kairos.predict.decode_latency import StepTimeModel
+from sglang_kairos.policy.decode_step import choose_step
+from sglang_kairos.predict.online_decode import StepTimeModel
 from sglang_kairos.predict.request_statistics import RequestStatistics
 
 SIZES = (16, 64, 256, 512, 2048)

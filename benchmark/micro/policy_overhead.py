@@ -32,7 +32,7 @@ from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine.hooks import prefill
 from sglang_kairos.engine.state import scheduler_state
 from sglang_kairos.policy.prefill_step import PrefillQueue, plan_prefill
-from sglang_kairos.predict.prefill_latency import PrefillTimeModel
+from sglang_kairos.predict.online_prefill import PrefillTimeModel
 
 SIZES = (100, 1_000, 10_000)
 TARGETS_MS = {1_000: 1.0, 10_000: 10.0}

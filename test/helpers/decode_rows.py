@@ -9,8 +9,8 @@ import numpy as np
 
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.policy.decode_planner import DecodePlanner, RunningView
-from sglang_kairos.policy.packing import HORIZON, RESERVE_PER_ERROR, StepChoice
-from sglang_kairos.predict.decode_latency import StepTimeModel
+from sglang_kairos.policy.decode_step import HORIZON, RESERVE_PER_ERROR, StepChoice
+from sglang_kairos.predict.online_decode import StepTimeModel
 from sglang_kairos.predict.prediction_error import PredictError
 
 

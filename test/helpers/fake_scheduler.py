@@ -13,7 +13,7 @@ from typing import Any
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.engine.hooks import decode, prefill
 from sglang_kairos.engine.state import scheduler_state
-from sglang_kairos.predict.prefill_latency import PrefillTimeModel
+from sglang_kairos.predict.online_prefill import PrefillTimeModel
 
 # What a batch keeps for each of its requests: tensors that are rebound, never changed in place.
 LENGTHS = ("seq_lens", "orig_seq_lens", "seq_lens_cpu")

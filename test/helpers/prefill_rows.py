@@ -11,7 +11,7 @@ from sglang_kairos.config import KairosConfig
 from sglang_kairos.policy.prefill_planner import PrefillPlanner, PrefillView
 from sglang_kairos.policy.prefill_step import PrefillPlan
 from sglang_kairos.predict.latency_model import PrefillLatency
-from sglang_kairos.predict.prefill_latency import PrefillTimeModel
+from sglang_kairos.predict.online_prefill import PrefillTimeModel
 
 WHOLE = ("tokens", "prefix")
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.policy.admission import Occupancy, QueueView
-from sglang_kairos.policy.chaos_decode import ChaosDecodePlanner
 from sglang_kairos.policy.decode_planner import (
     GIVE_UP_S,
     DecodePlanner,
     RunningView,
 )
-from sglang_kairos.policy.packing import choose_step, horizon_of, reserve_of
+from sglang_kairos.policy.decode_step import choose_step, horizon_of, reserve_of
+from sglang_kairos.policy.random_decode import ChaosDecodePlanner
 from sglang_kairos.predict.prediction_error import LEARNT_STEPS, PredictError
 
 NOW, TPOT, KV, SLOTS = 1000.0, 0.05, 100_000.0, 100

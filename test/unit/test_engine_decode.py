@@ -21,8 +21,8 @@ from sglang_kairos.engine.state.running_table import EMITTED, FIRST_S, memory_of
 from sglang_kairos.policy import decode_planner
 from sglang_kairos.policy.admission import Occupancy, QueueView
 from sglang_kairos.policy.decode_planner import DecodePlanner, RunningView
-from sglang_kairos.policy.packing import StepChoice
-from sglang_kairos.predict.decode_latency import StepTimeModel
+from sglang_kairos.policy.decode_step import StepChoice
+from sglang_kairos.predict.online_decode import StepTimeModel
 from sglang_kairos.predict.prediction_error import LEARNT_STEPS
 
 torch = pytest.importorskip("torch")

@@ -18,8 +18,8 @@ from sglang_kairos.engine.hooks import admission, decode
 from sglang_kairos.engine.state import scheduler_state
 from sglang_kairos.engine.state.running_table import EMITTED, memory_of
 from sglang_kairos.policy import decode_planner
-from sglang_kairos.policy.chaos_decode import ChaosDecodePlanner
-from sglang_kairos.policy.packing import StepChoice
+from sglang_kairos.policy.decode_step import StepChoice
+from sglang_kairos.policy.random_decode import ChaosDecodePlanner
 
 torch = pytest.importorskip("torch")
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from sglang_kairos.loads.traces import Request
 from sglang_kairos.policy.placement import PlacedRequest, decode_outlook, prefill_outlook
-from sglang_kairos.predict.decode_latency import StepTimeModel
 from sglang_kairos.predict.latency_model import DecodeLatency, PrefillLatency
-from sglang_kairos.predict.prefill_latency import PrefillTimeModel
+from sglang_kairos.predict.online_decode import StepTimeModel
+from sglang_kairos.predict.online_prefill import PrefillTimeModel
 from sglang_kairos.predict.shipped_models import seed_for
 from sglang_kairos.router.fleet.servers import DecodeServer, PrefillServer
 from sglang_kairos.sim.baselines.policies import POLICIES

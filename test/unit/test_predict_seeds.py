@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from sglang_kairos.predict.decode_latency import StepTimeModel
 from sglang_kairos.predict.latency_model import DecodeLatency, PrefillLatency
 from sglang_kairos.predict.learnt_file import Key, load_profile, resume, save_profile
-from sglang_kairos.predict.prefill_latency import PrefillTimeModel
+from sglang_kairos.predict.online_decode import StepTimeModel
+from sglang_kairos.predict.online_prefill import PrefillTimeModel
 from sglang_kairos.predict.shipped_models import FORMAT, ProfileError, Seed, dump, parse, seed_for
 
 KEY = Key("m", "NVIDIA H200", 4, "fa3")

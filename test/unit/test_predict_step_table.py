@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_kairos.predict.decode_latency import StepTimeModel
 from sglang_kairos.predict.least_squares import least_squares
-from sglang_kairos.predict.prefill_latency import PrefillTimeModel
+from sglang_kairos.predict.online_decode import StepTimeModel
+from sglang_kairos.predict.online_prefill import PrefillTimeModel
 from sglang_kairos.predict.shipped_models import seed_for
 
 H200 = Path(__file__).resolve().parents[3] / "shared" / "h200"

@@ -19,7 +19,7 @@ from sglang_kairos.policy.prefill_planner import (
     PrefillView,
 )
 from sglang_kairos.policy.prefill_step import PrefillPlan
-from sglang_kairos.predict.prefill_latency import PrefillTimeModel
+from sglang_kairos.predict.online_prefill import PrefillTimeModel
 
 TIMES = PrefillTimeModel(0.0, 1e-3, 0.0)  # a second per 1,000 tokens
 CONFIG = KairosConfig(margin=0.0, handoff_ms=0.0)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_kairos.policy.packing import LOST
+from sglang_kairos.policy.decode_step import LOST
 from sglang_kairos.policy.retraction import keep_order
 
 TPOT = 0.05

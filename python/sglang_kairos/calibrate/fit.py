@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from sglang_kairos.predict.decode_latency import StepTimeModel
 from sglang_kairos.predict.learnt_file import Key
-from sglang_kairos.predict.prefill_latency import PrefillTimeModel
+from sglang_kairos.predict.online_decode import StepTimeModel
+from sglang_kairos.predict.online_prefill import PrefillTimeModel
 from sglang_kairos.predict.shipped_models import Seed
 
 PrefillRow = tuple[float, float, float]

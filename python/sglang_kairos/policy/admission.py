@@ -14,7 +14,7 @@ In that order requests are admitted *on pace*, to run at their TPOT, while
 
 Four kinds of request are admitted beyond that number. They run in the capacity that is left.
 - One that would otherwise miss its first token, while KV and slots are used less than PLENTY. It
-  may be parked later (`packing`).
+  may be parked later (`decode_step`).
 - One whose TPOT target is shorter than a step of its own, under the same condition. Waiting cannot
   help it. If no target in the queue can be met, nobody is held back.
 - As many as it takes to reach `min_throughput` times the tokens/s of a server that admits all.

@@ -3,7 +3,7 @@
 The caller (*host*) describes the moment in columns (the views), carries the answer out, and reports
 which requests were admitted, started and ended. The planner answers three questions:
     admit     which requests get KV, and in which order (`policy.admission`)
-    choose    which running requests take part in the next step (`policy.packing`)
+    choose    which running requests take part in the next step (`policy.decode_step`)
     retract   which requests give KV up when the next step does not fit (`policy.retraction`)
 
 Rules that need more than one moment live here:
@@ -34,7 +34,7 @@ from sglang_kairos.policy.admission import (
     deadline_order,
     plan_admission,
 )
-from sglang_kairos.policy.packing import (
+from sglang_kairos.policy.decode_step import (
     MOST_RESERVE,
     StepChoice,
     choose_step,

@@ -17,7 +17,7 @@ because each wakes more experts. Averaged from one request on, the base comes ou
 small. Far beyond the limit the slope is flatter and the base larger than any batch on pace will
 see.
 
-Trade-off: the line is only good near that batch. `packing` therefore checks the step it chose with
+Trade-off: the line is only good near that batch. `decode_step` therefore checks the step it chose with
 the latency model itself.
 Source: our own design.
 """

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from sglang_kairos.config import KairosConfig
 from sglang_kairos.policy.prefill_step import PrefillPlan, PrefillQueue, plan_prefill
 from sglang_kairos.policy.urgency import LateShare, urgency_order
-from sglang_kairos.predict.prefill_latency import PrefillTimeModel
+from sglang_kairos.predict.online_prefill import PrefillTimeModel
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -2,7 +2,7 @@
 
 A retracted request is silent until there is memory for it again, for an unknown time.
 Order in which requests are given up:
-    1. Requests LOST or more tokens behind (`policy.packing`): their SLO is missed already. The one
+    1. Requests LOST or more tokens behind (`policy.decode_step`): their SLO is missed already. The one
        with the largest context goes first, so that the fewest must go.
     2. Then the lowest class weight, and within a weight the longest lead: it can stay away longest
        and still meet its TPOT target.
@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from sglang_kairos.policy.decode_step import LOST
 from sglang_kairos.policy.load import Floats
-from sglang_kairos.policy.packing import LOST
 
 
 def keep_order(

@@ -17,7 +17,7 @@ A decode step over `requests` whose contexts are `tokens` long in all:
 The knees let the curve flatten. In a mixture of experts, each request of a small batch wakes more
 experts; those of a large batch wake none.
 
-Source: our own design, fitted to measured tables (`decode_latency`, `prefill_latency`).
+Source: our own design, fitted to measured tables (`online_decode`, `online_prefill`).
 """
 
 from __future__ import annotations

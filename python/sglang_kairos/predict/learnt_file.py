@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_kairos.predict.decode_latency import StepTimeModel
-from sglang_kairos.predict.prefill_latency import PrefillTimeModel
+from sglang_kairos.predict.online_decode import StepTimeModel
+from sglang_kairos.predict.online_prefill import PrefillTimeModel
 from sglang_kairos.predict.shipped_models import ProfileError, Seed, dump, parse
 
 LARGEST_BYTES = 64 << 20

@@ -46,7 +46,7 @@ class PredictError:
 
         As predicted means a mean error of at most `limit`. On a busy host steps scatter by more
         than that around predictions that are right on average. A smaller batch is still a shorter
-        step there, and scatter costs only a lead to end with (`policy.packing.reserve_of`). Where a
+        step there, and scatter costs only a lead to end with (`policy.decode_step.reserve_of`). Where a
         step's duration does not depend on who is in it, nobody gains from parking.
         """
         enough = self.samples >= LEARNT_STEPS

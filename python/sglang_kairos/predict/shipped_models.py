@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, TypeVar
 
-from sglang_kairos.predict.decode_latency import StepTimeModel
 from sglang_kairos.predict.latency_model import GENERIC_DECODE, DecodeLatency, PrefillLatency
-from sglang_kairos.predict.prefill_latency import PrefillTimeModel
+from sglang_kairos.predict.online_decode import StepTimeModel
+from sglang_kairos.predict.online_prefill import PrefillTimeModel
 
 FORMAT = "sglang-kairos step times"
 VERSION = 1

@@ -6,7 +6,7 @@ A request's life in five steps:
     3. Its prefill server queues it, orders it and computes it in chunks (`core.prefill`). SGLang's
        policies are in `baselines.orders`, Kairos' in `policy.urgency`.
     4. Its KV crosses the link, and it joins the running batch: that is its first token.
-    5. It decodes until its last token (`core.decode`, with `policy.packing` for Kairos).
+    5. It decodes until its last token (`core.decode`, with `policy.decode_step` for Kairos).
 
 Where to find the rest:
     core.cluster       wires the servers to one `core.clock`

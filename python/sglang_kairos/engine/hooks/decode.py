@@ -22,7 +22,7 @@ from sglang_kairos.engine.state.running_table import SERVED, memory_of, tell_bre
 from sglang_kairos.engine.state.scheduler_state import KairosState, current
 from sglang_kairos.engine.state.subset_view import SubsetView
 from sglang_kairos.policy.decode_planner import RunningView
-from sglang_kairos.policy.packing import StepChoice, reserve_of
+from sglang_kairos.policy.decode_step import StepChoice, reserve_of
 
 
 def pop_preallocated(original: Callable[..., Any], queue: Any, *args: Any, **kwargs: Any) -> Any:

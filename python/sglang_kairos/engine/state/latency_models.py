@@ -14,9 +14,9 @@ from typing import Any
 
 from sglang_kairos.engine import compat
 from sglang_kairos.engine.state.tp_sync import rank_of
-from sglang_kairos.predict.decode_latency import StepTimeModel
 from sglang_kairos.predict.learnt_file import Key, load_profile, resume, save_profile
-from sglang_kairos.predict.prefill_latency import PrefillTimeModel
+from sglang_kairos.predict.online_decode import StepTimeModel
+from sglang_kairos.predict.online_prefill import PrefillTimeModel
 from sglang_kairos.predict.shipped_models import ProfileError, Seed, seed_for
 
 logger = logging.getLogger("sglang_kairos")

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from sglang_kairos.engine import compat
 from sglang_kairos.engine.state.scheduler_state import KairosState
 from sglang_kairos.engine.state.subset_view import SubsetView
-from sglang_kairos.policy.chaos_decode import ChaosDecodePlanner
 from sglang_kairos.policy.decode_planner import DecodePlanner, RunningView
+from sglang_kairos.policy.random_decode import ChaosDecodePlanner
 from sglang_kairos.predict.prediction_error import LEARNT_STEPS, PredictError
 
 FIRST_S, TPOT_S, EMITTED, LAST_S, SERVED, RAN = range(6)
@@ -28,7 +28,7 @@ class RunningTable:
     """One column per running request. Times are seconds of the process' clock.
 
     Rows: first token, TPOT target, output tokens launched, last token, and two flags. They tell
-    whether it is on pace by the last choice (`policy.packing`), and whether it takes part in the
+    whether it is on pace by the last choice (`policy.decode_step`), and whether it takes part in the
     step in flight. `enter(req)` gives the first five of a request that joins.
     """
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from sglang_kairos.predict.decode_latency import StepTimeModel
+from sglang_kairos.predict.online_decode import StepTimeModel
+from sglang_kairos.predict.online_prefill import PrefillTimeModel
 from sglang_kairos.predict.prediction_error import LEARNT_STEPS, PredictError
-from sglang_kairos.predict.prefill_latency import PrefillTimeModel
 from sglang_kairos.sim.hardware.times import StepTimes
 
 # Mean absolute value of a normal variable, divided by its sigma.

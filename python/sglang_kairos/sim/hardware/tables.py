@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_kairos.predict.decode_latency import StepTimeModel
-from sglang_kairos.predict.prefill_latency import PrefillTimeModel
+from sglang_kairos.predict.online_decode import StepTimeModel
+from sglang_kairos.predict.online_prefill import PrefillTimeModel
 from sglang_kairos.sim.hardware.times import LawTimes
 
 Array = NDArray[np.float64]

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from typing import Any, Protocol
 
-from sglang_kairos.predict.decode_latency import StepTimeModel
 from sglang_kairos.predict.latency_model import DecodeLatency, PrefillLatency
-from sglang_kairos.predict.prefill_latency import PrefillTimeModel
+from sglang_kairos.predict.online_decode import StepTimeModel
+from sglang_kairos.predict.online_prefill import PrefillTimeModel
 
 # SGLang v0.5.23's captured decode batches (arg_groups/cuda_graph_hook.py) up to 512.
 CAPTURED_SIZES = (1, 2, 4, 8, 12, *range(16, 257, 8), *range(272, 513, 16))

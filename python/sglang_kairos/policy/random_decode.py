@@ -18,7 +18,7 @@ from sglang_kairos.policy.decode_planner import (
     RunningView,
     StepPredictor,
 )
-from sglang_kairos.policy.packing import StepChoice
+from sglang_kairos.policy.decode_step import StepChoice
 
 
 class ChaosDecodePlanner(DecodePlanner):

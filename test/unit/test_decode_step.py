@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_kairos.policy.load import largest_fitting, step_costs
-from sglang_kairos.policy.packing import (
+from sglang_kairos.policy.decode_step import (
     MOST_RESERVE,
     StepChoice,
     choose_step,
     longest_full_step_s,
     reserve_of,
 )
-from sglang_kairos.predict.decode_latency import StepTimeModel
+from sglang_kairos.policy.load import largest_fitting, step_costs
+from sglang_kairos.predict.online_decode import StepTimeModel
 
 TPOT, CAP = 0.030, 2.0
 
