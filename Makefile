@@ -23,7 +23,7 @@ results: bootstrap ## every simulated figure: docs/results/simulated.md (RESULTS
 	@$(PYTHON) -m benchmark.experiments.results_simulated $(RESULTS_ARGS)
 
 check: bootstrap ## the inner loop: lint, types, sentences, imports, unit tests that start no process (1.5 min)
-	@bash scripts/check.sh $(PYTEST_ARGS)
+	@CHECKED="$(CHECKED)" bash scripts/check.sh $(PYTEST_ARGS)
 
 test: lint ## lint, then unit, simulator, end-to-end and fault tests (TESTS=…, PYTEST_ARGS=…)
 	@bash scripts/pytest.sh -m "not slow" $(TESTS) $(PYTEST_ARGS)

@@ -7,7 +7,8 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-CHECKED=(python test benchmark scripts)
+# The folders that `make lint` reads too: the Makefile has the one list.
+read -ra checked <<<"${CHECKED:?not set: run it by make check}"
 
 python=.venv/bin/python failed=()
 check() {
@@ -16,8 +17,8 @@ check() {
     "$@" || failed+=("$name")
 }
 
-check "ruff" $python -m ruff check -q "${CHECKED[@]}"
-check "ruff format" $python -m ruff format -q --check "${CHECKED[@]}"
+check "ruff" $python -m ruff check -q "${checked[@]}"
+check "ruff format" $python -m ruff format -q --check "${checked[@]}"
 check "mypy" $python -m mypy
 check "english" $python scripts/english.py
 check "imports" $python scripts/import_picture.py

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-EVERYTHING = ("README.md", "CONTRIBUTING.md", "docs", "patches", "findings", "python", "benchmark")
+EVERYTHING = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs",
+    "patches",
+    "findings",
+    "python",
+    "benchmark",
+    "contrib",
+)
 # Evidence, dated: it is read beside the run that made it.
 NOT_READ = ("docs/results/",)
 LIMIT = 25

@@ -76,7 +76,7 @@ def test_the_picture_leaves_out_what_a_longer_way_explains(import_picture: Modul
 def test_no_class_name_stands_twice(repo_root: Path) -> None:
     sources = [
         path.read_text("utf-8")
-        for folder in ("python", "benchmark", "scripts")
+        for folder in ("python", "benchmark", "contrib", "scripts")
         for path in (repo_root / folder).rglob("*.py")
     ]
     names = Counter(name for text in sources for name in re.findall(r"^class (\w+)", text, re.M))
